@@ -1,0 +1,302 @@
+"""Prompts, pairs and chats: what comes from files, and how it becomes tokens.
+
+Everything on disk is text or messages. Policy and reward model have templates and vocabularies of their own, so ids never
+travel between them: `encode_chat` is the one place where a chat becomes tokens, for both.
+
+A prompt and its answers become one `Row`: the prompt's tokens once, then each answer as a branch that sees the prompt and
+itself only. A DPO pair is a row of two branches, five samples to be scored are a row of five. The result is that of
+separate sequences (tests/test_data.py holds it to that), without computing the prompt again for each.
+
+Left out on purpose: multi-turn training on earlier assistant turns, images, tools, system prompts of our own.
+"""
+import functools
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+
+
+class Problem(Exception):
+    """Something the user can mend: shown as one line, exit code 2."""
+
+
+# ---------------------------------------------------------------- files
+def read_rows(source):
+    """[(where, row)] of a JSONL, JSON or parquet file or a hub id; `where` is 'file:line', for messages."""
+    path = Path(source)
+    if path.is_dir():
+        raise Problem(f"{source}: a folder; a JSONL, JSON or parquet file is needed")
+    if path.suffix == ".parquet" or not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) \
+            and path.suffix not in (".json", ".jsonl"):
+        rows = _read_with_datasets(source)
+    elif not path.exists():
+        raise Problem(f"{source}: no such file")
+    else:
+        rows = _read_json(path)
+    if not rows:
+        raise Problem(f"{source}: empty")
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise Problem(f"{where}: a JSON object is needed, this is {type(row).__name__}")
+    return rows
+
+
+def _read_json(path):
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            value = json.loads(text) if text.strip() else []
+            return [(f"{path}:row {i}", row) for i, row in enumerate(value if isinstance(value, list) else [value], 1)]
+    except UnicodeDecodeError as error:
+        raise Problem(f"{path}: not UTF-8 text ({error})") from None
+    except json.JSONDecodeError as error:
+        raise Problem(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append((f"{path}:{number}", json.loads(line)))
+            except json.JSONDecodeError as error:
+                raise Problem(f"{path}:{number}: not JSON ({error.msg})") from None
+    return rows
+
+
+def _read_with_datasets(source):
+    try:
+        import datasets
+    except ImportError:
+        raise Problem(f"{source}: hub ids and parquet files need `pip install datasets`") from None
+    try:
+        if str(source).endswith(".parquet"):
+            rows = datasets.load_dataset("parquet", data_files=str(source), split="train")
+        else:
+            splits = datasets.get_dataset_split_names(source)
+            rows = datasets.load_dataset(source, split="train_prefs" if "train_prefs" in splits else "train")
+    except Exception as error:  # the library raises dozens of kinds; all mean that the data could not be had
+        raise Problem(f"{source}: could not be loaded ({_first_line(error)})") from None
+    return [(f"{source}:row {i}", row) for i, row in enumerate(rows, 1)]
+
+
+def _first_line(error):
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def write_jsonl(path, rows):
+    """Write under a temporary name and rename: a file that exists is complete."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(temporary, path)
+
+
+def read_jsonl(path):
+    """The rows of a file of our own, which may be empty."""
+    return [row for _, row in _read_json(Path(path))]
+
+
+# ---------------------------------------------------------------- prompts and pairs
+def as_messages(prompt):
+    """A prompt as chat messages; plain text is one user turn."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def prompt_id(prompt):
+    """The same text for the same conversation, whichever way it was written down."""
+    return json.dumps([[m["role"], m["content"]] for m in as_messages(prompt)], ensure_ascii=False)
+
+
+def _check_prompt(where, prompt):
+    if isinstance(prompt, str) and prompt.strip():
+        return prompt
+    if isinstance(prompt, list) and prompt and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt):
+        if prompt[-1]["role"] == "assistant":
+            raise Problem(f"{where}: the prompt ends with an assistant turn; it must end where the answer begins")
+        return prompt
+    raise Problem(f"{where}: no prompt (a field `prompt` with text, or a list of messages with role and content)")
+
+
+def read_prompts(source):
+    """Prompts in the order of the file, repeated ones once. Returns (prompts, number of repeats left out)."""
+    rows = read_rows(source)
+    unique = {prompt_id(p): p for p in [_check_prompt(where, row.get("prompt")) for where, row in rows][::-1]}
+    return list(unique.values())[::-1], len(rows) - len(unique)
+
+
+def read_pairs(source):
+    """Preference pairs as dicts with `prompt`, `chosen`, `rejected` (answers as text) and the row's other fields.
+
+    Takes text or messages, answers with or without the prompt in front (UltraFeedback, TRL), an explicit or an
+    implicit prompt (then the turns before the last).
+    """
+    pairs = []
+    for where, row in read_rows(source):
+        chosen, rejected = row.get("chosen"), row.get("rejected")
+        prompt = row.get("prompt")
+        if prompt is None and isinstance(chosen, list) and isinstance(rejected, list):
+            prompt = chosen[:-1]
+            if prompt != rejected[:-1]:
+                raise Problem(f"{where}: chosen and rejected answer different prompts")
+        prompt = _check_prompt(where, prompt)
+        pairs.append({**row, "prompt": prompt, "chosen": _answer(where, "chosen", chosen, prompt),
+                      "rejected": _answer(where, "rejected", rejected, prompt)})
+    return pairs
+
+
+def _answer(where, field, value, prompt):
+    if isinstance(value, list) and value and isinstance(value[-1], dict) and value[-1].get("role") == "assistant":
+        value = value[-1].get("content")
+    elif isinstance(value, str) and isinstance(prompt, str) and value.startswith(prompt) and value != prompt:
+        value = value[len(prompt):]
+    if not isinstance(value, str):
+        raise Problem(f"{where}: no answer in `{field}` (text, or messages that end with the assistant's)")
+    return value
+
+
+# ---------------------------------------------------------------- chats to tokens
+def load_tokenizer(folder):
+    """A tokenizer with a chat template."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise Problem(f"{folder}: no tokenizer could be loaded ({_first_line(error)})") from None
+    if not tokenizer.chat_template:
+        raise Problem(f"{folder}: the tokenizer has no chat template (add a chat_template.jinja to the folder)")
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        raise Problem(f"{folder}: a fast tokenizer (tokenizer.json) with an EOS token is needed")
+    return tokenizer
+
+
+class Chat(NamedTuple):
+    ids: list    # tokens of prompt and response
+    start: int   # index of the response's first token
+
+
+def encode_chat(tokenizer, prompt, response=None, finished=True):
+    """Tokens of a chat, with exactly one BOS where the tokenizer uses one.
+
+    Without a response: up to where the assistant begins, ready for sampling. With one: a finished response ends in the
+    template's stop token (EOS where the template has none) exactly once, an unfinished one in its last word. What the
+    template writes after the stop token, mostly a line break, is left out, for reward models too.
+    """
+    messages = as_messages(prompt)
+    head = text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if response is not None:
+        # rendered with a stand-in: templates trim and rewrite contents, we train on what was really said
+        before, _, tail = tokenizer.apply_chat_template(
+            [*messages, {"role": "assistant", "content": "\u241f"}], tokenize=False).rpartition("\u241f")
+        if not before.startswith(head):
+            raise Problem(f"{tokenizer.name_or_path}: this chat template's generation prompt is not the beginning of "
+                          "an answered chat, so the response's first token can't be found")
+        text = before + response + tail
+        content_end = len(before) + len(response)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    if _adds_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id]:
+        ids, offsets = [tokenizer.bos_token_id, *ids], [(0, 0), *offsets]
+    if response is None:
+        return Chat(ids, len(ids))
+    start = next((i for i, (_, end) in enumerate(offsets) if end > len(head)), len(ids))
+    stop = next((i for i, (begin, _) in enumerate(offsets) if i >= start and begin >= content_end), len(ids))
+    end = next((ids[i] for i in range(stop, len(ids)) if ids[i] in _special_ids(tokenizer)), tokenizer.eos_token_id)
+    return Chat(ids[:stop] + [end] * finished, min(start, stop))
+
+
+@functools.cache
+def _special_ids(tokenizer):
+    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
+
+
+@functools.cache
+def _adds_bos(tokenizer):
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("")["input_ids"][:1] == [bos]
+
+
+class Row(NamedTuple):
+    trunk: list     # tokens shared by all answers: the prompt
+    branches: list  # per answer, its tokens after the trunk
+    starts: list    # per answer, the index in its branch where the response begins
+
+    def __len__(self):
+        return len(self.trunk) + sum(map(len, self.branches))
+
+
+def pack(chats):
+    """Answers to one prompt as a Row: their common beginning once, never further than the first response."""
+    trunk = chats[0].ids[:min(chat.start for chat in chats)]
+    for chat in chats[1:]:
+        same = next((i for i, (a, b) in enumerate(zip(trunk, chat.ids)) if a != b), len(trunk))
+        trunk = trunk[:same]
+    cut = len(trunk)
+    return Row(trunk, [chat.ids[cut:] for chat in chats], [chat.start - cut for chat in chats])
+
+
+def collate(rows, device="cpu"):
+    """Rows to one padded batch.
+
+    ids, positions (B, T): positions go on from the trunk in every branch.
+    mask (B, 1, T, T), bool: a token sees the trunk and its own branch, backwards.
+    targets, sources, owners (N,): the responses' tokens, the flat index (into B·T) of the position that predicts each,
+    and the number of the answer that each belongs to. last (answers,): flat index of each answer's last token.
+    """
+    width = max(map(len, rows))
+    ids = np.zeros((len(rows), width), dtype=np.int64)
+    positions = np.zeros((len(rows), width), dtype=np.int64)
+    segments = np.full((len(rows), width), -1)  # 0 trunk, 1.. branches, -1 padding
+    targets, sources, owners, last = [], [], [], []
+    for b, (trunk, branches, starts) in enumerate(rows):
+        ids[b, :len(trunk)], positions[b, :len(trunk)], segments[b, :len(trunk)] = trunk, range(len(trunk)), 0
+        at = len(trunk)
+        for number, (branch, start) in enumerate(zip(branches, starts), 1):
+            span = slice(at, at + len(branch))
+            ids[b, span], segments[b, span] = branch, number
+            positions[b, span] = range(len(trunk), len(trunk) + len(branch))
+            source = [at + i - 1 if i else len(trunk) - 1 for i in range(start, len(branch))]
+            targets += branch[start:]
+            sources += [b * width + i for i in source]
+            owners += [len(last)] * len(source)
+            at += len(branch)
+            last.append(b * width + (at if branch else len(trunk)) - 1)
+    ids, positions, segments, targets, sources, owners, last = (
+        torch.as_tensor(x, device=device) for x in (ids, positions, segments, targets, sources, owners, last))
+    query, key = segments[:, :, None], segments[:, None, :]
+    mask = (torch.ones(width, width, dtype=torch.bool, device=device).tril() & ((key == query) | (key == 0)))[:, None]
+    return dict(ids=ids, positions=positions, mask=mask, targets=targets.long(), sources=sources.long(),
+                owners=owners.long(), last=last)
+
+
+def pair_rows(tokenizer, pairs, max_length, unfinished=False):
+    """Rows of two branches, chosen first; pairs of which either side is longer than `max_length` tokens are left out.
+
+    `unfinished`: a response that was cut off carries no stop token (policy training); else every answer ends properly,
+    as reward models expect. Returns (rows, the pairs kept, number left out).
+    """
+    rows, kept = [], []
+    for pair in pairs:
+        chats = [encode_chat(tokenizer, pair["prompt"], pair[side],
+                             pair.get(f"{side}_finished", True) or not unfinished) for side in ("chosen", "rejected")]
+        if max(len(chat.ids) for chat in chats) <= max_length and all(chat.start < len(chat.ids) for chat in chats):
+            rows.append(pack(chats))
+            kept.append(pair)
+    return rows, kept, len(pairs) - len(kept)
+
+
+def check_context(rows, context, folder):
+    longest = max((len(row.trunk) + len(branch) for row in rows for branch in row.branches), default=0)
+    if longest > context:
+        raise Problem(f"{folder}: a chat of {longest} tokens does not fit into its context of {context}; "
+                      "leave out long prompts or set a smaller --max_length")
+
+
+def seed_of(*parts):
+    """A 64-bit number that depends on all parts and on nothing else (hash() differs between processes)."""
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "little")

@@ -1,0 +1,278 @@
+"""Mutual-Taught (arXiv 2506.06292): a policy (PM) and a reward model (RM) train each other, with no new human labels.
+
+    torchrun mt.py --rounds 3                                          # the embedded task, minutes on a CPU
+    torchrun --nproc-per-node 8 mt.py --policy meta-llama/Meta-Llama-3-8B-Instruct \\
+        --rm sfairXC/FsfairX-LLaMA3-RM-v0.1 --prompts HuggingFaceH4/ultrafeedback_binarized --out runs/llama3
+
+A round is E(a), M(b), E(c), each on a third of the prompts of its own:
+  E-step  sample from the policy, let the RM rank, train the policy by DPO, keep the best checkpoint
+  M-step  compare the policy's answers before and after, filter by margin, train the RM by Bradley-Terry from the base RM
+
+Each phase is a function from files to files in the run folder and is skipped when its result is there: run the same command
+again to go on after an interruption. Several nodes need a file system that they share.
+"""
+import json
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import dpo
+import parallel
+import reward
+from data import Problem, read_jsonl, read_pairs, read_prompts, write_jsonl
+from eval import report, win_rate
+from filter import compare, preference_pairs
+from parallel import Log, exists, launch, local_folder, rank, say, writing
+from sampler import sample
+
+
+@dataclass
+class Options:
+    policy: str = field(default="", metadata={"help": "base policy: a folder or hub id; none: the embedded task"})
+    rm: str = field(default="", metadata={"help": "base reward model: a folder or hub id"})
+    prompts: str = field(default="", metadata={"help": "JSONL, JSON, parquet or hub id with a field `prompt`"})
+    rounds: int = field(default=1, metadata={"help": "rounds of E, M, E"})
+    out: str = field(default="runs/mt", metadata={"help": "run folder"})
+    seed: int = 0
+    samples: int = field(default=5, metadata={"help": "responses per prompt in the E-step (M)"})
+    temperature: float = 0.8
+    top_p: float = 0.95
+    max_new_tokens: int = field(default=1024, metadata={"help": "longest response (not given in the paper)"})
+    max_length: int = field(default=2048, metadata={"help": "tokens of prompt and answer; longer pairs are left out"})
+    beta: float = field(default=0.01, metadata={"help": "DPO's β"})
+    policy_lr: float = 7e-7
+    policy_batch: int = field(default=128, metadata={"help": "pairs per optimiser step, over all processes"})
+    rm_lr: float = 2e-6
+    rm_batch: int = field(default=512, metadata={"help": "pairs per optimiser step, over all processes"})
+    save_every: int = field(default=50, metadata={"help": "steps between checkpoints for model selection"})
+    select_prompts: int = field(default=2000, metadata={"help": "prompts held out for model selection (D_MS)"})
+    tau: float = field(default=0.6, metadata={"help": "a best win rate below this stops the run"})
+    update_rm: bool = field(default=True, metadata={"help": "false: no M-step, which is iterative DPO"})
+    select: bool = field(default=True, metadata={"help": "false: keep the last checkpoint, never stop"})
+    filter: bool = field(default=True, metadata={"help": "false: train the RM on all comparisons"})
+    sample_batch: int = field(default=64, metadata={"help": "responses decoded at a time in each process"})
+    score_batch: int = field(default=8, metadata={"help": "prompts scored at a time in each process"})
+    micro_batch: int = field(default=2, metadata={"help": "pairs per forward pass and process in training"})
+    recompute: bool = field(default_factory=torch.cuda.is_available,
+                            metadata={"help": "gradient checkpointing: less memory, a third more time"})
+
+
+def mutual_taught(o, out):
+    """The loop of the paper. Returns the last policy and the last reward model."""
+    policy, rm = local_folder(o.policy), local_folder(o.rm)
+    base_rm = rm
+    subsets = split(o, out)
+    link(out, policy, rm)
+    for number in range(1, o.rounds + 1):
+        folder = out / f"round{number}"
+        a, b, c = (subsets[(number - 1 + i) % 3] for i in range(3))
+        new_policy = e_step(o, out, policy, rm, a, folder / "e1")
+        if new_policy and o.update_rm:
+            rm = m_step(o, out, policy, new_policy, rm, base_rm, b, folder)
+            link(out, new_policy, rm)
+        if new_policy:
+            policy, new_policy = new_policy, e_step(o, out, new_policy, rm, c, folder / "e2")
+        if not new_policy:
+            say(f"stopped in round {number}: no checkpoint reaches a win rate of {o.tau}")
+            break
+        policy = new_policy
+        link(out, policy, rm)
+    return policy, rm
+
+
+def e_step(o, out, policy, rm, prompts, folder):
+    """π_{t−1}, r → π_t: a folder, or None if no checkpoint beats π_{t−1} with a win rate of at least τ."""
+    samples = scored_samples(o, out, policy, rm, prompts, o.samples, folder / "samples.jsonl")
+    pairs = make_pairs(samples, folder / "pairs.jsonl")
+    if not exists(folder / "selection.json"):
+        checkpoints = train_policy(o, out, policy, pairs, folder / "checkpoints")
+        select(o, out, policy, rm, checkpoints, folder)
+    choice = json.loads((folder / "selection.json").read_text())
+    if rank() == 0 and (folder / "checkpoints").exists():  # the losers go
+        if choice["chosen"]:
+            os.replace(folder / "checkpoints" / choice["chosen"], folder / "policy")
+        parallel.remove(folder / "checkpoints")
+    parallel.barrier()
+    return str(folder / "policy") if choice["chosen"] else None
+
+
+def m_step(o, out, old_policy, new_policy, rm, base_rm, prompts, folder):
+    """π_{t−1}, π_t, r → r': a folder. Training starts from the base RM each time."""
+    folder, ranked = folder / "m", folder / "e1" / "pairs.jsonl"
+    new = scored_samples(o, out, new_policy, rm, prompts, 1, folder / "new.jsonl")
+    old = scored_samples(o, out, old_policy, rm, prompts, 1, folder / "old.jsonl")
+    comparisons = make_comparisons(o, new, old, folder / "comparisons.jsonl")
+    preferences = mix(comparisons, ranked, new_policy, old_policy, folder / "preferences.jsonl")
+    if not exists(folder / "rm"):
+        if not read_jsonl(preferences):
+            raise Problem(f"{preferences}: every comparison was dropped and there are no ranked pairs")
+        with writing(folder / "rm") as temporary:
+            reward.train(base_rm, read_pairs(preferences), temporary, lr=o.rm_lr, batch=o.rm_batch, seed=o.seed,
+                         micro_batch=o.micro_batch, max_length=o.max_length, recompute=o.recompute,
+                         log=Log(out / "metrics.jsonl", name(out, folder / "rm")))
+    return str(folder / "rm")
+
+
+# ---------------------------------------------------------------- phases: from files to files
+def name(out, path):
+    """A phase's name: its result's path in the run folder. It is part of the phase's seed and of its log lines."""
+    return str(Path(path).relative_to(out).with_suffix(""))
+
+
+def split(o, out):
+    """Shuffle the prompts once; D_MS first, the rest in three equal subsets. Returns the subsets' files."""
+    files = [out / "prompts" / f"{part}.jsonl" for part in ("s0", "s1", "s2")]
+    if not exists(files[2]):
+        prompts, repeats = read_prompts(o.prompts)
+        third = (len(prompts) - o.select_prompts) // 3
+        if third < 1:
+            raise Problem(f"{o.prompts}: {len(prompts)} different prompts; --select_prompts {o.select_prompts} and three "
+                          f"subsets need at least {o.select_prompts + 3}")
+        order = np.random.default_rng(o.seed).permutation(len(prompts))
+        shuffled = [{"prompt": prompts[i]} for i in order]
+        say(f"{len(prompts)} prompts ({repeats} repeated ones left out): {o.select_prompts} for model selection, "
+            f"three subsets of {third}")
+        if rank() == 0:
+            write_jsonl(out / "prompts" / "select.jsonl", shuffled[:o.select_prompts])
+            for i, file in enumerate(files):
+                write_jsonl(file, shuffled[o.select_prompts + i * third:o.select_prompts + (i + 1) * third])
+        parallel.barrier()
+    return files
+
+
+def scored_samples(o, out, policy, rm, prompts, samples, path):
+    """Responses of `policy` to every prompt, scored by `rm`."""
+    if not exists(path):
+        raw = path.with_name(f"{path.stem}.unscored.jsonl")
+        if not exists(raw):
+            sample(policy, [row["prompt"] for row in read_jsonl(prompts)], raw, samples=samples,
+                   temperature=o.temperature, top_p=o.top_p, max_new_tokens=o.max_new_tokens, batch=o.sample_batch,
+                   seed=f"{o.seed}/{name(out, path)}")
+        reward.score(rm, read_jsonl(raw), path, o.score_batch)
+    if rank() == 0:
+        parallel.remove(path.with_name(f"{path.stem}.unscored.jsonl"))
+        rows = read_jsonl(path)
+        mean = {k: float(np.mean([row[k] for row in rows])) for k in ("score", "tokens", "finished")}
+        say(f"{name(out, path)}: {len(rows)} responses, reward {mean['score']:.3f}, {mean['tokens']:.1f} tokens, "
+            f"{mean['finished']:.1%} finished")
+    return path
+
+
+def make_pairs(samples, path):
+    if not exists(path):
+        pairs, without = preference_pairs(read_jsonl(samples))
+        if not pairs:
+            raise Problem(f"{samples}: not one prompt gives a preference pair: all rewards or texts are equal")
+        if rank() == 0:
+            write_jsonl(path, pairs)
+        say(f"{len(pairs)} pairs, {without} prompts give none. The first:")
+        show(pairs[0], "chosen", "rejected")
+        parallel.barrier()
+    return path
+
+
+def train_policy(o, out, policy, pairs, path):
+    """DPO; returns the checkpoints, in order of steps."""
+    if not exists(path):
+        with writing(path) as temporary:
+            dpo.train(policy, read_pairs(pairs), temporary, beta=o.beta, lr=o.policy_lr, batch=o.policy_batch, seed=o.seed,
+                      micro_batch=o.micro_batch, max_length=o.max_length, recompute=o.recompute,
+                      save_every=o.save_every if o.select else 0, log=Log(out / "metrics.jsonl", name(out, path)))
+    return sorted(path.iterdir(), key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def select(o, out, policy, rm, checkpoints, folder):
+    """Model selection on D_MS: win rate of each checkpoint against π_{t−1} under the current RM."""
+    win_rates, chosen = {}, checkpoints[-1].name
+    if o.select:
+        prompts = out / "prompts" / "select.jsonl"
+        scores = [[row["score"] for row in read_jsonl(scored_samples(o, out, p, rm, prompts, 1, folder / "select" / f"{n}.jsonl"))]
+                  for n, p in [("before", policy), *((c.name, c) for c in checkpoints)]]
+        win_rates = {c.name: win_rate(after, scores[0]) for c, after in zip(checkpoints, scores[1:])}
+        best = max(win_rates, key=win_rates.get)
+        chosen = best if win_rates[best] >= o.tau else None
+        for step, rate in win_rates.items():
+            say(f"{name(out, folder)} {step}: win rate {rate:.3f}{' chosen' if step == chosen else ''}")
+    write_json(folder / "selection.json", {"chosen": chosen, "win_rates": win_rates, "tau": o.tau,
+                                           "policy_before": str(policy), "rm": str(rm)})
+    log = Log(out / "metrics.jsonl", name(out, folder / "selection"))
+    for step, rate in win_rates.items():
+        log(checkpoint=step, win_rate=rate, chosen=step == chosen)
+
+
+def make_comparisons(o, new, old, path):
+    if not exists(path):
+        rows = compare(read_jsonl(new), read_jsonl(old), o.filter)
+        if rank() == 0:
+            write_jsonl(path, rows)
+        reasons = [row["reason"] for row in rows]
+        say(f"{sum(row['kept'] for row in rows)} of {len(rows)} comparisons kept, epsilon {rows[0]['epsilon']:.4f}: "
+            + ", ".join(f"{reasons.count(r)} {r}" for r in sorted(set(reasons))) + ". The first:")
+        show(rows[0], "new", "old")
+        parallel.barrier()
+    return path
+
+
+def mix(comparisons, ranked, new_policy, old_policy, path):
+    """What the RM trains on: the kept comparisons and the RM-ranked pairs of the E-step just before, all of both."""
+    if not exists(path):
+        rows = [dict(prompt=row["prompt"], chosen=row["new"], rejected=row["old"], source=str(comparisons),
+                     chosen_policy=new_policy, rejected_policy=old_policy) for row in read_jsonl(comparisons) if row["kept"]]
+        rows += [dict(prompt=row["prompt"], chosen=row["chosen"], rejected=row["rejected"], source=str(ranked),
+                      chosen_policy=old_policy, rejected_policy=old_policy) for row in read_jsonl(ranked)]
+        if rank() == 0:
+            write_jsonl(path, rows)
+        parallel.barrier()
+    return path
+
+
+def show(row, *sides):
+    for key in ("prompt", *sides):
+        score = f" [{row[f'{key}_score']:.3f}]" if key in sides else ""
+        say(f"  {key}{score}: {str(row[key])[:300]!r}")
+
+
+def write_json(path, value):
+    if rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        os.replace(temporary, path)
+    parallel.barrier()
+
+
+def link(out, policy, rm):
+    """OUT/policy and OUT/rm always are the run's last models."""
+    if rank() == 0:
+        for at, target in ((out / "policy", policy), (out / "rm", rm)):
+            inside = Path(target).resolve().is_relative_to(out.resolve())
+            temporary = at.with_name(f".{at.name}.tmp")
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(os.path.relpath(target, out) if inside else Path(target).resolve())
+            os.replace(temporary, at)
+    parallel.barrier()
+
+
+def main():
+    import sys
+    import toy
+    embedded = not any(word.split("=")[0] == "--policy" for word in sys.argv[1:])
+    o = parallel.parse(Options, **(toy.SETTINGS if embedded else {}))
+    out = Path(o.out)
+    if embedded:
+        say("no --policy: running the embedded task (toy.py)")
+        o = replace(o, **toy.build(o.seed))
+    elif not (o.rm and o.prompts):
+        raise Problem("--policy needs --rm and --prompts")
+    parallel.claim(out, o)
+    mutual_taught(o, out)
+    if embedded:
+        toy.measure(out, o)
+    report(out)
+
+
+if __name__ == "__main__":
+    launch(main)

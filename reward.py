@@ -1,0 +1,165 @@
+"""Train a reward model on preference pairs by Bradley-Terry, or score samples with one.
+
+    python reward.py --model MODEL --pairs train.jsonl --test test.jsonl --out runs/rm
+    python reward.py --model runs/rm --samples samples.jsonl --out scored.jsonl
+
+The reward is the raw logit at the last real token of the chat, found by its mask and never by the pad id. A causal LM is
+taken too and gets a fresh head. Twin of dpo.py.
+
+Left out on purpose: margins and centring in the loss, heads with several labels, resuming inside an epoch.
+"""
+import math
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import parallel
+from data import (Problem, check_context, collate, encode_chat, load_tokenizer, pack, pair_rows, prompt_id, read_pairs,
+                  read_rows)
+from parallel import device, exists, in_blocks, launch, parse, say, world, writing
+
+
+def bradley_terry_loss(chosen_rewards, rejected_rewards):
+    """−log σ(r(x, y_w) − r(x, y_l)), (B,) and (B,) -> (B,) (arXiv 2506.06292, the M-step; Bradley & Terry 1952)."""
+    return -F.logsigmoid(chosen_rewards - rejected_rewards)
+
+
+class Rewards(torch.nn.Module):
+    """A sequence classifier as a function from a batch of rows (data.collate) to the reward of each answer, fp32."""
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch):
+        hidden = self.model.base_model(input_ids=batch["ids"], position_ids=batch["positions"],
+                                       attention_mask=batch["mask"], use_cache=False).last_hidden_state
+        hidden = hidden.flatten(0, 1)[batch["last"]]  # (answers, H)
+        return F.linear(hidden.float(), self.model.score.weight.float())[:, 0]
+
+
+def train(folder, pairs, out, *, lr, batch, micro_batch, max_length, epochs=1, seed=0, recompute=False,
+          fresh_head=False, log):
+    """Bradley-Terry from the model in `folder`; `pairs` as read_pairs gives them. Writes the folder `out`."""
+    tokenizer = load_tokenizer(folder)
+    rows, kept, dropped = pair_rows(tokenizer, pairs, max_length)
+    if not rows:
+        raise Problem(f"none of {len(pairs)} pairs is short enough for --max_length {max_length}")
+    model = parallel.load_reward(folder, True, fresh_head, seed)
+    check_context(rows, model.context, folder)
+    model = parallel.shard(Rewards(model), recompute)
+    optimizer = parallel.adamw(model, lr)
+    steps = parallel.batches([len(row) for row in rows], batch, micro_batch, seed, epochs)
+    say(f"reward model: {len(rows)} pairs ({dropped} too long), {len(steps)} steps of {batch}")
+    log(**{"pairs": len(rows), "pairs_dropped": dropped})
+    for number, step in enumerate(steps, 1):
+        sums = {}
+        for micro in step:
+            chosen, rejected = model(collate([rows[i] for i, _ in micro], device())).view(-1, 2).T
+            losses = bradley_terry_loss(chosen, rejected)
+            weight = torch.tensor([w for _, w in micro], device=losses.device)
+            (losses @ weight * world()).backward()  # FSDP averages over processes: times their number is the sum
+            for name, value in {"loss": losses, "accuracy": (chosen > rejected).float(), "margin": chosen - rejected,
+                                "mean_reward": (chosen + rejected) / 2}.items():
+                sums[name] = sums.get(name, 0.0) + (value.detach() @ weight).item()
+        metrics = parallel.total(sums)
+        if not math.isfinite(metrics["loss"]):
+            raise Problem(f"the loss of step {number} is {metrics['loss']}; try a smaller learning rate")
+        now = lr * parallel.cosine(number - 1, len(steps))
+        metrics |= {"learning_rate": now, "grad_norm": parallel.clip_and_step(model, optimizer, now)}
+        log("step {step}/{steps}  loss {loss:.4f}  margin {margin:+.4f}  accuracy {accuracy:.3f}  "
+            "grad_norm {grad_norm:.2f}  lr {learning_rate:.2e}", step=number, steps=len(steps), **metrics)
+    parallel.save(model, folder, Path(out))
+
+
+@torch.inference_mode()
+def score_answers(model, tokenizer, prompt_answers, batch):
+    """[(prompt, [answers])] -> [[reward]], `batch` prompts in a forward pass, like lengths together."""
+    rows = [pack([encode_chat(tokenizer, prompt, answer) for answer in answers]) for prompt, answers in prompt_answers]
+    check_context(rows, model.model.context, tokenizer.name_or_path)
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    rewards = [None] * len(rows)
+    for at in range(0, len(order), batch):
+        some = order[at:at + batch]
+        values = model(collate([rows[i] for i in some], device())).tolist()
+        for i in some:
+            rewards[i], values = values[:len(rows[i].branches)], values[len(rows[i].branches):]
+    return rewards
+
+
+def score(folder, samples, out, batch):
+    """samples: rows with prompt and response -> the same rows with `score`, in `out`."""
+    tokenizer = load_tokenizer(folder)
+    model = Rewards(parallel.replicate(parallel.load_reward(folder)))
+
+    def work(block):
+        groups = [list(group) for _, group in groupby(block, key=lambda row: prompt_id(row["prompt"]))]
+        rewards = score_answers(model, tokenizer, [(g[0]["prompt"], [row["response"] for row in g]) for g in groups], batch)
+        for row, reward in zip(block, [r for group in rewards for r in group]):
+            if not math.isfinite(reward):
+                raise Problem(f"{folder} gives the reward {reward} to an answer to {str(row['prompt'])[:60]!r}")
+            yield {**row, "score": reward}
+
+    per_prompt = len(list(next(groupby(samples, key=lambda row: prompt_id(row["prompt"])))[1]))
+    in_blocks(samples, 64 * per_prompt, out, work, f"scoring {Path(out).stem}")
+
+
+def accuracy(folder, pairs, batch):
+    """Share of pairs whose chosen answer gets the higher reward; equal rewards are wrong."""
+    model, tokenizer = Rewards(parallel.replicate(parallel.load_reward(folder))), load_tokenizer(folder)
+    rewards = score_answers(model, tokenizer, [(p["prompt"], [p["chosen"], p["rejected"]]) for p in pairs], batch)
+    return sum(chosen > rejected for chosen, rejected in rewards) / len(rewards)
+
+
+@dataclass
+class Options:
+    model: str = field(metadata={"help": "reward model, or a causal LM to give a head to: a folder or hub id"})
+    out: str = field(metadata={"help": "folder of the trained reward model, or the scored samples.jsonl"})
+    pairs: str = field(default="", metadata={"help": "to train: preference pairs (prompt, chosen, rejected)"})
+    test: str = field(default="", metadata={"help": "pairs to report the accuracy on"})
+    samples: str = field(default="", metadata={"help": "to score: rows with prompt and response"})
+    lr: float = 2e-6
+    batch: int = field(default=512, metadata={"help": "pairs per optimiser step, over all processes"})
+    epochs: int = 1
+    micro_batch: int = field(default=2, metadata={"help": "pairs (scoring: prompts) per forward pass and process"})
+    max_length: int = field(default=2048, metadata={"help": "tokens of prompt and answer; longer pairs are left out"})
+    seed: int = 0
+    recompute: bool = field(default_factory=torch.cuda.is_available,
+                            metadata={"help": "gradient checkpointing: less memory, a third more time"})
+
+
+def main():
+    o = parse(Options)
+    if bool(o.pairs) == bool(o.samples):
+        raise Problem("give --pairs to train or --samples to score")
+    folder, out = parallel.local_folder(o.model), Path(o.out)
+    if o.samples:
+        return score_file(folder, o)
+    pairs, test = read_pairs(o.pairs), read_pairs(o.test) if o.test else []
+    parallel.claim(out, o)
+    if not exists(out / "config.json"):
+        with writing(out / "checkpoint") as temporary:
+            train(folder, pairs, temporary, lr=o.lr, batch=o.batch, micro_batch=o.micro_batch, max_length=o.max_length,
+                  epochs=o.epochs, seed=o.seed, recompute=o.recompute, fresh_head=True,
+                  log=parallel.Log(out / "metrics.jsonl", "reward"))
+        parallel.move_up(out / "checkpoint", out)
+    if test:
+        say(f"accuracy on {o.test}: {accuracy(str(out), test, o.micro_batch):.4f} of {len(test)} pairs")
+    say(f"{out} is complete")
+
+
+def score_file(folder, o):
+    rows = read_rows(o.samples)
+    for where, row in rows:
+        if not isinstance(row.get("response"), str) or not row.get("prompt"):
+            raise Problem(f"{where}: a sample needs `prompt` and `response`")
+    parallel.claim(o.out, o)
+    if not exists(o.out):
+        score(folder, [row for _, row in rows], o.out, o.micro_batch)
+    say(f"{o.out} is complete")
+
+
+if __name__ == "__main__":
+    launch(main)

@@ -1,0 +1,291 @@
+"""Sample responses: prompts -> samples.jsonl.
+
+    python sampler.py --model MODEL --prompts prompts.jsonl --out samples.jsonl --samples 5
+    torchrun --nproc-per-node 8 sampler.py --model MODEL --prompts prompts.jsonl --out samples.jsonl
+
+A fixed number of rows decodes together, each with a slot in the key-value cache. A prompt is prefilled once and its keys
+and values are copied into the slots of all its samples; a row that has finished leaves and the next one takes its slot.
+
+A draw depends on (seed, prompt, sample index, position) and on nothing else: its random number is a hash of them. So the
+order, the number of processes and an interruption change nothing, and the batch size changes results through rounding
+alone. `generate_reference` is the same thing written slowly and obviously; tests hold `generate` to it token for token.
+
+Left out on purpose: top-k, repetition penalties, beams, sliding-window attention beyond one window.
+"""
+from collections import deque
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import DynamicCache, GenerationConfig
+
+from data import Problem, encode_chat, load_tokenizer, prompt_id, read_prompts, seed_of
+from parallel import claim, exists, in_blocks, launch, load_policy, local_folder, parse, replicate, say
+
+TRIES = 8     # rejected draws before the nucleus is cut by sorting; with top-p 0.95 one in 10^10 gets there
+PREFILL = 16  # prompts prefilled together
+
+
+# ---------------------------------------------------------------- drawing one token
+def uniform(keys, counter):
+    """(R,) uint64 keys and counters -> (R,) float32 in (0, 1], by the splitmix64 hash (doi.org/10.1145/2714064.2660195)."""
+    x = keys + np.asarray(counter, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x = (x ^ (x >> np.uint64(31))) >> np.uint64(40)
+    return torch.from_numpy(((x.astype(np.float64) + 1) * 2.0**-24).astype(np.float32))
+
+
+def draw(logits, keys, steps, temperature, top_p):
+    """(R, V) logits -> (R,) tokens, exactly from the softmax at `temperature` cut to its top-p nucleus.
+
+    A draw from the whole softmax that lies inside the nucleus is a draw from the nucleus; others are thrown again. That
+    needs no sorting of the vocabulary. A token is inside if the mass of all likelier ones is below top_p.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = (logits.float() / temperature).softmax(-1)
+    cumulative = probs.cumsum(-1)
+    tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
+    pending = np.arange(len(logits))
+    for attempt in range(TRIES):
+        u = uniform(keys[pending], steps[pending] * (TRIES + 1) + attempt).to(logits.device)
+        p, c = (probs, cumulative) if attempt == 0 else (probs[pending], cumulative[pending])
+        token = torch.searchsorted(c, u[:, None] * c[:, -1:])
+        inside = (mass_above(p, token) < top_p) if top_p < 1 else torch.ones(len(u), dtype=torch.bool)
+        inside = inside.cpu().numpy()
+        tokens[pending[inside]] = token[inside, 0]
+        pending = pending[~inside]
+        if not len(pending):
+            return tokens
+    u = uniform(keys[pending], steps[pending] * (TRIES + 1) + TRIES).to(logits.device)
+    cumulative = nucleus(probs[pending], top_p).cumsum(-1)
+    tokens[pending] = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:])[:, 0]
+    return tokens
+
+
+def mass_above(probs, token):
+    """(R, V), (R, 1) -> (R,): probability of everything likelier than `token`; among equals the lower id comes first."""
+    mine = probs.gather(1, token)
+    ids = torch.arange(probs.shape[1], device=probs.device)
+    return (probs * ((probs > mine) | (probs == mine) & (ids < token))).sum(-1)
+
+
+def nucleus(probs, top_p):
+    """(R, V) -> (R, V): the smallest set of likeliest tokens whose mass reaches top_p, renormalised (arXiv 1904.09751)."""
+    ordered, order = probs.sort(dim=-1, descending=True, stable=True)
+    kept = torch.where(ordered.cumsum(-1) - ordered < top_p, ordered, 0.0)
+    return torch.zeros_like(probs).scatter(1, order, kept / kept.sum(-1, keepdim=True))
+
+
+# ---------------------------------------------------------------- the cache
+class Slots:
+    """Keys and values of R rows in flight: per layer (R, kv_heads, capacity, head_dim). A model sees it as its cache.
+
+    Row r's tokens lie at 0 … at[r], whatever the others' lengths: no padding, positions are indices.
+    """
+    def __init__(self, rows, capacity):
+        self.rows, self.capacity, self.layers = rows, capacity, []
+        self.at = None  # (R,) where this step's token goes
+
+    def put(self, slots, prompt):
+        """Copy a prefilled prompt's keys and values into slots."""
+        if not self.layers:
+            self.layers = [tuple(x.new_zeros(self.rows, x.shape[0], self.capacity, x.shape[2]) for x in kv) for kv in prompt]
+        for ours, theirs in zip(self.layers, prompt):
+            for x, y in zip(ours, theirs):
+                x[slots, :, :y.shape[1]] = y
+
+    def keep(self, slots):
+        self.layers = [tuple(x[slots] for x in kv) for kv in self.layers]
+        self.rows = len(slots)
+
+    def update(self, keys, values, layer, *_, **__):  # called by the model's attention
+        k, v = self.layers[layer]
+        every = torch.arange(self.rows, device=k.device)
+        k[every, :, self.at], v[every, :, self.at] = keys[:, :, 0], values[:, :, 0]
+        return k[:, :, :self.width], v[:, :, :self.width]
+
+    def get_seq_length(self, *_):
+        return self.width - 1
+
+    def step(self, model, tokens, at):
+        """(R,) tokens at (R,) positions -> (R, V) logits of the next."""
+        self.at, self.width = at, int(at.max()) + 1
+        mask = (torch.arange(self.width, device=at.device) <= at[:, None])[:, None, None]
+        hidden = model.base_model(input_ids=tokens[:, None], position_ids=at[:, None], attention_mask=mask,
+                                  past_key_values=self, use_cache=True).last_hidden_state
+        return model.get_output_embeddings()(hidden[:, -1])
+
+
+def prefill(model, prompts):
+    """Token lists -> per prompt (keys and values per layer, logits of its first response token), padded right."""
+    lengths = torch.tensor([len(p) for p in prompts])
+    ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
+    for row, prompt in zip(ids, prompts):
+        row[:len(prompt)] = torch.tensor(prompt)
+    cache = DynamicCache()
+    hidden = model.base_model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True).last_hidden_state
+    logits = model.get_output_embeddings()(hidden[torch.arange(len(prompts)), lengths - 1])
+    return [([(layer.keys[i, :, :n].clone(), layer.values[i, :, :n].clone()) for layer in cache.layers], logits[i])
+            for i, n in enumerate(lengths.tolist())]
+
+
+# ---------------------------------------------------------------- many responses
+@torch.inference_mode()
+def generate(model, prompts, keys, *, stop_ids, temperature, top_p, max_new_tokens, batch):
+    """Token lists (P) and (P, M) uint64 keys -> responses[p][m], token lists that include the stop token.
+
+    `batch` rows decode at a time. A response ends at a stop token, at max_new_tokens or where the context ends.
+    """
+    (count, samples), where = keys.shape, model.device
+    order = sorted(range(count), key=lambda p: (len(prompts[p]), p))  # like lengths are prefilled together
+    waiting = deque((p, m) for p in order for m in range(samples))
+    limits = np.array([min(max_new_tokens, model.context - len(p)) for p in prompts])
+    out = np.zeros((count, samples, int(limits.max())), np.int64)
+    lengths = np.zeros((count, samples), np.int64)
+    batch = min(batch, len(waiting))
+    slots = Slots(batch, max(len(p) + n for p, n in zip(prompts, limits)))
+    job = np.zeros((batch, 2), np.int64)    # row -> (prompt, sample)
+    length = np.zeros(batch, np.int64)      # tokens drawn so far
+    active = np.zeros(batch, bool)
+    token = torch.zeros(batch, dtype=torch.long, device=where)
+    at = torch.zeros(batch, dtype=torch.long, device=where)
+    ready, todo = {}, deque(order)          # prefilled prompts; prompts not yet prefilled
+
+    def put(rows, logits):
+        """Draw a token for each of `rows`; rows that have finished become free."""
+        p, m = job[rows].T
+        new = draw(logits, keys[p, m], length[rows], temperature, top_p)
+        token[rows] = new
+        new = new.cpu().numpy()
+        out[p, m, length[rows]] = new
+        length[rows] += 1
+        lengths[p, m] = length[rows]
+        active[rows] = ~np.isin(new, stop_ids) & (length[rows] < limits[p])
+
+    def admit():
+        """Fill free slots from the queue until none is free or none waits (a first token may end its response)."""
+        while waiting and not active.all():
+            rows = np.flatnonzero(~active)[:len(waiting)]
+            job[rows] = [waiting.popleft() for _ in rows]
+            length[rows], active[rows] = 0, True
+            for p in dict.fromkeys(job[rows, 0].tolist()):
+                if p not in ready:
+                    chunk = [todo.popleft() for _ in range(min(PREFILL, len(todo)))]
+                    ready.update(zip(chunk, prefill(model, [prompts[q] for q in chunk])))
+                slots.put(torch.as_tensor(rows[job[rows, 0] == p], device=where), ready[p][0])
+            at[rows] = torch.tensor([len(prompts[p]) for p in job[rows, 0]], device=where)
+            put(rows, torch.stack([ready[p][1] for p in job[rows, 0].tolist()]))
+            for p, m in job[rows].tolist():
+                if m == samples - 1:
+                    del ready[p]
+
+    admit()
+    while active.any():
+        if active.mean() <= 0.75:  # nobody waits any more: close the gaps
+            rows = np.flatnonzero(active)
+            index = torch.as_tensor(rows, device=where)
+            slots.keep(index)
+            job, length, active, token, at = job[rows], length[rows], active[rows], token[index], at[index]
+        logits = slots.step(model, token, at)
+        at += torch.as_tensor(active, device=where)
+        rows = np.flatnonzero(active)
+        put(rows, logits if active.all() else logits[torch.as_tensor(rows, device=where)])
+        admit()
+    return [[out[p, m, :lengths[p, m]].tolist() for m in range(samples)] for p in range(count)]
+
+
+@torch.inference_mode()
+def generate_reference(model, prompts, keys, *, stop_ids, temperature, top_p, max_new_tokens):
+    """The specification of `generate`: one response at a time, the whole prefix computed again for every token."""
+    def next_token(prefix, key, step):
+        logits = model(torch.tensor([prefix], device=model.device), use_cache=False).logits[:, -1].float()
+        if temperature == 0:
+            return logits.argmax().item()
+        probs = (logits / temperature).softmax(-1)
+        for attempt in range(TRIES + 1):
+            if attempt == TRIES:
+                probs = nucleus(probs, top_p)
+            cumulative = probs.cumsum(-1)
+            u = uniform(np.array([key]), step * (TRIES + 1) + attempt)[:, None]
+            token = torch.searchsorted(cumulative, u * cumulative[:, -1:]).item()
+            if nucleus(probs, top_p)[0, token] > 0 or attempt == TRIES:
+                return token
+
+    def respond(prompt, key):
+        tokens = []
+        while len(tokens) < max_new_tokens and len(prompt) + len(tokens) < model.context:
+            tokens.append(next_token(prompt + tokens, key, len(tokens)))
+            if tokens[-1] in stop_ids:
+                break
+        return tokens
+
+    return [[respond(prompt, key) for key in row] for prompt, row in zip(prompts, keys)]
+
+
+# ---------------------------------------------------------------- the phase
+def stop_tokens(folder, tokenizer):
+    """All EOS ids of the generation config, and the tokenizer's."""
+    try:
+        ids = GenerationConfig.from_pretrained(folder).eos_token_id
+    except OSError:
+        ids = None
+    return sorted({*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None})
+
+
+def sample(folder, prompts, out, *, samples, temperature, top_p, max_new_tokens, seed, batch):
+    """One JSON line per response: prompt, index, response, tokens, finished.
+
+    prompts: a list (text or messages). seed: a number or text; every phase of a run has its own.
+    """
+    tokenizer = load_tokenizer(folder)
+    stop_ids = stop_tokens(folder, tokenizer)
+    model = replicate(load_policy(folder))
+    encoded = [encode_chat(tokenizer, prompt).ids for prompt in prompts]
+    for prompt, ids in zip(prompts, encoded):
+        if len(ids) >= model.context:
+            raise Problem(f"prompt of {len(ids)} tokens does not fit into the context of {model.context} tokens of "
+                          f"{folder}: {str(prompt)[:60]!r}…")
+
+    def work(block):
+        prompts, encoded = zip(*block)
+        keys = np.array([[seed_of(seed, prompt_id(p), m) for m in range(samples)] for p in prompts], np.uint64)
+        responses = generate(model, encoded, keys, stop_ids=stop_ids, temperature=temperature, top_p=top_p,
+                             max_new_tokens=max_new_tokens, batch=batch)
+        for prompt, tokens in zip(prompts, responses):
+            for index, ids in enumerate(tokens):
+                yield dict(prompt=prompt, index=index, response=tokenizer.decode(ids, skip_special_tokens=True),
+                           tokens=len(ids), finished=ids[-1] in stop_ids)
+
+    in_blocks(list(zip(prompts, encoded)), max(1, 4 * batch // samples), out, work, f"sampling {Path(out).stem}")
+
+
+@dataclass
+class Options:
+    model: str = field(metadata={"help": "policy: a folder or hub id"})
+    prompts: str = field(metadata={"help": "JSONL, JSON, parquet or hub id with a field `prompt`"})
+    out: str = field(metadata={"help": "samples.jsonl"})
+    samples: int = field(default=5, metadata={"help": "responses per prompt (M)"})
+    temperature: float = field(default=0.8, metadata={"help": "0: greedy"})
+    top_p: float = 0.95
+    max_new_tokens: int = 1024
+    seed: int = 0
+    sample_batch: int = field(default=64, metadata={"help": "responses decoded at a time in each process"})
+
+
+def main():
+    o = parse(Options)
+    folder = local_folder(o.model)
+    prompts, repeats = read_prompts(o.prompts)
+    claim(o.out, o)
+    if not exists(o.out):
+        say(f"{len(prompts)} prompts ({repeats} repeated ones left out), {o.samples} responses each")
+        sample(folder, prompts, o.out, samples=o.samples, temperature=o.temperature, top_p=o.top_p, seed=o.seed,
+               max_new_tokens=o.max_new_tokens, batch=o.sample_batch)
+    say(f"{o.out} is complete")
+
+
+if __name__ == "__main__":
+    launch(main)
