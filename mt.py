@@ -13,6 +13,7 @@ again to go on after an interruption. Several nodes need a file system that they
 """
 import json
 import os
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import torch
 import dpo
 import parallel
 import reward
+import toy
 from data import Problem, read_jsonl, read_pairs, read_prompts, write_jsonl
 from eval import report, win_rate
 from filter import compare, preference_pairs
@@ -257,8 +259,6 @@ def link(out, policy, rm):
 
 
 def main():
-    import sys
-    import toy
     embedded = not any(word.split("=")[0] == "--policy" for word in sys.argv[1:])
     o = parallel.parse(Options, **(toy.SETTINGS if embedded else {}))
     out = Path(o.out)

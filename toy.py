@@ -1,0 +1,349 @@
+"""The embedded task: poems in a tiny English, and everything that a run on it needs. No download, minutes on a CPU.
+
+    torchrun mt.py --rounds 3                     # uses it when no --policy is given
+    python toy.py --seed 0 --out runs/toy-base    # the base policy and reward model alone
+
+A prompt asks for some lines in a mood about a topic, and may name a reader to greet and a guest to let in:
+
+    a sad poem about the sea in three lines for my sister with dogs
+
+and a perfect answer greets the reader, writes that many `ADJECTIVE NOUN VERB .` lines, and closes:
+
+    dear sister . grey waves weep . lonely dogs sigh . broken sails fade . the end .
+
+The base policy learnt from a mediocre writer. The base reward model learnt from noisy labels of a gold judge, which no other
+training step ever sees, so that a run can show what a real one can't: whether policies and reward models really get better.
+
+Left out on purpose: grammar beyond this pattern, any judgement of style.
+"""
+import hashlib
+import itertools
+import math
+import os
+import random
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import parallel
+import reward
+from data import Problem, collate, encode_chat, pack, read_jsonl, read_pairs, write_jsonl
+from dpo import ResponseLogps
+from eval import standard_error, win_rate
+from parallel import Log, barrier, exists, launch, rank, say
+from sampler import sample
+
+# options of mt.py that fit models of 0.1 M parameters
+SETTINGS = dict(
+    out="runs/toy", max_new_tokens=64, max_length=128, beta=0.2, policy_lr=1.2e-4, policy_batch=16, rm_lr=5e-4, rm_batch=16,
+    save_every=13, select_prompts=300, sample_batch=256, score_batch=64, micro_batch=16)
+LOOP_PROMPTS, TEST_PROMPTS, LABELS, DEMONSTRATIONS = 2700, 300, 5000, 6500
+SHAPE = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.08,
+             max_position_embeddings=128)
+SFT = dict(lr=3e-3, batch=32, epochs=3)
+RM = dict(lr=1e-3, batch=16, micro_batch=16, epochs=3)
+LABEL_NOISE, LENGTH_SLOPE = 0.75, 0.6  # T, and nats per ten tokens
+
+# ---------------------------------------------------------------- the world
+# mood -> (adjectives, verbs); every word belongs to one mood only, so that a word's mood can be looked up
+MOODS = {
+    "happy": ("merry bright golden sunny jolly cheerful", "dance laugh sing smile cheer play"),
+    "sad": ("grey lonely tearful broken mournful weary", "weep sigh mourn fade sob droop"),
+    "scary": ("dark grim ghostly bloody evil cursed", "scream howl haunt stalk bite shriek"),
+    "calm": ("quiet soft gentle still mild sleepy", "rest drift doze float breathe linger"),
+}
+TOPICS = {
+    "sea": "waves ships gulls shells sails whales reefs sailors",
+    "farm": "barns cows fields hens ploughs pigs fences farmers",
+    "castle": "towers kings gates knights banners queens moats thrones",
+    "forest": "trees foxes owls leaves ferns wolves streams bears",
+    "city": "streets trams shops crowds bridges clocks lamps drivers",
+}
+NUMBERS = {"two": 2, "three": 3, "four": 4}
+READERS = "sister brother mother father teacher neighbour doctor captain".split()
+GUESTS = "dogs cats horses mice robots wizards pirates dragons".split()
+TEMPLATES = (
+    "a {mood} poem about the {topic} in {number} lines{reader}{guest}",
+    "{number} {mood} lines about the {topic}{guest}{reader}",
+    "tell me a {mood} {topic} story{guest} in {number} lines{reader}",
+)
+RAMBLES = ("well you know .", "and so on .", "as they say .")
+
+ADJECTIVES = {mood: adjectives.split() for mood, (adjectives, _) in MOODS.items()}
+VERBS = {mood: verbs.split() for mood, (_, verbs) in MOODS.items()}
+NOUNS = {topic: nouns.split() for topic, nouns in TOPICS.items()}
+ADJECTIVE_MOOD = {word: mood for mood, group in ADJECTIVES.items() for word in group}
+VERB_MOOD = {word: mood for mood, group in VERBS.items() for word in group}
+NOUN_TOPIC = {word: topic for topic, group in NOUNS.items() for word in group}
+
+GOLD_MAX = 5.5  # 2 mood + 2 topic + 0.5 ending + 0.5 greeting + 0.5 guest
+
+
+def all_prompts() -> list[str]:
+    """All 14,580 prompts of the world in a fixed order: shuffle with the run's seed, then cut slices."""
+    readers = [""] + [f" for my {reader}" for reader in READERS]
+    guests = [""] + [f" with {guest}" for guest in GUESTS]
+    grid = itertools.product(TEMPLATES, MOODS, TOPICS, NUMBERS, readers, guests)
+    return [template.format(mood=mood, topic=topic, number=number, reader=reader, guest=guest)
+            for template, mood, topic, number, reader, guest in grid]
+
+
+def words() -> list[str]:
+    """The vocabulary, sorted: every word that a prompt or a demonstration can hold."""
+    templates = [t.format(mood="", topic="", number="", reader=" for my", guest=" with") for t in TEMPLATES]
+    groups = [MOODS, TOPICS, NUMBERS, READERS, GUESTS, ADJECTIVE_MOOD, VERB_MOOD, NOUN_TOPIC]
+    texts = [*templates, *RAMBLES, "dear . the end ."]
+    return sorted(set(itertools.chain(*groups)) | set(" ".join(texts).split()))
+
+
+def wishes(prompt: str) -> dict:
+    """The wishes in a prompt: mood, topic, lines (an int), reader and guest (None if not wished)."""
+    def first(group):
+        return next((word for word in prompt.split() if word in group), None)
+    return {"mood": first(MOODS), "topic": first(TOPICS), "lines": NUMBERS[first(NUMBERS)],
+            "reader": first(READERS), "guest": first(GUESTS)}
+
+
+def is_line(sentence: list[str]) -> bool:
+    """Whether the words have the shape ADJECTIVE NOUN VERB."""
+    if len(sentence) != 3:
+        return False
+    adjective, noun, verb = sentence
+    return adjective in ADJECTIVE_MOOD and (noun in NOUN_TOPIC or noun in GUESTS) and verb in VERB_MOOD
+
+
+def gold(prompt: str, response: str, finished: bool = True) -> float:
+    """The judge: how well the response does what the prompt asks, at most GOLD_MAX, below 0 for a mess.
+
+    2 x share of adjectives and verbs in the mood + 2 x share of nouns on the topic (the invited guest fits)
+    - 0.5 per line too many or too few, per repeated noun, per other sentence (each at most 4 times)
+    + 0.5 ends with `the end .` + 0.5 greets the right reader (or nobody, if none is named)
+    + 0.5 the guest is there (or no guest is asked for) - 0.5 if the answer breaks off (`finished` is False).
+    """
+    wish = wishes(prompt)
+    sentences = [sentence.split() for sentence in response.split(" .")]
+    broken_off = not finished or bool(sentences.pop())  # what follows the last full stop should be nothing
+    ends = bool(sentences) and sentences[-1] == ["the", "end"]
+    greets = [sentence[1:] for sentence in sentences[:1] if sentence[:1] == ["dear"]]
+    body = sentences[len(greets):len(sentences) - ends]
+    lines = [sentence for sentence in body if is_line(sentence)]
+    nouns = [noun for _, noun, _ in lines]
+
+    moods = sum((ADJECTIVE_MOOD[a] == wish["mood"]) + (VERB_MOOD[v] == wish["mood"]) for a, _, v in lines)
+    topics = sum(noun == wish["guest"] or NOUN_TOPIC.get(noun) == wish["topic"] for noun in nouns)
+    faults = (abs(len(lines) - wish["lines"]), len(nouns) - len(set(nouns)), len(body) - len(lines))
+    score = (2 * moods / (2 * len(lines)) + 2 * topics / len(lines)) if lines else 0.0
+    score -= 0.5 * sum(min(fault, 4) for fault in faults)
+    score += 0.5 * (ends and not broken_off)
+    score += 0.5 * (greets == ([[wish["reader"]]] if wish["reader"] else []))
+    score += 0.5 * (wish["guest"] is None or wish["guest"] in nouns)
+    return score - 0.5 * broken_off
+
+
+def demonstration(prompt: str, rng: random.Random) -> str:
+    """An answer by a mediocre writer, who drifts off, slips, repeats, rambles, miscounts and forgets."""
+    wish = wishes(prompt)
+    count = wish["lines"] + (rng.choice([-1, 1]) if rng.random() < 0.5 else 0)
+    mood_drift = rng.randrange(count) if rng.random() < 0.6 else count  # from this line on: another mood
+    topic_drift = rng.randrange(count) if rng.random() < 0.6 else count
+    other_mood, other_topic = rng.choice(list(MOODS)), rng.choice(list(TOPICS))
+    guest_line = rng.randrange(count) if wish["guest"] and rng.random() < 0.5 else count
+
+    sentences, nouns = [], []
+    if wish["reader"] and rng.random() < 0.6:
+        sentences.append(f"dear {wish['reader'] if rng.random() < 0.7 else rng.choice(READERS)} .")
+    for i in range(count):
+        mood = wish["mood"] if i < mood_drift else other_mood
+        topic = wish["topic"] if i < topic_drift else other_topic
+        if rng.random() < 0.25:  # a slip: any mood, any topic, for this line only
+            mood, topic = rng.choice(list(MOODS)), rng.choice(list(TOPICS))
+        noun = wish["guest"] if i == guest_line else rng.choice(NOUNS[topic])
+        if nouns and rng.random() < 0.2:
+            noun = rng.choice(nouns)
+        nouns.append(noun)
+        sentences.append(f"{rng.choice(ADJECTIVES[mood])} {noun} {rng.choice(VERBS[mood])} .")
+        if rng.random() < 0.15:
+            sentences.append(rng.choice(RAMBLES))
+    if rng.random() < 0.55:
+        sentences.append("the end .")
+    return " ".join(sentences)
+
+
+# ---------------------------------------------------------------- the base models
+def tokenizer():
+    """Word-level, with a chat template: <bos> <user> the prompt's words <assistant> the answer's words <eos>."""
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", "<user>", "<assistant>", *words()])}
+    model = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
+    model.pre_tokenizer = WhitespaceSplit()
+    template = ("{{ bos_token }}{% for m in messages %} <{{ m['role'] }}> {{ m['content'] }}"
+                "{% if m['role'] == 'assistant' %} {{ eos_token }}{% endif %}{% endfor %}"
+                "{% if add_generation_prompt %} <assistant>{% endif %}")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", chat_template=template,
+        additional_special_tokens=["<user>", "<assistant>"], clean_up_tokenization_spaces=False)
+
+
+def parts(seed):
+    """The world's prompts, shuffled, in parts that share none."""
+    prompts = all_prompts()
+    random.Random(seed).shuffle(prompts)
+    sizes = {"loop": LOOP_PROMPTS, "test": TEST_PROMPTS, "labels": LABELS, "demonstrations": DEMONSTRATIONS}
+    cut, at = {}, 0
+    for part, size in sizes.items():
+        cut[part], at = prompts[at:at + size], at + size
+    assert at <= len(prompts)
+    return cut
+
+
+def build(seed):
+    """The base policy, base RM and prompts of a seed, made on first use: {policy, rm, prompts}, the options of mt.py.
+
+    Another process does it, with one thread: the base models don't depend on how many processes the run has.
+    """
+    torch.set_num_threads(1)  # the models are too small for more, and several threads may round differently
+    source = Path(__file__).read_bytes() + f"{torch.__version__} {transformers.__version__}".encode()
+    folder = Path("runs") / "toy-base" / f"seed{seed}-{hashlib.sha256(source).hexdigest()[:8]}"
+    if not exists(folder / "rm" / "config.json"):
+        say(f"making the base models of the embedded task in {folder} (about a minute, once)")
+        if rank() == 0:
+            parallel.remove(folder)
+            clean = {k: v for k, v in os.environ.items() if k not in (
+                "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+            command = [sys.executable, __file__, "--seed", str(seed), "--out", str(folder)]
+            if subprocess.run(command, env=clean | {"OMP_NUM_THREADS": "1"}).returncode:
+                raise Problem("the base models could not be made; the reason stands above")
+        barrier()
+    return dict(policy=str(folder / "policy"), rm=str(folder / "rm"), prompts=str(folder / "prompts.jsonl"))
+
+
+def write_demonstrator(prompts, seed, folder):
+    """π_0: a small Llama trained on the mediocre writer's demonstrations, the mean negative log-likelihood per token."""
+    torch.manual_seed(seed)
+    words, rng = tokenizer(), random.Random(seed)
+    config = LlamaConfig(**SHAPE, vocab_size=len(words), pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    words.save_pretrained(folder)
+    model = LlamaForCausalLM(config).eval()
+    model.stored_dtype = torch.float32
+    model = ResponseLogps(model)
+    rows = [pack([encode_chat(words, prompt, demonstration(prompt, rng))]) for prompt in prompts]
+    optimizer = parallel.adamw(model, SFT["lr"])
+    steps = parallel.batches([len(r) for r in rows], SFT["batch"], SFT["batch"], seed, SFT["epochs"])
+    for number, [micro] in enumerate(tqdm(steps, desc="base policy", leave=False)):
+        batch = collate([rows[i] for i, _ in micro])
+        loss = -model(batch).sum() / len(batch["targets"])
+        loss.backward()
+        parallel.clip_and_step(model, optimizer, SFT["lr"] * parallel.cosine(number, len(steps)))
+    parallel.save(model, folder, folder)
+    say(f"base policy: {len(rows)} demonstrations, last loss {loss.item():.3f} nats per token")
+
+
+def write_preferences(policy, prompts, seed, path):
+    """Pairs of π_0's answers with a noisy label: P(a ≻ b) = σ((gold(a) − gold(b)) / T + slope · (tokens(a) − tokens(b)) / 10).
+
+    The mild preference for length balances the E-step's choice of short answers; without it they collapse.
+    """
+    rng, samples = random.Random(seed), path.with_name("answers.jsonl")
+    sample(str(policy), prompts, samples, samples=2, temperature=0.8, top_p=0.95, max_new_tokens=SETTINGS["max_new_tokens"],
+           seed=f"{seed}/labels", batch=256)
+    rows, pairs = read_jsonl(samples), []
+    for a, b in zip(rows[::2], rows[1::2]):
+        if a["response"] != b["response"]:
+            z = (gold_of(a) - gold_of(b)) / LABEL_NOISE + LENGTH_SLOPE * (a["tokens"] - b["tokens"]) / 10
+            chosen, rejected = (a, b) if rng.random() < 1 / (1 + math.exp(-z)) else (b, a)
+            pairs.append({"prompt": a["prompt"], "chosen": chosen["response"], "rejected": rejected["response"]})
+    write_jsonl(path, pairs)
+
+
+def gold_of(row):
+    return gold(row["prompt"], row["response"], row["finished"])
+
+
+# ---------------------------------------------------------------- what only an embedded task can show
+def measure(out, o):
+    """gold.jsonl in the run folder: a line for the base and one per round, on test prompts that nothing else has seen."""
+    states, policy, rm = [("base", o.policy, o.rm)], o.policy, o.rm
+    for number in range(1, o.rounds + 1):
+        for step, kind in (("e1", "policy"), ("m", "rm"), ("e2", "policy")):
+            if exists(out / f"round{number}" / step / kind):
+                made = str(out / f"round{number}" / step / kind)
+                policy, rm = (made, rm) if kind == "policy" else (policy, made)
+        states.append((f"round {number}", policy, rm))
+    lines, base = [], None
+    for label, policy, rm in states:
+        folder = out / "test" / label.replace(" ", "")
+        if lines and (policy, rm) == states[len(lines) - 1][1:]:
+            lines.append({**lines[-1], "policy": label})  # the run had stopped
+            continue
+        if not exists(folder / "r0.jsonl"):
+            sample(policy, parts(o.seed)["test"], folder / "answers.jsonl", samples=2, temperature=o.temperature,
+                   top_p=o.top_p, max_new_tokens=o.max_new_tokens, seed=f"{o.seed}/test/{label}", batch=o.sample_batch)
+            reward.score(o.rm, read_jsonl(folder / "answers.jsonl"), folder / "r0.jsonl", o.score_batch)
+        rows = read_jsonl(folder / "r0.jsonl")
+        base = base or rows
+        for name, answers in (("base", base), ("own", rows)):
+            if not exists(folder / f"{name}.jsonl"):
+                reward.score(rm, answers, folder / f"{name}.jsonl", o.score_batch)
+        values, base_values = [gold_of(row) for row in rows[::2]], [gold_of(row) for row in base[::2]]
+        lines.append(dict(
+            policy=label, rm=Path(rm).parts[-3] if rm != o.rm else "r0", gold=float(np.mean(values)),
+            gold_se=standard_error(values), win_rate=win_rate(values, base_values),
+            tokens=float(np.mean([row["tokens"] for row in rows])), reward_r0=float(np.mean([row["score"] for row in rows])),
+            accuracy_base=agreement(read_jsonl(folder / "base.jsonl")),
+            accuracy_current=agreement(read_jsonl(folder / "own.jsonl")),
+            length_slope=length_slope(read_jsonl(folder / "base.jsonl"))))
+    if rank() == 0:
+        write_jsonl(out / "gold.jsonl", lines)
+    barrier()
+
+
+def agreement(rows):
+    """How often an RM agrees with gold on two answers to a prompt, where gold has a preference."""
+    pairs = [(a["score"] - b["score"], gold_of(a) - gold_of(b)) for a, b in zip(rows[::2], rows[1::2])]
+    return float(np.mean([(r > 0) == (g > 0) for r, g in pairs if g]))
+
+
+def length_slope(rows):
+    """Within a prompt, how much reward (in its standard deviations) goes with ten more tokens."""
+    reward = np.diff(np.reshape([row["score"] for row in rows], (-1, 2)))
+    tokens = np.diff(np.reshape([row["tokens"] for row in rows], (-1, 2)))
+    return float((reward * tokens).sum() / (tokens**2).sum() * 10 / np.std([row["score"] for row in rows]))
+
+
+def table(lines):
+    head = (f"{'test prompts':12} {'gold':>14} {'win vs base':>11} {'tokens':>7} {'reward r0':>9}   {'RM':6} "
+            f"{'accuracy on base':>16} {'on own answers':>14} {'length slope':>12}")
+    return "\n".join([head] + [
+        f"{x['policy']:12} {x['gold']:6.3f} ± {x['gold_se']:.3f} {x['win_rate']:11.3f} {x['tokens']:7.1f} "
+        f"{x['reward_r0']:9.3f}   {x['rm']:6} {x['accuracy_base']:16.3f} {x['accuracy_current']:14.3f} "
+        f"{x['length_slope']:12.3f}" for x in lines])
+
+
+@dataclass
+class Options:
+    out: str = field(metadata={"help": "folder for the base policy, the base reward model and the prompts"})
+    seed: int = 0
+
+
+def main():
+    o = parallel.parse(Options)
+    out, cut = Path(o.out), parts(o.seed)
+    write_demonstrator(cut["demonstrations"], o.seed, out / "policy")
+    write_preferences(out / "policy", cut["labels"], o.seed, out / "preferences.jsonl")
+    reward.train(str(out / "policy"), read_pairs(out / "preferences.jsonl"), out / "rm.tmp", seed=o.seed, fresh_head=True,
+                 max_length=SETTINGS["max_length"], log=Log(out / "metrics.jsonl", "base rm"), **RM)
+    write_jsonl(out / "prompts.jsonl", [{"prompt": prompt} for prompt in cut["loop"]])
+    os.replace(out / "rm.tmp", out / "rm")
+
+
+if __name__ == "__main__":
+    launch(main)
