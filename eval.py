@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 import reward
-from data import Problem, load_tokenizer, read_jsonl, read_pairs, read_prompts
+from data import Problem, read_jsonl, read_pairs, read_prompts
 from parallel import claim, exists, launch, local_folder, parse, rank, say
 from sampler import sample
 

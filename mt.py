@@ -24,7 +24,7 @@ import dpo
 import parallel
 import reward
 import toy
-from data import Problem, read_jsonl, read_pairs, read_prompts, write_jsonl
+from data import Problem, load_tokenizer, read_jsonl, read_pairs, read_prompts, write_jsonl
 from eval import report, win_rate
 from filter import compare, preference_pairs
 from parallel import Log, exists, launch, local_folder, rank, say, writing
@@ -64,8 +64,7 @@ class Options:
 
 def mutual_taught(o, out):
     """The loop of the paper. Returns the last policy and the last reward model."""
-    policy, rm = local_folder(o.policy), local_folder(o.rm)
-    base_rm = rm
+    policy, rm, base_rm = o.policy, o.rm, o.rm
     subsets = split(o, out)
     link(out, policy, rm)
     for number in range(1, o.rounds + 1):
@@ -267,7 +266,8 @@ def main():
         o = replace(o, **toy.build(o.seed))
     elif not (o.rm and o.prompts):
         raise Problem("--policy needs --rm and --prompts")
-    parallel.claim(out, o)
+    o = replace(o, policy=local_folder(o.policy), rm=local_folder(o.rm))
+    parallel.claim(out, o, templates={side: load_tokenizer(getattr(o, side)).chat_template for side in ("policy", "rm")})
     mutual_taught(o, out)
     if embedded:
         toy.measure(out, o)

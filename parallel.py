@@ -6,7 +6,9 @@ one process on a CPU is not sharded at all. Sampling and scoring use a plain rep
 
 Left out on purpose: tensor, pipeline and context parallelism, CPU offload, saving in the middle of an epoch.
 """
+import argparse
 import functools
+import gc
 import json
 import math
 import os
@@ -24,11 +26,20 @@ import torch
 import torch.distributed as dist
 import transformers
 from huggingface_hub import save_torch_state_dict, snapshot_download
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, HfArgumentParser
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    HfArgumentParser,
+)
 
 from data import Problem, _first_line, load_tokenizer
 
@@ -97,15 +108,24 @@ def launch(main, *arguments):
 
 def parse(options, words=None, **defaults):
     """The command line (or `words`) as the dataclass `options`; `defaults` replace the dataclass's own."""
-    parser = HfArgumentParser(options, description=sys.modules[options.__module__].__doc__,
-                              formatter_class=_Help, allow_abbrev=False)
+    def complain(message):
+        raise Problem(f"{message} (see --help)")
+    parser = HfArgumentParser(options, description=sys.modules[options.__module__].__doc__, allow_abbrev=False,
+                              formatter_class=_Help)
+    parser.error = complain
     parser.set_defaults(**defaults)
-    return parser.parse_args_into_dataclasses(words)[0]
+    chosen, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
+    if unknown:
+        complain(f"unknown: {' '.join(unknown)}")
+    for name, value in vars(chosen).items():
+        if type(value) in (int, float) and name not in ("seed", "tau") and (
+                value < 0 or value == 0 and name not in ("temperature", "save_every") or value > 1 and name == "top_p"):
+            complain(f"--{name} {value} makes no sense")
+    return chosen
 
 
-class _Help(transformers.hf_argparser.ArgumentDefaultsHelpFormatter):
-    def _fill_text(self, text, width, indent):
-        return text  # docstrings are laid out already
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
 
 
 # ---------------------------------------------------------------- files
@@ -136,11 +156,11 @@ def remove(path):
 
 
 def move_up(folder, out):
-    """A finished model folder's files to `out`, the config last: a folder with a config.json is complete."""
+    """A finished model's files from out/… to `out`, config last: a folder with a config.json is complete."""
     if rank() == 0:
-        for path in sorted(Path(folder).iterdir(), key=lambda p: p.name == "config.json"):
-            os.replace(path, Path(out) / path.name)
-        remove(folder)
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
+            os.replace(path, out / path.name)
+        remove(out / folder.relative_to(out).parts[0])
     barrier()
 
 
@@ -249,6 +269,9 @@ def _config(folder):
 
 
 def _load(kind, folder, training, **changes):
+    gc.collect()  # sharded models hold on to themselves: make room for the next one
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     config = _config(folder)
     config.update(changes)
     stored = config.dtype or torch.float32
@@ -321,7 +344,7 @@ def save(root, source, folder):
     weights = get_model_state_dict(root, options=options) if dist.is_initialized() else root.state_dict()
     model = root.model
     if rank() == 0:
-        weights = {name.removeprefix("model.", ): w.to(model.stored_dtype) for name, w in weights.items()}
+        weights = {name.removeprefix("model."): w.to(model.stored_dtype, copy=True) for name, w in weights.items()}
         if model.config.tie_word_embeddings:
             weights = {name: w for name, w in weights.items() if name not in (model._tied_weights_keys or {})}
         folder.mkdir(parents=True, exist_ok=True)

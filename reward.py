@@ -17,8 +17,18 @@ import torch
 import torch.nn.functional as F
 
 import parallel
-from data import (Problem, check_context, collate, encode_chat, load_tokenizer, pack, pair_rows, prompt_id, read_pairs,
-                  read_rows)
+from data import (
+    Problem,
+    check_context,
+    collate,
+    encode_chat,
+    load_tokenizer,
+    pack,
+    pair_rows,
+    prompt_id,
+    read_pairs,
+    read_rows,
+)
 from parallel import device, exists, in_blocks, launch, parse, say, world, writing
 
 

@@ -259,7 +259,7 @@ def sample(folder, prompts, out, *, samples, temperature, top_p, max_new_tokens,
                 yield dict(prompt=prompt, index=index, response=tokenizer.decode(ids, skip_special_tokens=True),
                            tokens=len(ids), finished=ids[-1] in stop_ids)
 
-    in_blocks(list(zip(prompts, encoded)), max(1, 4 * batch // samples), out, work, f"sampling {Path(out).stem}")
+    in_blocks(list(zip(prompts, encoded)), max(1, 4 * batch // samples), out, work, f"sampling {Path(out).name.split('.')[0]}")
 
 
 @dataclass

@@ -1,0 +1,127 @@
+"""What the tests share: tiny real models as Hugging Face folders, preference pairs, and ways to run a script.
+
+    pytest                       # everything
+    pytest tests/test_mt.py -k resume
+"""
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that tests start, too: the same threads, the same rounding
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+)
+
+import data  # noqa: E402
+import toy  # noqa: E402
+
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+SHAPE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=96)
+KINDS = {"llama": (LlamaConfig, SHAPE), "qwen2": (Qwen2Config, SHAPE), "mistral": (MistralConfig, SHAPE),
+         "gpt2": (GPT2Config, dict(n_embd=32, n_layer=2, n_head=4, n_positions=96))}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """tiny(kind, reward=False, seed=0, tokenizer=None, **config) -> folder of a small random model, made once."""
+    made = {}
+
+    def make(kind="llama", reward=False, seed=0, tokenizer=None, **changes):
+        key = (kind, reward, seed, id(tokenizer), str(changes))
+        if key not in made:
+            words = tokenizer or toy.tokenizer()
+            config, shape = KINDS[kind]
+            config = config(**{"vocab_size": len(words), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+                               **({"num_labels": 1} if reward else {}), **shape, **changes})
+            torch.manual_seed(seed)
+            auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+            model = auto.from_config(config)
+            for weight in model.parameters():  # large enough for tokens, positions and biases to matter
+                weight.data.add_(torch.randn_like(weight), alpha=0.2)
+            folder = tmp_path_factory.mktemp(f"{kind}-{'rm' if reward else 'policy'}")
+            model.save_pretrained(folder)
+            if not reward:
+                GenerationConfig(bos_token_id=1, eos_token_id=[2, 7], pad_token_id=0).save_pretrained(folder)
+            words.save_pretrained(folder)
+            made[key] = (str(folder), tokenizer)
+        return made[key][0]
+    return make
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    """30 different prompts of the embedded task."""
+    return random.Random(0).sample(toy.all_prompts(), 30)
+
+
+@pytest.fixture(scope="session")
+def pairs():
+    """97 preference pairs whose answers differ in length; every fourth rejected answer was cut off."""
+    rng = random.Random(1)
+    rows = []
+    for number, prompt in enumerate(rng.sample(toy.all_prompts(), 97)):
+        chosen, rejected = (toy.demonstration(prompt, rng) for _ in range(2))
+        rows.append(dict(prompt=prompt, chosen=chosen, rejected=rejected, rejected_finished=number % 4 > 0))
+    return rows
+
+
+@pytest.fixture
+def written(tmp_path):
+    """written(name, rows) -> path of a JSONL file."""
+    def write(name, rows):
+        data.write_jsonl(tmp_path / name, rows)
+        return tmp_path / name
+    return write
+
+
+@pytest.fixture
+def call(monkeypatch):
+    """call(module, "--flag", value, …): a script's main() in this process."""
+    def run(module, *words):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
+        return module.main()
+    return run
+
+
+@pytest.fixture(scope="session")
+def script(tmp_path_factory):
+    """script("dpo.py", "--flag", value, …, processes=2) -> the finished process: the real command line."""
+    def run(name, *words, processes=1, cwd=None):
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        command = [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / name), *map(str, words)]
+        return subprocess.run(command, cwd=cwd or tmp_path_factory.mktemp("cwd"), capture_output=True, text=True,
+                              timeout=300)
+    return run
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """The folder of reference numbers and models, which is not part of the repository."""
+    folder = ROOT.parent / "shared"
+    if not (folder / "golden").exists():
+        pytest.skip("../shared is not there")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden(shared):
+    return shared / "golden"

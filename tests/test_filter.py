@@ -1,0 +1,121 @@
+"""pytest tests/test_filter.py
+
+Which responses become a pair, and which comparisons train the reward model: tables of small cases.
+"""
+import pytest
+
+import filter as filter_script
+from data import Problem, read_jsonl
+from filter import choose_pair, compare, margin_filter, preference_pairs
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("scores, lengths, pair", [
+    ([1, 2, 3, 4, 0], [9, 9, 8, 7, 5], (3, 4)),     # mean 2: of 3 and 4 the shorter, although 0 is shorter still
+    ([0, 3, 9], [5, 5, 6], (2, 0)),                 # mean 4: the shortest above the mean, however short those below
+    ([1, 5, 6, 0], [3, 4, 8, 3], (1, 3)),           # shorter beats higher
+    ([0, 5, 6], [3, 4, 4], (2, 0)),                 # equally short: the higher reward
+    ([0, 5, 5], [3, 4, 4], (1, 0)),                 # and equally high: the earlier
+    ([0, 0, 5], [1, 2, 3], (2, 0)),                 # lowest twice: the earlier, whatever its length
+    ([1, 1, 1, 2], [1, 1, 1, 50], (3, 0)),          # one response above the mean
+    ([-3, -1, -2], [4, 4, 4], (1, 0)),
+    ([2, 1, 3], [1, 1, 9], (2, 1)),                 # exactly the mean is not above it
+    ([7, 7, 7], [1, 2, 3], None),                   # all equal
+    ([0.1, 0.1, 0.1], [1, 2, 3], None),             # all equal, with a mean that rounds below them
+    ([4], [1], None),
+    ([], [], None),
+])
+def test_the_shortest_above_the_mean_is_chosen_and_the_lowest_rejected(scores, lengths, pair):
+    assert choose_pair(scores, lengths) == pair
+
+
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_a_reward_that_is_not_finite_is_never_ranked(bad):
+    with pytest.raises(ValueError, match="finite"):
+        choose_pair([1, bad, 2], [1, 2, 3])
+    for new, old in (([bad], [1]), ([1], [bad])):
+        with pytest.raises(ValueError, match="finite"):
+            margin_filter(new, old)
+
+
+def responses(prompt, *texts_and_scores):
+    return [dict(prompt=prompt, response=text, score=score, tokens=len(text.split()), finished=True, index=i)
+            for i, (text, score) in enumerate(texts_and_scores)]
+
+
+def test_pairs_carry_scores_lengths_and_the_reason_and_prompts_without_one_are_counted():
+    samples = (responses("one", ("a b c d", 4.0), ("a b", 3.0), ("a", 0.0))
+               + responses("two", ("a", 1.0), ("b", 1.0))            # all equal
+               + responses("three", ("same", 1.0), ("same", 2.0)))   # two scores of one text: noise of rounding
+    pairs, without = preference_pairs(samples)
+    assert without == 2 and len(pairs) == 1
+    expected = dict(prompt="one", chosen="a b", rejected="a", chosen_score=3.0, rejected_score=0.0, chosen_tokens=2,
+                    rejected_tokens=1, chosen_index=1, rejected_index=2, chosen_finished=True)
+    assert expected.items() <= pairs[0].items()
+    assert "shortest of the 2 above the mean reward 2.3333" in pairs[0]["reason"]
+
+
+@pytest.mark.parametrize("new, old, kept, epsilon", [
+    ([5, 5], [0, 2], [True, True], 1),              # one-sided: all better
+    ([-5, -5], [0, 2], [False, False], 1),          # all dropped
+    ([-1, 1], [0, 2], [False, False], 1),           # a margin of exactly -ε is dropped
+    ([-0.999, 1.001], [0, 2], [True, True], 1),     # slightly negative ones stay, on purpose
+    ([0, 2], [0, 2], [True, True], 1),              # ties stay
+    ([3, 3.5, 2.5], [3, 3, 3], [False, True, False], 0),  # ε = 0: only what is better
+    ([1], [1], [False], 0),
+    ([2], [1], [True], 0),
+    ([], [], [], 0),
+])
+def test_a_margin_at_or_below_minus_epsilon_is_dropped(new, old, kept, epsilon):
+    mask, margins, threshold = margin_filter(new, old)
+    assert mask.tolist() == kept
+    assert margins.tolist() == pytest.approx([n - o for n, o in zip(new, old)])
+    assert threshold == epsilon
+
+
+@pytest.mark.parametrize("use_filter, kept", [(True, [True, False, False]), (False, [True, True, False])])
+def test_dropped_comparisons_stay_on_record_and_identical_texts_never_count(use_filter, kept):
+    new = responses("x", ("better", 3.0)) + responses("y", ("worse", -3.0)) + responses("z", ("same", 2.0))
+    old = responses("x", ("old", 0.0)) + responses("y", ("old", 2.0)) + responses("z", ("same", 1.0))
+    rows = compare(new, old, use_filter)
+    assert [row["kept"] for row in rows] == kept
+    assert [row["margin"] for row in rows] == [3.0, -5.0, 1.0]
+    assert [row["reason"] for row in rows] == ["margin above -epsilon", "margin at or below -epsilon", "identical text"]
+    assert {row["epsilon"] for row in rows} == {pytest.approx((2 / 3)**0.5)}
+    assert rows[1].items() >= dict(prompt="y", new="worse", old="old", new_score=-3.0, old_score=2.0).items()
+
+
+def test_answers_to_different_prompts_are_not_compared():
+    with pytest.raises(Problem, match="different prompts"):
+        compare(responses("x", ("a", 1.0)), responses("y", ("b", 1.0)))
+
+
+# ---------------------------------------------------------------- the command line
+def test_the_script_makes_pairs_and_comparisons(call, written, tmp_path):
+    samples = written("scored.jsonl", responses("one", ("long answer", 2.0), ("bad", 1.0)))
+    call(filter_script, "--samples", samples, "--out", tmp_path / "pairs.jsonl")
+    assert read_jsonl(tmp_path / "pairs.jsonl")[0]["chosen"] == "long answer"
+    new, old = (written(f"{name}.jsonl", responses("one", (name, score))) for name, score in (("new", 1.0), ("old", 2.0)))
+    call(filter_script, "--new", new, "--old", old, "--out", tmp_path / "comparisons.jsonl")
+    assert read_jsonl(tmp_path / "comparisons.jsonl")[0]["margin"] == -1.0
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"score": NAN}, r":2: the score nan is not a finite number"),
+    ({"score": "high"}, r":2: the score 'high' is not a finite number"),
+    ({"score": None}, r":2: .*score"),
+    ({"prompt": 5}, r":2: .*prompt"),
+])
+def test_a_bad_sample_is_named_by_its_line(call, written, tmp_path, change, message):
+    rows = responses("one", ("a", 2.0), ("b", 1.0))
+    with pytest.raises(Problem, match=message):
+        call(filter_script, "--samples", written("bad.jsonl", [rows[0], rows[1] | change]), "--out", tmp_path / "o.jsonl")
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_unscored_samples_are_refused_with_what_to_do(call, written, tmp_path):
+    row = responses("one", ("a", 2.0))[0]
+    del row["score"]
+    with pytest.raises(Problem, match="score samples first"):
+        call(filter_script, "--samples", written("raw.jsonl", [row]), "--out", tmp_path / "o.jsonl")
