@@ -24,7 +24,7 @@ import dpo
 import parallel
 import reward
 import toy
-from data import Problem, load_tokenizer, read_jsonl, read_pairs, read_prompts, write_jsonl
+from data import Problem, load_tokenizer, read_jsonl, read_prompts, write_jsonl
 from eval import report, win_rate
 from filter import compare, preference_pairs
 from parallel import Log, exists, launch, local_folder, rank, say, writing
@@ -63,25 +63,27 @@ class Options:
 
 
 def mutual_taught(o, out):
-    """The loop of the paper. Returns the last policy and the last reward model."""
-    policy, rm, base_rm = o.policy, o.rm, o.rm
+    """The loop of the paper, from the base policy and the base reward model. The run's last models are OUT/policy, OUT/rm."""
+    policy, rm = o.policy, o.rm
     subsets = split(o, out)
     link(out, policy, rm)
-    for number in range(1, o.rounds + 1):
-        folder = out / f"round{number}"
-        a, b, c = (subsets[(number - 1 + i) % 3] for i in range(3))
+    for number in range(o.rounds):
+        folder = out / f"round{number + 1}"
+        a, b, c = (subsets[(number + i) % 3] for i in range(3))
+
         new_policy = e_step(o, out, policy, rm, a, folder / "e1")
-        if new_policy and o.update_rm:
-            rm = m_step(o, out, policy, new_policy, rm, base_rm, b, folder)
-            link(out, new_policy, rm)
-        if new_policy:
-            policy, new_policy = new_policy, e_step(o, out, new_policy, rm, c, folder / "e2")
         if not new_policy:
-            say(f"stopped in round {number}: no checkpoint reaches a win rate of {o.tau}")
+            break
+        if o.update_rm:
+            rm = m_step(o, out, policy, new_policy, rm, b, folder)
+        policy = new_policy
+        link(out, policy, rm)
+
+        new_policy = e_step(o, out, policy, rm, c, folder / "e2")
+        if not new_policy:
             break
         policy = new_policy
         link(out, policy, rm)
-    return policy, rm
 
 
 def e_step(o, out, policy, rm, prompts, folder):
@@ -93,14 +95,14 @@ def e_step(o, out, policy, rm, prompts, folder):
         select(o, out, policy, rm, checkpoints, folder)
     choice = json.loads((folder / "selection.json").read_text())
     if rank() == 0 and (folder / "checkpoints").exists():  # the losers go
-        if choice["chosen"]:
+        if choice["chosen"] and not (folder / "policy").exists():
             os.replace(folder / "checkpoints" / choice["chosen"], folder / "policy")
         parallel.remove(folder / "checkpoints")
     parallel.barrier()
     return str(folder / "policy") if choice["chosen"] else None
 
 
-def m_step(o, out, old_policy, new_policy, rm, base_rm, prompts, folder):
+def m_step(o, out, old_policy, new_policy, rm, prompts, folder):
     """π_{t−1}, π_t, r → r': a folder. Training starts from the base RM each time."""
     folder, ranked = folder / "m", folder / "e1" / "pairs.jsonl"
     new = scored_samples(o, out, new_policy, rm, prompts, 1, folder / "new.jsonl")
@@ -111,7 +113,7 @@ def m_step(o, out, old_policy, new_policy, rm, base_rm, prompts, folder):
         if not read_jsonl(preferences):
             raise Problem(f"{preferences}: every comparison was dropped and there are no ranked pairs")
         with writing(folder / "rm") as temporary:
-            reward.train(base_rm, read_pairs(preferences), temporary, lr=o.rm_lr, batch=o.rm_batch, seed=o.seed,
+            reward.train(o.rm, read_jsonl(preferences), temporary, lr=o.rm_lr, batch=o.rm_batch, seed=o.seed,
                          micro_batch=o.micro_batch, max_length=o.max_length, recompute=o.recompute,
                          log=Log(out / "metrics.jsonl", name(out, folder / "rm")))
     return str(folder / "rm")
@@ -179,7 +181,7 @@ def train_policy(o, out, policy, pairs, path):
     """DPO; returns the checkpoints, in order of steps."""
     if not exists(path):
         with writing(path) as temporary:
-            dpo.train(policy, read_pairs(pairs), temporary, beta=o.beta, lr=o.policy_lr, batch=o.policy_batch, seed=o.seed,
+            dpo.train(policy, read_jsonl(pairs), temporary, beta=o.beta, lr=o.policy_lr, batch=o.policy_batch, seed=o.seed,
                       micro_batch=o.micro_batch, max_length=o.max_length, recompute=o.recompute,
                       save_every=o.save_every if o.select else 0, log=Log(out / "metrics.jsonl", name(out, path)))
     return sorted(path.iterdir(), key=lambda p: int(p.name.removeprefix("step-")))
@@ -197,6 +199,8 @@ def select(o, out, policy, rm, checkpoints, folder):
         chosen = best if win_rates[best] >= o.tau else None
         for step, rate in win_rates.items():
             say(f"{name(out, folder)} {step}: win rate {rate:.3f}{' chosen' if step == chosen else ''}")
+        if not chosen:
+            say(f"no checkpoint reaches a win rate of {o.tau}: {policy} stays and the run stops")
     write_json(folder / "selection.json", {"chosen": chosen, "win_rates": win_rates, "tau": o.tau,
                                            "policy_before": str(policy), "rm": str(rm)})
     log = Log(out / "metrics.jsonl", name(out, folder / "selection"))

@@ -361,7 +361,7 @@ def save(root, source, folder):
 
 # ---------------------------------------------------------------- training
 def adamw(root, lr):
-    return torch.optim.AdamW(root.parameters(), lr=lr, weight_decay=0.0)
+    return torch.optim.AdamW(root.parameters(), lr=lr, weight_decay=0.0, fused=True)
 
 
 def cosine(step, steps, warmup=0.1):

@@ -45,14 +45,14 @@ from sampler import sample
 
 # options of mt.py that fit models of 0.1 M parameters
 SETTINGS = dict(
-    out="runs/toy", max_new_tokens=64, max_length=128, beta=0.2, policy_lr=1.2e-4, policy_batch=16, rm_lr=5e-4, rm_batch=16,
+    out="runs/toy", max_new_tokens=64, max_length=128, beta=0.1, policy_lr=1e-4, policy_batch=16, rm_lr=5e-4, rm_batch=16,
     save_every=13, select_prompts=300, sample_batch=256, score_batch=64, micro_batch=16)
-LOOP_PROMPTS, TEST_PROMPTS, LABELS, DEMONSTRATIONS = 2700, 300, 5000, 6500
+LOOP_PROMPTS, TEST_PROMPTS, LABELS, DEMONSTRATIONS = 2700, 300, 6000, 7000
 SHAPE = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.08,
              max_position_embeddings=128)
 SFT = dict(lr=3e-3, batch=32, epochs=3)
-RM = dict(lr=1e-3, batch=16, micro_batch=16, epochs=3)
-LABEL_NOISE, LENGTH_SLOPE = 0.75, 0.6  # T, and nats per ten tokens
+RM = dict(lr=1e-3, batch=16, micro_batch=16, epochs=4)
+LABEL_NOISE, LENGTH_SLOPE = 0.6, 0.6  # T, and nats per ten tokens
 
 # ---------------------------------------------------------------- the world
 # mood -> (adjectives, verbs); every word belongs to one mood only, so that a word's mood can be looked up
@@ -194,15 +194,15 @@ def tokenizer():
 
 
 def parts(seed):
-    """The world's prompts, shuffled, in parts that share none."""
+    """The world's prompts, shuffled and cut: `loop` (subsets and D_MS), `test`, and those that the base models see.
+
+    Loop, test and base models share no prompt; demonstrations and labels share some with each other.
+    """
     prompts = all_prompts()
     random.Random(seed).shuffle(prompts)
-    sizes = {"loop": LOOP_PROMPTS, "test": TEST_PROMPTS, "labels": LABELS, "demonstrations": DEMONSTRATIONS}
-    cut, at = {}, 0
-    for part, size in sizes.items():
-        cut[part], at = prompts[at:at + size], at + size
-    assert at <= len(prompts)
-    return cut
+    rest = prompts[LOOP_PROMPTS + TEST_PROMPTS:]
+    return {"loop": prompts[:LOOP_PROMPTS], "test": prompts[LOOP_PROMPTS:LOOP_PROMPTS + TEST_PROMPTS],
+            "labels": rest[:LABELS], "demonstrations": rest[-DEMONSTRATIONS:]}
 
 
 def build(seed):

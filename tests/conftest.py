@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that tests start, too: the same threads, the same rounding
+os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that tests start, too: equal rounding
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -42,7 +42,7 @@ KINDS = {"llama": (LlamaConfig, SHAPE), "qwen2": (Qwen2Config, SHAPE), "mistral"
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """tiny(kind, reward=False, seed=0, tokenizer=None, **config) -> folder of a small random model, made once."""
+    """tiny(kind, reward=False, seed=0, tokenizer=None, **config) -> folder of a small random model."""
     made = {}
 
     def make(kind="llama", reward=False, seed=0, tokenizer=None, **changes):
@@ -50,8 +50,9 @@ def tiny(tmp_path_factory):
         if key not in made:
             words = tokenizer or toy.tokenizer()
             config, shape = KINDS[kind]
-            config = config(**{"vocab_size": len(words), "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-                               **({"num_labels": 1} if reward else {}), **shape, **changes})
+            special = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+            config = config(**{"vocab_size": len(words), "num_labels": 1 if reward else 2,
+                               **special, **shape, **changes})
             torch.manual_seed(seed)
             auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
             model = auto.from_config(config)
@@ -60,7 +61,7 @@ def tiny(tmp_path_factory):
             folder = tmp_path_factory.mktemp(f"{kind}-{'rm' if reward else 'policy'}")
             model.save_pretrained(folder)
             if not reward:
-                GenerationConfig(bos_token_id=1, eos_token_id=[2, 7], pad_token_id=0).save_pretrained(folder)
+                GenerationConfig(**special | {"eos_token_id": [2, 7]}).save_pretrained(folder)
             words.save_pretrained(folder)
             made[key] = (str(folder), tokenizer)
         return made[key][0]
@@ -108,8 +109,8 @@ def script(tmp_path_factory):
     def run(name, *words, processes=1, cwd=None):
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         command = [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / name), *map(str, words)]
-        return subprocess.run(command, cwd=cwd or tmp_path_factory.mktemp("cwd"), capture_output=True, text=True,
-                              timeout=300)
+        return subprocess.run(command, cwd=cwd or tmp_path_factory.mktemp("cwd"), text=True,
+                              capture_output=True, timeout=300)
     return run
 
 

@@ -12,8 +12,8 @@ NAN, INF = float("nan"), float("inf")
 
 
 @pytest.mark.parametrize("scores, lengths, pair", [
-    ([1, 2, 3, 4, 0], [9, 9, 8, 7, 5], (3, 4)),     # mean 2: of 3 and 4 the shorter, although 0 is shorter still
-    ([0, 3, 9], [5, 5, 6], (2, 0)),                 # mean 4: the shortest above the mean, however short those below
+    ([1, 2, 3, 4, 0], [9, 9, 8, 7, 5], (3, 4)),     # mean 2: of 3 and 4 the shorter, though 0 is shorter
+    ([0, 3, 9], [5, 5, 6], (2, 0)),                 # mean 4: however short those below it
     ([1, 5, 6, 0], [3, 4, 8, 3], (1, 3)),           # shorter beats higher
     ([0, 5, 6], [3, 4, 4], (2, 0)),                 # equally short: the higher reward
     ([0, 5, 5], [3, 4, 4], (1, 0)),                 # and equally high: the earlier
@@ -47,11 +47,11 @@ def responses(prompt, *texts_and_scores):
 def test_pairs_carry_scores_lengths_and_the_reason_and_prompts_without_one_are_counted():
     samples = (responses("one", ("a b c d", 4.0), ("a b", 3.0), ("a", 0.0))
                + responses("two", ("a", 1.0), ("b", 1.0))            # all equal
-               + responses("three", ("same", 1.0), ("same", 2.0)))   # two scores of one text: noise of rounding
+               + responses("three", ("same", 1.0), ("same", 2.0)))   # equal texts
     pairs, without = preference_pairs(samples)
     assert without == 2 and len(pairs) == 1
-    expected = dict(prompt="one", chosen="a b", rejected="a", chosen_score=3.0, rejected_score=0.0, chosen_tokens=2,
-                    rejected_tokens=1, chosen_index=1, rejected_index=2, chosen_finished=True)
+    expected = dict(prompt="one", chosen="a b", rejected="a", chosen_score=3.0, rejected_score=0.0,
+                    chosen_tokens=2, rejected_tokens=1, chosen_index=1, rejected_index=2)
     assert expected.items() <= pairs[0].items()
     assert "shortest of the 2 above the mean reward 2.3333" in pairs[0]["reason"]
 
@@ -81,8 +81,9 @@ def test_dropped_comparisons_stay_on_record_and_identical_texts_never_count(use_
     rows = compare(new, old, use_filter)
     assert [row["kept"] for row in rows] == kept
     assert [row["margin"] for row in rows] == [3.0, -5.0, 1.0]
-    assert [row["reason"] for row in rows] == ["margin above -epsilon", "margin at or below -epsilon", "identical text"]
-    assert {row["epsilon"] for row in rows} == {pytest.approx((2 / 3)**0.5)}
+    assert [row["reason"] for row in rows] == [
+        "margin above -epsilon", "margin at or below -epsilon", "identical text"]
+    assert [row["epsilon"] for row in rows] == pytest.approx([(2 / 3)**0.5] * 3)
     assert rows[1].items() >= dict(prompt="y", new="worse", old="old", new_score=-3.0, old_score=2.0).items()
 
 
@@ -96,7 +97,8 @@ def test_the_script_makes_pairs_and_comparisons(call, written, tmp_path):
     samples = written("scored.jsonl", responses("one", ("long answer", 2.0), ("bad", 1.0)))
     call(filter_script, "--samples", samples, "--out", tmp_path / "pairs.jsonl")
     assert read_jsonl(tmp_path / "pairs.jsonl")[0]["chosen"] == "long answer"
-    new, old = (written(f"{name}.jsonl", responses("one", (name, score))) for name, score in (("new", 1.0), ("old", 2.0)))
+    new = written("new.jsonl", responses("one", ("new", 1.0)))
+    old = written("old.jsonl", responses("one", ("old", 2.0)))
     call(filter_script, "--new", new, "--old", old, "--out", tmp_path / "comparisons.jsonl")
     assert read_jsonl(tmp_path / "comparisons.jsonl")[0]["margin"] == -1.0
 
@@ -108,9 +110,10 @@ def test_the_script_makes_pairs_and_comparisons(call, written, tmp_path):
     ({"prompt": 5}, r":2: .*prompt"),
 ])
 def test_a_bad_sample_is_named_by_its_line(call, written, tmp_path, change, message):
-    rows = responses("one", ("a", 2.0), ("b", 1.0))
+    first, second = responses("one", ("a", 2.0), ("b", 1.0))
+    samples = written("bad.jsonl", [first, second | change])
     with pytest.raises(Problem, match=message):
-        call(filter_script, "--samples", written("bad.jsonl", [rows[0], rows[1] | change]), "--out", tmp_path / "o.jsonl")
+        call(filter_script, "--samples", samples, "--out", tmp_path / "o.jsonl")
     assert not (tmp_path / "o.jsonl").exists()
 
 

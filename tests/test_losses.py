@@ -1,6 +1,6 @@
 """pytest tests/test_losses.py
 
-The two losses against numbers worked out by hand and against the peers' (../shared/golden, where it is there).
+The two losses against numbers worked out by hand, and the peers' in ../shared/golden where it is there.
 """
 import json
 import math
@@ -30,8 +30,8 @@ def test_dpo_is_minus_log_sigmoid_of_the_margin_of_rewards(logps, beta, rewards)
 
 def test_dpo_rewards_are_detached_and_its_gradient_is_beta_times_the_doubt():
     chosen, rejected = (torch.tensor([x], requires_grad=True) for x in (-1.0, -2.0))
-    losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, torch.tensor([-1.5]), torch.tensor([-1.0]), 0.1)
-    assert not chosen_rewards.requires_grad and not rejected_rewards.requires_grad
+    losses, *rewards = dpo_loss(chosen, rejected, torch.tensor([-1.5]), torch.tensor([-1.0]), 0.1)
+    assert not any(r.requires_grad for r in rewards)
     losses.sum().backward()
     doubt = 1 / (1 + math.exp(0.15))  # σ(−margin)
     assert chosen.grad.item() == pytest.approx(-0.1 * doubt, rel=1e-5)
@@ -48,14 +48,16 @@ def test_a_policy_that_is_its_own_reference_has_a_loss_of_ln_2():
     (-200.0, 200.0, 400.0),  # no overflow
 ])
 def test_bradley_terry_is_minus_log_sigmoid_of_the_difference(chosen, rejected, loss):
-    assert bradley_terry_loss(torch.tensor([chosen]), torch.tensor([rejected])).item() == pytest.approx(loss, rel=1e-5)
+    losses = bradley_terry_loss(torch.tensor([chosen]), torch.tensor([rejected]))
+    assert losses.item() == pytest.approx(loss, rel=1e-5)
 
 
 # ---------------------------------------------------------------- log-probabilities of responses
 @pytest.fixture
 def policy_and_batch(tiny, pairs):
     tokenizer = load_tokenizer(tiny())
-    rows = [pack([encode_chat(tokenizer, p["prompt"], p[side]) for side in ("chosen", "rejected")]) for p in pairs[:5]]
+    rows = [pack([encode_chat(tokenizer, p["prompt"], p[side]) for side in ("chosen", "rejected")])
+            for p in pairs[:5]]
     return ResponseLogps(load_policy(tiny(), training=True)), collate(rows)
 
 
@@ -103,7 +105,7 @@ def assert_gradients(model, path):
 @pytest.mark.parametrize("beta", [0.01, 0.1])
 def test_dpo_has_the_peers_logps_loss_and_gradients(golden, golden_batch, beta):
     peers = json.loads((golden / "dpo_trl.json").read_text())
-    policy, reference = (ResponseLogps(load_policy(golden / name, training=True)) for name in ("policy", "reference"))
+    policy, reference = (ResponseLogps(load_policy(golden / name)) for name in ("policy", "reference"))
     logps = policy(golden_batch).view(-1, 2)
     with torch.no_grad():
         reference_logps = reference(golden_batch).view(-1, 2)
@@ -133,7 +135,8 @@ def test_the_reward_model_has_the_peers_rewards_loss_and_gradients(golden, golde
 def test_a_row_of_two_answers_has_the_logps_of_the_peers_padded_rows(golden):
     batch, peers = load_file(golden / "dpo_batch.safetensors"), load_file(golden / "dpo_logps.safetensors")
     chats = []
-    for ids, real, answer in zip(*(batch[k].tolist() for k in ("input_ids", "attention_mask", "completion_mask"))):
+    keys = ("input_ids", "attention_mask", "completion_mask")
+    for ids, real, answer in zip(*(batch[key].tolist() for key in keys)):
         chats.append(Chat(ids[:sum(real)], answer.index(1)))
     policy = ResponseLogps(load_policy(golden / "policy"))
     logps = policy(collate([pack([chat]) for chat in chats]))

@@ -1,0 +1,286 @@
+"""pytest tests/test_data.py
+
+Chats to tokens, rows to batches, and files to prompts and pairs.
+"""
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import toy
+from data import (
+    Problem,
+    check_context,
+    collate,
+    encode_chat,
+    load_tokenizer,
+    pack,
+    pair_rows,
+    read_pairs,
+    read_prompts,
+)
+from dpo import ResponseLogps
+from parallel import load_policy, load_reward
+from reward import Rewards
+
+BOS, EOS = 1, 2  # of the embedded task's tokenizer
+ANSWER = "grey waves weep . the end ."
+
+
+# ---------------------------------------------------------------- chats to tokens
+def variant(template=None, adds_bos=False):
+    """The embedded task's tokenizer with another template, or with a post-processor that adds BOS."""
+    tokenizer = toy.tokenizer()
+    if template:
+        tokenizer.chat_template = template
+    if adds_bos:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", BOS)])
+    return tokenizer
+
+
+BODY = ("{% for m in messages %} <{{ m['role'] }}> {{ m['content'] }}"
+        "{% if m['role'] == 'assistant' %} {{ eos_token }}AFTER{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %} <assistant>{% endif %}")
+TEMPLATES = {
+    "BOS in the template": variant(),
+    "BOS from the tokenizer": variant(BODY.replace("AFTER", ""), adds_bos=True),
+    "BOS from both": variant("{{ bos_token }}" + BODY.replace("AFTER", ""), adds_bos=True),
+    "text after the stop token": variant("{{ bos_token }}" + BODY.replace("AFTER", " the end")),
+    "no stop token in the template": variant("{{ bos_token }}" + BODY.replace(" {{ eos_token }}AFTER", "")),
+}
+
+
+@pytest.mark.parametrize("tokenizer", TEMPLATES.values(), ids=TEMPLATES)
+def test_a_chat_has_one_bos_and_a_finished_answer_ends_in_one_eos(tokenizer):
+    words = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
+    prompt = encode_chat(tokenizer, "a sad poem").ids
+    done, cut = (encode_chat(tokenizer, "a sad poem", ANSWER, finished) for finished in (True, False))
+    assert prompt[0] == BOS and done.ids.count(BOS) == cut.ids.count(BOS) == prompt.count(BOS) == 1
+    assert done.ids[done.start:] == [*words, EOS] and done.ids.count(EOS) == 1
+    assert cut.ids[cut.start:] == words and EOS not in cut.ids
+    assert done.ids[:done.start] == cut.ids[:cut.start] == prompt  # what training sees is what sampling saw
+
+
+def test_a_tokenizer_that_uses_no_bos_gets_none():
+    assert BOS not in encode_chat(variant(BODY), "a sad poem", ANSWER).ids
+
+
+@pytest.mark.parametrize("finished, last", [(True, [EOS]), (False, [])])
+def test_an_empty_answer_is_a_stop_token_or_nothing(finished, last):
+    chat = encode_chat(variant(), "a sad poem", "", finished)
+    assert chat.ids[chat.start:] == last
+
+
+def test_earlier_turns_stay_in_the_prompt():
+    messages = [dict(role="user", content="sad"), dict(role="assistant", content="weep"),
+                dict(role="user", content="the sea")]
+    tokenizer = variant()
+    chat = encode_chat(tokenizer, messages, "waves")
+    assert tokenizer.decode(chat.ids[:chat.start]).split() == (
+        "<bos> <user> sad <assistant> weep <eos> <user> the sea <assistant>".split())
+    assert tokenizer.decode(chat.ids[chat.start:]).split() == ["waves", "<eos>"]
+
+
+def test_a_template_whose_generation_prompt_is_no_beginning_of_an_answer_is_refused():
+    broken = variant("{% for m in messages %}{{ m['content'] }} {% endfor %}"
+                     "{% if add_generation_prompt %}<assistant>{% endif %}")
+    with pytest.raises(Problem, match="generation prompt"):
+        encode_chat(broken, "a sad poem", ANSWER)
+
+
+def test_prompts_have_the_peers_ids(golden):
+    tokenizer = load_tokenizer(golden / "policy")
+    for chat in json.loads((golden / "chat_template.json").read_text()):
+        assert encode_chat(tokenizer, chat["messages"]).ids == chat["ids"]
+
+
+@pytest.mark.parametrize("answer", ["He ran.", " He ran.", "", "The end\n"])
+def test_where_bos_and_eos_are_one_token_it_stands_at_both_ends(shared, answer):
+    tokenizer = load_tokenizer(shared / "models" / "stories3M")
+    both = tokenizer.bos_token_id
+    assert both == tokenizer.eos_token_id
+    done, cut = (encode_chat(tokenizer, "Tom went home.", answer, finished) for finished in (True, False))
+    assert [i for i, token in enumerate(done.ids) if token == both] == [0, len(done.ids) - 1]
+    assert cut.ids == done.ids[:-1]
+    assert tokenizer.decode(done.ids[done.start:-1]).strip() == answer.strip()
+
+
+# ---------------------------------------------------------------- rows to batches
+@pytest.fixture(scope="module")
+def answers(pairs):
+    """Prompts with one to four answers, some alike in their first words, one of them empty."""
+    tokenizer = toy.tokenizer()
+    texts = [(p["prompt"], [p["chosen"], p["rejected"], p["chosen"] + " the end .", ""][:number % 4 + 1])
+             for number, p in enumerate(pairs[:9])]
+    return [[encode_chat(tokenizer, prompt, text, finished=i != 1) for i, text in enumerate(group)]
+            for prompt, group in texts]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gpt2"])
+def test_logps_do_not_depend_on_packing_and_padding(tiny, answers, kind):
+    policy = AutoModelForCausalLM.from_pretrained(tiny(kind)).eval()
+    alone = []
+    for chat in (chat for chats in answers for chat in chats):
+        ids = torch.tensor([chat.ids])
+        every = policy(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        alone.append(every[chat.start - 1:].sum().item())
+    together = ResponseLogps(load_policy(tiny(kind)))(collate([pack(chats) for chats in answers]))
+    assert together.tolist() == pytest.approx(alone, rel=1e-5, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_rewards_do_not_depend_on_packing_and_padding(tiny, answers, kind):
+    folder = tiny(kind, reward=True)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    alone = [model(torch.tensor([chat.ids])).logits[0, 0].item() for chats in answers for chat in chats]
+    together = Rewards(load_reward(folder))(collate([pack(chats) for chats in answers]))
+    assert together.tolist() == pytest.approx(alone, rel=1e-5, abs=1e-5)
+
+
+def test_packing_loses_no_token_and_shares_nothing_of_a_response(answers):
+    for chats in answers:
+        row = pack(chats)
+        for chat, branch, start in zip(chats, row.branches, row.starts):
+            assert row.trunk + branch == chat.ids
+            assert len(row.trunk) + start == chat.start
+            assert start >= 0
+    targets = collate([pack(chats) for chats in answers])["targets"].tolist()
+    assert targets == [token for chats in answers for chat in chats for token in chat.ids[chat.start:]]
+
+
+def test_over_long_pairs_are_left_out_and_counted_and_the_others_are_whole(pairs):
+    tokenizer = toy.tokenizer()
+    everything, kept, none = pair_rows(tokenizer, pairs, 1000)
+    assert len(everything) == len(kept) == len(pairs) and none == 0
+    longest = [max(len(row.trunk) + len(branch) for branch in row.branches) for row in everything]
+    limit = int(np.median(longest))
+    rows, kept, dropped = pair_rows(tokenizer, pairs, limit)
+    assert rows == [row for row, length in zip(everything, longest) if length <= limit]
+    assert kept == [pair for pair, length in zip(pairs, longest) if length <= limit]
+    assert dropped == len(pairs) - len(rows) > 0
+
+
+def test_only_policies_learn_that_an_answer_was_cut_off():
+    pair = [dict(prompt="a sad poem", chosen=ANSWER, rejected="grey waves", rejected_finished=False)]
+    for unfinished, last in ((True, "waves"), (False, "<eos>")):
+        [row], *_ = pair_rows(toy.tokenizer(), pair, 100, unfinished)
+        assert [toy.tokenizer().decode(branch[-1:]) for branch in row.branches] == ["<eos>", last]
+
+
+def test_a_chat_longer_than_the_context_is_a_problem(pairs):
+    rows, *_ = pair_rows(toy.tokenizer(), pairs, 1000)
+    longest = max(len(row.trunk) + len(branch) for row in rows for branch in row.branches)
+    check_context(rows, longest, "folder")
+    with pytest.raises(Problem, match=f"folder: a chat of {longest} tokens .* context of {longest - 1}"):
+        check_context(rows, longest - 1, "folder")
+
+
+# ---------------------------------------------------------------- files
+def user(text):
+    return dict(role="user", content=text)
+
+
+def assistant(text):
+    return dict(role="assistant", content=text)
+
+
+TURNS = dict(chosen=[user("Hi"), assistant("good")], rejected=[user("Hi"), assistant("bad")])
+
+
+@pytest.mark.parametrize("row", [
+    dict(prompt="Hi", chosen="good", rejected="bad"),
+    dict(prompt="Hi", chosen="Higood", rejected="Hibad"),  # the prompt in front
+    dict(prompt=[user("Hi")], chosen="good", rejected="bad"),
+    dict(prompt=[user("Hi")], chosen=[assistant("good")], rejected=[assistant("bad")]),
+    dict(prompt=[user("Hi")], **TURNS),
+    dict(prompt="Hi", **TURNS),                            # UltraFeedback
+    dict(TURNS),                                           # an implicit prompt
+])
+def test_every_way_to_write_a_pair_is_the_same_pair(written, row):
+    [pair] = read_pairs(written("pairs.jsonl", [row | {"extra": 1}]))
+    assert (pair["chosen"], pair["rejected"], pair["extra"]) == ("good", "bad", 1)
+    chats = [encode_chat(variant(), prompt, "the end").ids for prompt in ("Hi", pair["prompt"])]
+    assert chats[0] == chats[1]
+
+
+@pytest.mark.parametrize("row, message", [
+    (dict(chosen="good", rejected="bad"), "no prompt"),
+    (dict(prompt="Hi", chosen="good"), "no answer in `rejected`"),
+    (dict(prompt="Hi", chosen=[user("Hi")], rejected="bad"), "no answer in `chosen`"),
+    (dict(chosen=[user("a"), assistant("x")], rejected=[user("b"), assistant("y")]), "different prompts"),
+    (dict(prompt=[user("Hi"), assistant("x")], chosen="good", rejected="bad"), "ends with an assistant turn"),
+])
+def test_a_bad_pair_is_named_by_its_line(written, row, message):
+    good = dict(prompt="Hi", chosen="good", rejected="bad")
+    with pytest.raises(Problem, match=f":2: .*{message}"):
+        read_pairs(written("pairs.jsonl", [good, row]))
+
+
+def test_prompts_come_in_the_order_of_the_file_and_repeats_once(written):
+    path = written("prompts.jsonl", [{"prompt": p} for p in ("a", "b", [user("a")], "c", "b")])
+    assert read_prompts(path) == (["a", "b", "c"], 2)
+
+
+def test_prompts_are_read_from_a_json_list_and_from_jsonl_alike(tmp_path, written):
+    (tmp_path / "p.json").write_text(json.dumps([{"prompt": "ä\u2028b"}, {"prompt": "c"}], ensure_ascii=False))
+    path = written("p.jsonl", [{"prompt": "ä\u2028b"}, {"prompt": "c"}])
+    assert read_prompts(tmp_path / "p.json") == read_prompts(path) == (["ä\u2028b", "c"], 0)
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("p.jsonl", None, "p.jsonl: no such file"),
+    ("p.jsonl", b"", "p.jsonl: empty"),
+    ("p.jsonl", b"\n\n", "p.jsonl: empty"),
+    ("p.json", b"", "p.json: empty"),
+    ("p.json", b"[]", "p.json: empty"),
+    ("p.jsonl", b'{"prompt": "a"}\n\n{"prompt": "b"\n', "p.jsonl:3: not JSON"),
+    ("p.json", b'[{"prompt": "a"},\n{"prompt"}]', "p.json:2: not JSON"),
+    ("p.jsonl", b'{"prompt": "a"}\n"b"\n', "p.jsonl:2: a JSON object is needed"),
+    ("p.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', "p.jsonl:2: no prompt"),
+    ("p.jsonl", b'{"prompt": " "}\n', "p.jsonl:1: no prompt"),
+    ("p.jsonl", b'{"prompt": [{"role": "user"}]}\n', "p.jsonl:1: no prompt"),
+    ("p.jsonl", b'{"prompt": 3}\n', "p.jsonl:1: no prompt"),
+    ("p.jsonl", b"\xff\xfe\x00", "p.jsonl: not UTF-8"),
+    ("folder", "folder", "folder: a folder"),
+])
+@pytest.mark.parametrize("read", [read_prompts, read_pairs])
+def test_a_bad_file_is_one_clear_line(tmp_path, read, name, content, message):
+    path = tmp_path / name
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content.replace(b'"a"}', b'"a", "chosen": "x", "rejected": "y"}'))
+    with pytest.raises(Problem, match=message) as problem:
+        read(str(path))
+    assert "\n" not in str(problem.value)
+
+
+def test_without_datasets_hub_ids_and_parquet_say_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for source in ("someone/prompts", tmp_path / "p.parquet"):
+        with pytest.raises(Problem, match="pip install datasets"):
+            read_prompts(str(source))
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda f: (f / "chat_template.jinja").unlink(), "no chat template"),
+    (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer could be loaded|no chat template"),
+    (lambda f: (f / "config.json").write_text("{}"), "not a model folder"),
+    (lambda f: (f / "config.json").unlink(), "not a model folder"),
+    (lambda f: (f / "model.safetensors").unlink(), "can't be loaded"),
+    (lambda f: (f / "model.safetensors").write_bytes(b"1234"), "can't be loaded"),
+])
+def test_a_folder_that_is_no_whole_model_is_named(tiny, tmp_path, change, message):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny(), folder)
+    change(folder)
+    with pytest.raises(Problem, match=f"{folder}: .*({message})") as problem:
+        load_tokenizer(folder)
+        load_policy(folder)
+    assert "\n" not in str(problem.value)

@@ -1,0 +1,185 @@
+"""pytest tests/test_sampler.py
+
+The fast sampler against the slow one, token for token; its draws against their distribution.
+"""
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import sampler
+from data import Problem, encode_chat, load_tokenizer, prompt_id, read_jsonl, seed_of
+from parallel import load_policy
+from sampler import draw, generate, generate_reference, mass_above, nucleus, stop_tokens
+
+STOPS = [2, *range(30, 38)]  # about one token in twelve ends a response: rows leave and enter all the time
+
+
+@pytest.fixture(scope="module")
+def questions():
+    """Nine token lists of 1 to 21 tokens, and a key for each of three samples."""
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(3, 100, size).tolist() for size in (5, 21, 1, 8, 8, 13, 2, 17, 3)]
+    return ids, rng.integers(0, 2**64, (len(ids), 3), dtype=np.uint64)
+
+
+# ---------------------------------------------------------------- the fast one and the slow one
+@pytest.mark.parametrize("temperature, top_p", [(0, 1.0), (0.8, 0.95), (1.0, 1.0), (1.5, 0.9), (1.2, 0.05)])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gpt2"])
+def test_generate_gives_the_tokens_of_the_reference(tiny, questions, kind, temperature, top_p):
+    model, (prompts, keys) = load_policy(tiny(kind)), questions
+    settings = dict(stop_ids=STOPS, temperature=temperature, top_p=top_p, max_new_tokens=12)
+    fast = generate(model, prompts, keys, batch=4, **settings)
+    assert fast == generate_reference(model, prompts, keys, **settings)
+    ends = [tokens[-1] in STOPS for row in fast for tokens in row]
+    assert temperature == 0 or 0 < sum(ends) < len(ends)  # some stopped, some ran to the limit
+
+
+def test_a_response_depends_on_its_key_and_not_on_order_company_or_batch_size(tiny, questions):
+    model, (prompts, keys) = load_policy(tiny()), questions
+    settings = dict(stop_ids=STOPS, temperature=1.0, top_p=0.95, max_new_tokens=12)
+    every = generate(model, prompts, keys, batch=64, **settings)
+    for some in ([8, 3, 0, 5, 1, 7, 2, 6, 4], [4, 1], [2]):
+        for batch in (1, 5):
+            assert generate(model, [prompts[i] for i in some], keys[some], batch=batch, **settings) == [
+                every[i] for i in some]
+    one_sample = generate(model, prompts, keys[:, 1:2], batch=3, **settings)
+    assert [row[0] for row in one_sample] == [row[1] for row in every]
+    assert len({tuple(tokens) for row in every for tokens in row}) > 20  # and the keys do matter
+
+
+def test_a_response_ends_at_any_stop_token_and_holds_it_once(tiny, questions):
+    prompts, keys = questions
+    responses = generate(load_policy(tiny()), prompts, keys, stop_ids=STOPS, temperature=1.0, top_p=1.0,
+                         batch=4, max_new_tokens=60)
+    responses = [tokens for row in responses for tokens in row]
+    assert len({tokens[-1] for tokens in responses}) > 4
+    for tokens in responses:
+        assert not set(tokens[:-1]) & set(STOPS)
+        assert tokens[-1] in STOPS or len(tokens) == 60
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_response_ends_where_the_context_ends(tiny, questions, kind):
+    prompts, keys = questions
+    changes = {"n_positions": 24} if kind == "gpt2" else {"max_position_embeddings": 24}
+    model = load_policy(tiny(kind, **changes))
+    settings = dict(stop_ids=[2], temperature=1.0, top_p=1.0, max_new_tokens=20)
+    responses = generate(model, prompts, keys, batch=4, **settings)
+    assert responses == generate_reference(model, prompts, keys, **settings)
+    for prompt, row in zip(prompts, responses):
+        for tokens in row:
+            assert tokens[-1] == 2 or len(tokens) == min(20, 24 - len(prompt))
+
+
+def test_greedy_tokens_are_the_peers(golden):
+    peers = json.loads((golden / "generate_greedy.json").read_text())
+    model, prompts = load_policy(golden / "policy"), peers["prompts"]
+    keys = np.zeros((len(prompts), 1), np.uint64)
+    for stop_ids, name in (([2], "greedy"), ([2, peers["extra_stop_token"]], "greedy_with_stop_padded")):
+        ours = generate(model, prompts, keys, stop_ids=stop_ids, temperature=0, top_p=1.0, batch=3,
+                        max_new_tokens=peers["max_new_tokens"])
+        padded = [tokens + [0] * (peers["max_new_tokens"] - len(tokens)) for [tokens] in ours]
+        assert padded == peers[name]
+
+
+# ---------------------------------------------------------------- the distribution
+def kept_mass(probs, kept):
+    return (probs * (kept > 0)).sum(-1)
+
+
+@pytest.mark.parametrize("temperature, top_p", [(0.8, 0.5), (0.8, 0.95), (1.0, 0.95)])
+def test_the_nucleus_is_the_peers(golden, temperature, top_p):
+    peers = load_file(golden / "sampling_probs.safetensors")
+    probs = (peers["logits"] / temperature).softmax(-1)
+    theirs, ours = peers[f"probs_t{temperature}_p{top_p}_k0"], nucleus(probs, top_p)
+    torch.testing.assert_close(ours[:5], theirs[:5], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(kept_mass(probs, ours), kept_mass(probs, theirs))  # row 5 has a tie at its top
+
+
+def spread(rows=6, vocabulary=200, ties=True):
+    """(rows, vocabulary) logits from nearly flat to peaked, with many exact ties."""
+    logits = torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(0))
+    return (logits * 4).round() / 4 * torch.linspace(0.2, 4, rows)[:, None] if ties else logits * 2
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.95])
+def test_a_draw_is_accepted_exactly_if_it_lies_in_the_nucleus(top_p):
+    probs = spread().softmax(-1).double()  # in double precision, so that no mass is rounded to top_p itself
+    kept = nucleus(probs, top_p) > 0
+    for token in range(probs.shape[1]):
+        column = torch.full((len(probs), 1), token)
+        assert ((mass_above(probs, column) < top_p) == kept[:, token]).all()
+
+
+@pytest.mark.parametrize("counting", ["keys", "positions"])
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.9), (1.0, 0.3), (1.0, 0.05)])
+def test_draws_are_distributed_as_the_nucleus(temperature, top_p, counting):
+    draws = 20_000  # top-p 0.05 mostly ends in the cut nucleus after eight rejected draws
+    logits = spread(1, 60, ties=False)
+    expected = nucleus((logits / temperature).softmax(-1), top_p)[0].double().numpy() * draws
+    keys, steps = np.array([seed_of(0, i) for i in range(draws)], np.uint64), np.zeros(draws, np.int64)
+    if counting == "positions":  # of one response
+        keys, steps = keys[:1].repeat(draws), np.arange(draws)
+    tokens = draw(logits.expand(draws, -1), keys, steps, temperature, top_p)
+    observed = np.bincount(tokens.numpy(), minlength=60)
+    assert observed[expected == 0].sum() == 0
+    often = expected >= 5
+    chi2, freedom = ((observed - expected)[often]**2 / expected[often]).sum(), often.sum()
+    assert chi2 < freedom + 5 * (2 * freedom)**0.5
+
+
+def test_greedy_takes_the_likeliest_and_needs_no_key():
+    logits = spread(ties=False)
+    assert draw(logits, None, None, 0, 0.9).tolist() == logits.argmax(-1).tolist()
+
+
+# ---------------------------------------------------------------- the phase
+def run(call, tiny, path, out, *words):
+    call(sampler, "--model", tiny(), "--prompts", path, "--out", out, "--temperature", 1.0,
+         "--max_new_tokens", 12, *words)
+    return read_jsonl(out)
+
+
+def test_samples_do_not_depend_on_order_and_blocks_and_finished_tells_stop_tokens(
+        call, tiny, written, prompts, tmp_path):
+    path = written("p.jsonl", [{"prompt": p} for p in prompts])
+    rows = run(call, tiny, path, tmp_path / "a.jsonl", "--samples", 3)
+    assert [(row["prompt"], row["index"]) for row in rows] == [(p, i) for p in prompts for i in range(3)]
+    path = written("q.jsonl", [{"prompt": p} for p in prompts[::-2]])
+    fewer = run(call, tiny, path, tmp_path / "b.jsonl", "--samples", 3, "--sample_batch", 4)
+    assert fewer == [row for p in prompts[::-2] for row in rows if row["prompt"] == p]
+
+    tokenizer, model = load_tokenizer(tiny()), load_policy(tiny())
+    stops = stop_tokens(tiny(), tokenizer)
+    assert stops == [2, 7]  # the generation config's
+    keys = np.array([[seed_of(0, prompt_id(p), i) for i in range(3)] for p in prompts[:8]], np.uint64)
+    again = generate_reference(model, [encode_chat(tokenizer, p).ids for p in prompts[:8]], keys,
+                               stop_ids=stops, temperature=1.0, top_p=0.95, max_new_tokens=12)
+    for row, tokens in zip(rows, (tokens for group in again for tokens in group)):
+        assert row["response"] == tokenizer.decode(tokens, skip_special_tokens=True)
+        assert (row["tokens"], row["finished"]) == (len(tokens), tokens[-1] in stops)
+    assert {row["finished"] for row in rows} == {True, False}
+
+
+def test_another_seed_gives_other_samples(call, tiny, written, prompts, tmp_path):
+    path = written("p.jsonl", [{"prompt": prompts[0]}])
+    runs = [run(call, tiny, path, tmp_path / f"{seed}.jsonl", "--seed", seed) for seed in (0, 1)]
+    assert not {row["response"] for row in runs[0]} & {row["response"] for row in runs[1]}
+
+
+def test_a_prompt_longer_than_the_context_is_a_problem_and_names_the_prompt(call, tiny, written, tmp_path):
+    path = written("p.jsonl", [{"prompt": "a sad poem"}, {"prompt": "lonely " * 96}])
+    with pytest.raises(Problem, match="prompt of 99 tokens .* context of 96 tokens .*'lonely lonely"):
+        run(call, tiny, path, tmp_path / "o.jsonl")
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_the_command_line_ends_with_one_line_and_exit_code_2(script, tiny, tmp_path):
+    path = tmp_path / "none.jsonl"
+    done = script("sampler.py", "--model", tiny(), "--prompts", path, "--out", tmp_path / "o.jsonl")
+    assert done.returncode == 2
+    assert done.stderr == f"sampler.py: {path}: no such file\n"
+    assert not (tmp_path / "o.jsonl").exists()

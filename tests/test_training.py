@@ -1,0 +1,233 @@
+"""pytest tests/test_training.py
+
+DPO and Bradley-Terry training: the same numbers however the work is cut up, and folders that anyone can load.
+"""
+import copy
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
+
+import dpo
+import parallel
+import reward
+from data import Problem, collate, load_tokenizer, pair_rows, read_jsonl
+from dpo import ResponseLogps
+from reward import Rewards
+
+
+def metrics(out, key="loss"):
+    return [line[key] for line in read_jsonl(out / "metrics.jsonl") if key in line]
+
+
+# ---------------------------------------------------------------- batches and schedule
+@pytest.mark.parametrize("rows, batch, micro_batch, world", [
+    (97, 8, 2, 1), (97, 8, 2, 2), (97, 8, 3, 4), (5, 8, 1, 3), (1, 4, 2, 2), (33, 16, 16, 3)])
+def test_every_row_counts_once_with_weights_that_add_up_to_1_over_all_processes(
+        monkeypatch, rows, batch, micro_batch, world):
+    lengths = [(7 * i) % 31 + 1 for i in range(rows)]
+    monkeypatch.setattr(parallel, "world", lambda: world)
+    ranks = []
+    for rank in range(world):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        ranks.append(parallel.batches(lengths, batch, micro_batch, seed=3, epochs=2))
+    steps = math.ceil(rows / batch)
+    assert [len(mine) for mine in ranks] == [2 * steps] * world
+    for step in zip(*ranks):
+        assert len({len(micros) for micros in step}) == 1  # collectives need the same number everywhere
+        weights = [w for micros in step for micro in micros for _, w in micro]
+        assert sum(weights) == pytest.approx(1)
+        assert len({w for w in weights if w}) == 1
+        assert max(len(micro) for micros in step for micro in micros) <= micro_batch
+    epochs = [sorted(i for mine in ranks for step in mine[at:at + steps] for micro in step for i, w in micro if w)
+              for at in (0, steps)]
+    assert epochs == [list(range(rows))] * 2
+    assert world > 1 or rows < 10 or ranks[0][:steps] != ranks[0][steps:]  # shuffled anew
+
+
+@pytest.mark.parametrize("steps", [1, 7, 20, 100])
+def test_the_learning_rate_warms_up_over_a_tenth_and_falls_towards_0(steps):
+    factors = [parallel.cosine(i, steps) for i in range(steps)]
+    top = math.ceil(steps / 10) - 1
+    assert factors[top] == max(factors) == 1
+    assert factors[:top + 1] == pytest.approx([(i + 1) / (top + 1) for i in range(top + 1)])
+    falling = factors[top + 1:]
+    assert falling == sorted(falling, reverse=True) and all(0 < f <= 1 for f in falling)
+    assert not falling or falling[len(falling) // 2] == pytest.approx(0.5, abs=0.1)
+
+
+# ---------------------------------------------------------------- one process, two, micro-batches
+TRAIN = {"dpo": (dpo, ["--beta", 0.1, "--lr", 1e-4]), "reward": (reward, ["--lr", 1e-4])}
+
+
+@pytest.mark.parametrize("name", TRAIN)
+def test_one_process_two_processes_and_micro_batches_give_the_same_20_steps(
+        tiny, call, script, written, pairs, tmp_path, name):
+    module, words = TRAIN[name]
+    words = ["--model", tiny(reward=name == "reward"), "--pairs", written("pairs.jsonl", pairs), "--batch", 5, *words]
+    call(module, *words, "--micro_batch", 5, "--out", tmp_path / "one")
+    call(module, *words, "--micro_batch", 1, "--out", tmp_path / "micro")
+    done = script(f"{name}.py", *words, "--micro_batch", 2, "--out", tmp_path / "two", processes=2)
+    assert done.returncode == 0, done.stderr
+    losses, weights = metrics(tmp_path / "one"), load_file(tmp_path / "one" / "model.safetensors")
+    assert len(losses) == 20 and losses[0] != losses[-1]
+    before = load_file(Path(words[1]) / "model.safetensors")
+    assert max((weights[name] - before[name]).abs().max() for name in weights) > 1e-3  # something was learnt
+    for other in ("micro", "two"):
+        assert metrics(tmp_path / other) == pytest.approx(losses, abs=1e-5)
+        assert metrics(tmp_path / other, "grad_norm") == pytest.approx(metrics(tmp_path / "one", "grad_norm"), rel=1e-3)
+        theirs = load_file(tmp_path / other / "model.safetensors")
+        assert theirs.keys() == weights.keys()
+        for key, weight in weights.items():
+            torch.testing.assert_close(theirs[key], weight, rtol=0, atol=1e-4)
+    if name == "dpo":
+        for out in ("one", "micro", "two"):
+            assert metrics(tmp_path / out)[0] == pytest.approx(math.log(2), abs=1e-6)
+            assert metrics(tmp_path / out, "rewards/margins")[0] == 0
+    assert done.stdout.count("step 1/20") == 1  # only rank 0 speaks
+
+
+def test_tied_models_train_alike_in_two_processes(tiny, call, script, written, pairs, tmp_path):
+    folder = tiny("gpt2", tie_word_embeddings=True)
+    words = ["--model", folder, "--pairs", written("pairs.jsonl", pairs[:12]), "--batch", 4, "--lr", 1e-3]
+    call(dpo, *words, "--out", tmp_path / "one")
+    done = script("dpo.py", *words, "--out", tmp_path / "two", processes=2)
+    assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / out / "model.safetensors") for out in ("one", "two"))
+    assert one.keys() == two.keys() == load_file(Path(folder) / "model.safetensors").keys()
+    for key, weight in one.items():
+        torch.testing.assert_close(two[key], weight, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("reward_model", [False, True])
+def test_recomputing_activations_changes_no_gradient(tiny, pairs, reward_model):
+    folder = tiny(reward=reward_model)
+    load, wrap = (parallel.load_reward, Rewards) if reward_model else (parallel.load_policy, ResponseLogps)
+    rows, *_ = pair_rows(load_tokenizer(folder), pairs[:4], 96)
+    plain = wrap(load(folder, training=True))
+    recomputed = parallel.shard(copy.deepcopy(plain), recompute=True)
+    for model in (plain, recomputed):
+        model(collate(rows)).sum().backward()
+    for a, b in zip(plain.parameters(), recomputed.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-6)
+
+
+# ---------------------------------------------------------------- the reference
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_first_loss_is_ln_2_even_for_a_model_with_dropout(tiny, call, written, pairs, tmp_path, kind):
+    dropout = dict(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5) if kind == "gpt2" else dict(attention_dropout=0.5)
+    call(dpo, "--model", tiny(kind, **dropout), "--pairs", written("pairs.jsonl", pairs[:8]), "--out", tmp_path / "out",
+         "--batch", 4, "--lr", 1e-3)
+    first = read_jsonl(tmp_path / "out" / "metrics.jsonl")[1]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert (first["rewards/margins"], first["rewards/accuracies"]) == (0, 0)
+
+
+def test_a_policy_that_differs_from_its_own_reference_is_refused(tiny, call, written, pairs, tmp_path, monkeypatch):
+    load = parallel.load_policy
+    monkeypatch.setattr(parallel, "load_policy", lambda *words, **more: load(*words, **more).train())  # dropout
+    with pytest.raises(Problem, match="loss of step 1 is .* not ln 2"):
+        call(dpo, "--model", tiny("gpt2"), "--pairs", written("pairs.jsonl", pairs[:8]), "--out", tmp_path / "out",
+             "--beta", 1)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("name", TRAIN)
+def test_a_loss_that_is_not_finite_names_its_step(tiny, call, written, pairs, tmp_path, name):
+    path = written("pairs.jsonl", pairs[:12])
+    with pytest.raises(Problem, match="the loss of step 2 is nan"):
+        call(TRAIN[name][0], "--model", tiny(reward=name == "reward"), "--pairs", path, "--out", tmp_path / "out",
+             "--batch", 4, "--lr", 1e30)
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("name", TRAIN)
+def test_over_long_pairs_are_counted_and_too_long_for_all_is_a_problem(tiny, call, written, pairs, tmp_path, name):
+    words = ["--model", tiny(reward=name == "reward"), "--pairs", written("pairs.jsonl", pairs[:12])]
+    with pytest.raises(Problem, match="none of 12 pairs is short enough for --max_length 5"):
+        call(TRAIN[name][0], *words, "--max_length", 5, "--out", tmp_path / "none")
+    call(TRAIN[name][0], *words, "--max_length", 38, "--out", tmp_path / "some")
+    [kept], [dropped] = metrics(tmp_path / "some", "pairs"), metrics(tmp_path / "some", "pairs_dropped")
+    assert kept + dropped == 12 and kept > 0 and dropped > 0
+
+
+# ---------------------------------------------------------------- what is written
+@pytest.mark.parametrize("kind, tied", [("llama", True), ("llama", False), ("gpt2", True), ("qwen2", True)])
+def test_a_trained_policy_is_a_folder_that_from_pretrained_loads(tiny, call, written, pairs, tmp_path, kind, tied):
+    source, out = tiny(kind, tie_word_embeddings=tied), tmp_path / "out"
+    call(dpo, "--model", source, "--pairs", written("pairs.jsonl", pairs[:8]), "--out", out, "--lr", 1e-3)
+    model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert ("lm_head.weight" in load_file(out / "model.safetensors")) == (not tied)  # tied weights are stored once
+    assert GenerationConfig.from_pretrained(out).eos_token_id == [2, 7]
+    ours, theirs = AutoTokenizer.from_pretrained(out), AutoTokenizer.from_pretrained(source)
+    assert ours.chat_template == theirs.chat_template and ours("a sad poem") == theirs("a sad poem")
+    configs = [json.loads((Path(folder) / "config.json").read_text()) for folder in (out, source)]
+    assert configs[0] == configs[1]
+    assert {path.name for path in out.iterdir()} - {path.name for path in Path(source).iterdir()} == {
+        "metrics.jsonl", "run.json"}
+    ids = torch.tensor([[1, 5, 6, 7]])
+    assert not torch.equal(model(ids).logits, AutoModelForCausalLM.from_pretrained(source)(ids).logits)
+
+
+def test_a_trained_reward_model_is_a_folder_that_from_pretrained_loads(tiny, call, written, pairs, tmp_path):
+    out = tmp_path / "out"
+    call(reward, "--model", tiny(reward=True), "--pairs", written("pairs.jsonl", pairs[:8]), "--out", out)
+    model, info = AutoModelForSequenceClassification.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert model.config.num_labels == 1 and model.score.weight.shape == (1, 32)
+    assert AutoTokenizer.from_pretrained(out).chat_template
+
+
+def test_a_model_keeps_the_precision_that_it_was_stored_in(tiny, call, written, pairs, tmp_path):
+    folder = Path(shutil.copytree(tiny(), tmp_path / "bf16"))
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    call(dpo, "--model", folder, "--pairs", written("pairs.jsonl", pairs[:8]), "--out", tmp_path / "out")
+    assert {w.dtype for w in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("save_every, names", [(3, ["step-3", "step-6", "step-7"]), (0, ["step-7"]),
+                                               (7, ["step-7"])])
+def test_checkpoints_are_saved_every_so_many_steps_and_at_the_end(tiny, pairs, tmp_path, save_every, names):
+    steps = dpo.train(tiny(), pairs[:27], tmp_path / "out", beta=0.1, lr=1e-3, batch=4, micro_batch=4, max_length=96,
+                      save_every=save_every, log=lambda *_, **__: None)
+    assert steps == 7
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    for name in names:
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out" / name)
+
+
+def test_metrics_have_the_names_of_trl(tiny, call, written, pairs, tmp_path):
+    call(dpo, "--model", tiny(), "--pairs", written("pairs.jsonl", pairs[:8]), "--out", tmp_path / "out")
+    expected = {"loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen",
+                "logps/rejected", "learning_rate", "grad_norm"}
+    assert expected <= read_jsonl(tmp_path / "out" / "metrics.jsonl")[1].keys()
+    assert {"chosen_tokens", "rejected_tokens"} <= read_jsonl(tmp_path / "out" / "metrics.jsonl")[0].keys()
+
+
+# ---------------------------------------------------------------- the same command again
+def test_a_finished_folder_is_left_alone_and_another_setting_is_refused(tiny, call, written, pairs, tmp_path, capsys):
+    words = ["--model", tiny(), "--pairs", written("pairs.jsonl", pairs[:8]), "--out", tmp_path / "out"]
+    call(dpo, *words)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    call(dpo, *words)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+    with pytest.raises(Problem, match=r"belongs to another run; .*beta: 0.01 there, 0.5 now; lr: 7e-07 there, 0.1 now"):
+        call(dpo, *words, "--beta", 0.5, "--lr", 0.1)
+
+
+def test_a_folder_with_other_things_in_it_is_refused(tiny, call, written, pairs, tmp_path):
+    written("out/notes.jsonl", [{}])
+    with pytest.raises(Problem, match="exists and was not written by this command"):
+        call(dpo, "--model", tiny(), "--pairs", written("pairs.jsonl", pairs[:8]), "--out", tmp_path / "out")
