@@ -79,11 +79,11 @@ def _read_with_datasets(source):
             splits = datasets.get_dataset_split_names(source)
             rows = datasets.load_dataset(source, split="train_prefs" if "train_prefs" in splits else "train")
     except Exception as error:  # the library raises dozens of kinds; all mean that the data could not be had
-        raise Problem(f"{source}: could not be loaded ({_first_line(error)})") from None
+        raise Problem(f"{source}: could not be loaded ({first_line(error)})") from None
     return [(f"{source}:row {i}", row) for i, row in enumerate(rows, 1)]
 
 
-def _first_line(error):
+def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -167,7 +167,7 @@ def load_tokenizer(folder):
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:
-        raise Problem(f"{folder}: no tokenizer could be loaded ({_first_line(error)})") from None
+        raise Problem(f"{folder}: no tokenizer could be loaded ({first_line(error)})") from None
     if not tokenizer.chat_template:
         raise Problem(f"{folder}: the tokenizer has no chat template (add a chat_template.jinja to the folder)")
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:

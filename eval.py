@@ -51,20 +51,29 @@ def winrate(o):
     prompts, _ = read_prompts(o.prompts)
     judge, out = local_folder(o.rm), Path(o.out)
     claim(out, o)
-    scored = {}
-    for side, policy in (("policy", o.policy), ("baseline", o.baseline)):
-        raw, path = out / f"{side}.unscored.jsonl", out / f"{side}.jsonl"
-        if not exists(path):
-            if not exists(raw):
-                sample(local_folder(policy), prompts, raw, samples=1, temperature=o.temperature, top_p=o.top_p,
-                       max_new_tokens=o.max_new_tokens, seed=f"{o.seed}/{side}", batch=o.sample_batch)
-            reward.score(judge, read_jsonl(raw), path, o.score_batch)
-        scored[side] = read_jsonl(path)
+    scored = {side: sample_and_score(o, local_folder(policy), judge, prompts, 1, f"{o.seed}/{side}", out / f"{side}.jsonl")
+              for side, policy in (("policy", o.policy), ("baseline", o.baseline))}
     rewards = {side: [row["score"] for row in rows] for side, rows in scored.items()}
     say(f"{len(prompts)} prompts, win rate {win_rate(rewards['policy'], rewards['baseline']):.4f}")
     for side, rows in scored.items():
         say(f"{side:9} reward {np.mean(rewards[side]):8.4f} ± {standard_error(rewards[side]):.4f}, "
             f"{np.mean([row['tokens'] for row in rows]):.1f} tokens, {np.mean([row['finished'] for row in rows]):.1%} finished")
+
+
+def sample_and_score(o, policy, rm, prompts, samples, seed, path):
+    """`samples` responses of `policy` to every prompt, scored by `rm`, in the file `path`; returns its rows.
+
+    o: options with temperature, top_p, max_new_tokens, sample_batch and score_batch.
+    """
+    if not exists(path):
+        raw = path.with_name(f"{path.stem}.unscored.jsonl")
+        if not exists(raw):
+            sample(policy, prompts, raw, samples=samples, temperature=o.temperature, top_p=o.top_p,
+                   max_new_tokens=o.max_new_tokens, batch=o.sample_batch, seed=seed)
+        reward.score(rm, read_jsonl(raw), path, o.score_batch)
+        if rank() == 0:
+            raw.unlink()
+    return read_jsonl(path)
 
 
 # ---------------------------------------------------------------- accuracy

@@ -25,10 +25,9 @@ import parallel
 import reward
 import toy
 from data import Problem, load_tokenizer, read_jsonl, read_prompts, write_jsonl
-from eval import report, win_rate
+from eval import report, sample_and_score, win_rate
 from filter import compare, preference_pairs
 from parallel import Log, exists, launch, local_folder, rank, say, writing
-from sampler import sample
 
 
 @dataclass
@@ -147,20 +146,12 @@ def split(o, out):
 
 
 def scored_samples(o, out, policy, rm, prompts, samples, path):
-    """Responses of `policy` to every prompt, scored by `rm`."""
-    if not exists(path):
-        raw = path.with_name(f"{path.stem}.unscored.jsonl")
-        if not exists(raw):
-            sample(policy, [row["prompt"] for row in read_jsonl(prompts)], raw, samples=samples,
-                   temperature=o.temperature, top_p=o.top_p, max_new_tokens=o.max_new_tokens, batch=o.sample_batch,
-                   seed=f"{o.seed}/{name(out, path)}")
-        reward.score(rm, read_jsonl(raw), path, o.score_batch)
-    if rank() == 0:
-        parallel.remove(path.with_name(f"{path.stem}.unscored.jsonl"))
-        rows = read_jsonl(path)
-        mean = {k: float(np.mean([row[k] for row in rows])) for k in ("score", "tokens", "finished")}
-        say(f"{name(out, path)}: {len(rows)} responses, reward {mean['score']:.3f}, {mean['tokens']:.1f} tokens, "
-            f"{mean['finished']:.1%} finished")
+    """Responses of `policy` to every prompt of a file, scored by `rm`."""
+    texts = [row["prompt"] for row in read_jsonl(prompts)]
+    rows = sample_and_score(o, policy, rm, texts, samples, f"{o.seed}/{name(out, path)}", path)
+    mean = {key: float(np.mean([row[key] for row in rows])) for key in ("score", "tokens", "finished")}
+    say(f"{name(out, path)}: {len(rows)} responses, reward {mean['score']:.3f}, {mean['tokens']:.1f} tokens, "
+        f"{mean['finished']:.1%} finished")
     return path
 
 

@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -41,7 +42,7 @@ from transformers import (
     HfArgumentParser,
 )
 
-from data import Problem, _first_line, load_tokenizer
+from data import Problem, first_line, load_tokenizer, read_jsonl, write_jsonl
 
 
 # ---------------------------------------------------------------- processes
@@ -230,7 +231,7 @@ def local_folder(name):
         barrier()
         return snapshot_download(name, allow_patterns=patterns)
     except Exception as error:
-        raise Problem(f"{name}: no such folder, and not to be had from the hub ({_first_line(error)})") from None
+        raise Problem(f"{name}: no such folder, and not to be had from the hub ({first_line(error)})") from None
 
 
 def load_policy(folder, training=False):
@@ -261,7 +262,7 @@ def _config(folder):
     try:
         config = AutoConfig.from_pretrained(folder)
     except Exception as error:
-        raise Problem(f"{folder}: not a model folder ({_first_line(error)})") from None
+        raise Problem(f"{folder}: not a model folder ({first_line(error)})") from None
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True) \
             and config.sliding_window < config.max_position_embeddings:
         config.max_position_embeddings = config.sliding_window  # our masks are plain causal ones: exact up to there
@@ -288,7 +289,7 @@ def _load(kind, folder, training, **changes):
             with torch.device("meta"):
                 model = kind.from_config(config, dtype=dtype, attn_implementation="sdpa")
     except Exception as error:
-        raise Problem(f"{folder}: can't be loaded as a model ({_first_line(error)})") from None
+        raise Problem(f"{folder}: can't be loaded as a model ({first_line(error)})") from None
     model.stored_dtype, model.context = stored, config.max_position_embeddings
     return model.eval()  # and so it stays: dropout would make a policy differ from itself as its own reference
 
@@ -417,9 +418,6 @@ def in_blocks(rows, size, out, work, what):
     The blocks don't depend on the number of processes, so neither do the shapes that models see. A block is kept as soon
     as it is done: after an interruption only unfinished blocks are computed again.
     """
-    from tqdm import tqdm
-
-    from data import read_jsonl, write_jsonl
     out = Path(out)
     parts = out.with_name(f".{out.name}.parts")
     starts = range(0, len(rows), size)

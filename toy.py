@@ -39,7 +39,7 @@ import parallel
 import reward
 from data import Problem, collate, encode_chat, pack, read_jsonl, read_pairs, write_jsonl
 from dpo import ResponseLogps
-from eval import standard_error, win_rate
+from eval import sample_and_score, standard_error, win_rate
 from parallel import Log, barrier, exists, launch, rank, say
 from sampler import sample
 
@@ -47,7 +47,7 @@ from sampler import sample
 SETTINGS = dict(
     out="runs/toy", max_new_tokens=64, max_length=128, beta=0.1, policy_lr=1e-4, policy_batch=16, rm_lr=5e-4, rm_batch=16,
     save_every=13, select_prompts=300, sample_batch=256, score_batch=64, micro_batch=16)
-LOOP_PROMPTS, TEST_PROMPTS, LABELS, DEMONSTRATIONS = 2700, 300, 6000, 7000
+LOOP_PROMPTS, TEST_PROMPTS, LABELS, DEMONSTRATIONS = 2700, 300, 9000, 7000
 SHAPE = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.08,
              max_position_embeddings=128)
 SFT = dict(lr=3e-3, batch=32, epochs=3)
@@ -284,11 +284,7 @@ def measure(out, o):
         if lines and (policy, rm) == states[len(lines) - 1][1:]:
             lines.append({**lines[-1], "policy": label})  # the run had stopped
             continue
-        if not exists(folder / "r0.jsonl"):
-            sample(policy, parts(o.seed)["test"], folder / "answers.jsonl", samples=2, temperature=o.temperature,
-                   top_p=o.top_p, max_new_tokens=o.max_new_tokens, seed=f"{o.seed}/test/{label}", batch=o.sample_batch)
-            reward.score(o.rm, read_jsonl(folder / "answers.jsonl"), folder / "r0.jsonl", o.score_batch)
-        rows = read_jsonl(folder / "r0.jsonl")
+        rows = sample_and_score(o, policy, o.rm, parts(o.seed)["test"], 2, f"{o.seed}/test/{label}", folder / "r0.jsonl")
         base = base or rows
         for name, answers in (("base", base), ("own", rows)):
             if not exists(folder / f"{name}.jsonl"):

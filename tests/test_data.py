@@ -228,8 +228,9 @@ def test_prompts_come_in_the_order_of_the_file_and_repeats_once(written):
 
 
 def test_prompts_are_read_from_a_json_list_and_from_jsonl_alike(tmp_path, written):
-    (tmp_path / "p.json").write_text(json.dumps([{"prompt": "ä\u2028b"}, {"prompt": "c"}], ensure_ascii=False))
-    path = written("p.jsonl", [{"prompt": "ä\u2028b"}, {"prompt": "c"}])
+    rows = [{"prompt": "ä\u2028b"}, {"prompt": "c"}]
+    (tmp_path / "p.json").write_text(json.dumps(rows, ensure_ascii=False))
+    path = written("p.jsonl", rows)
     assert read_prompts(tmp_path / "p.json") == read_prompts(path) == (["ä\u2028b", "c"], 0)
 
 

@@ -1,0 +1,432 @@
+"""pytest tests/test_mt.py
+
+The loop, run tiny with real models: what goes where, when it stops, the record, going on.
+"""
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import mt
+import parallel
+import reward
+import toy
+from data import Problem, read_jsonl, write_jsonl
+from eval import win_rate
+
+WORDS = dict(rounds=1, samples=3, max_new_tokens=12, max_length=64, policy_batch=4, rm_batch=4, beta=0.1,
+             policy_lr=1e-3, rm_lr=1e-3, save_every=1, select_prompts=6, tau=0.0, sample_batch=16, score_batch=4)
+TRAINED_FROM = []  # the folders that reward.train started from in the fixture `undisturbed`
+
+
+@pytest.fixture(scope="module")
+def words(tiny, prompts, tmp_path_factory):
+    """words(rounds=2, …) -> the command line of a run in ./run: 6 prompts for selection, 3 subsets of 8."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    write_jsonl(path, [{"prompt": p} for p in [*prompts, prompts[3]]])
+    fixed = dict(policy=tiny(), rm=tiny(reward=True), prompts=path, out="run")
+
+    def line(**changes):
+        settings = {**fixed, **WORDS, **changes}
+        return [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
+    return line
+
+
+@pytest.fixture(scope="module")
+def undisturbed(words, tmp_path_factory):
+    """A run of two rounds that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("sys.argv", ["mt.py", *words(rounds=2)])
+        train = reward.train
+        patch.setattr(reward, "train", lambda base, *a, **b: TRAINED_FROM.append(base) or train(base, *a, **b))
+        mt.main()
+    return folder / "run"
+
+
+@pytest.fixture
+def here(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "run"
+
+
+PARTS = ("select", "s0", "s1", "s2")
+
+
+def prompts_of(path):
+    return [row["prompt"] for row in read_jsonl(path)]
+
+
+def weights_of(folder):
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def same_weights(a, b):
+    a, b = weights_of(a), weights_of(b)
+    return a.keys() == b.keys() and all(a[key].equal(b[key]) for key in a)
+
+
+# ---------------------------------------------------------------- which prompts go where
+def test_selection_prompts_and_subsets_are_disjoint_and_complete(undisturbed, prompts):
+    parts = [prompts_of(undisturbed / "prompts" / f"{part}.jsonl") for part in PARTS]
+    assert [len(part) for part in parts] == [6, 8, 8, 8]
+    assert sorted(sum(parts, [])) == sorted(prompts)
+    assert sum(parts, []) != prompts  # shuffled
+
+
+def test_the_split_depends_on_the_seed_and_nothing_else(words, here, undisturbed):
+    def split(seed, name):
+        o = parallel.parse(mt.Options, words(seed=seed))
+        mt.split(o, here / name)
+        return [prompts_of(here / name / "prompts" / f"{part}.jsonl") for part in PARTS]
+    assert split(0, "a") == [prompts_of(undisturbed / "prompts" / f"{part}.jsonl") for part in PARTS]
+    assert split(1, "b") != split(0, "c")
+
+
+def test_too_few_prompts_for_the_split_is_a_problem(call, words, here):
+    with pytest.raises(Problem, match="30 different prompts; --select_prompts 28 .* need at least 31"):
+        call(mt, *words(select_prompts=28))
+
+
+def test_each_step_has_a_subset_of_its_own_and_they_rotate(undisturbed):
+    s = [prompts_of(undisturbed / "prompts" / f"s{i}.jsonl") for i in range(3)]
+    for number, (a, b, c) in ((1, (0, 1, 2)), (2, (1, 2, 0))):
+        folder = undisturbed / f"round{number}"
+        for part, subset in (("e1", a), ("e2", c)):
+            assert prompts_of(folder / part / "samples.jsonl") == [p for p in s[subset] for _ in range(3)]
+            assert set(prompts_of(folder / part / "pairs.jsonl")) <= set(s[subset])
+            for file in (folder / part / "select").glob("*.jsonl"):
+                assert prompts_of(file) == prompts_of(undisturbed / "prompts" / "select.jsonl")
+        for side in ("new", "old", "comparisons"):
+            assert prompts_of(folder / "m" / f"{side}.jsonl") == s[b]
+
+
+def test_models_and_subsets_flow_from_step_to_step(monkeypatch):
+    calls, links = [], []
+
+    def e_step(o, out, policy, rm, prompts, folder):
+        calls.append(("E", policy, rm, prompts, str(folder)))
+        return f"π{sum(c[0] == 'E' for c in calls)}"
+
+    def m_step(o, out, old_policy, new_policy, rm, prompts, folder):
+        calls.append(("M", old_policy, new_policy, rm, prompts, str(folder)))
+        return f"r{sum(c[0] == 'M' for c in calls)}"
+
+    for name, value in dict(split=lambda *_: ["S0", "S1", "S2"], e_step=e_step, m_step=m_step,
+                            link=lambda _, *models: links.append(models)).items():
+        monkeypatch.setattr(mt, name, value)
+    mt.mutual_taught(mt.Options(policy="π0", rm="r0", rounds=4), Path("run"))
+    expected = []
+    for t in range(4):
+        (a, b, c), folder = (f"S{(t + i) % 3}" for i in range(3)), f"run/round{t + 1}"
+        before, after, rm, new_rm = f"π{2 * t}", f"π{2 * t + 1}", f"r{t}", f"r{t + 1}"
+        expected += [("E", before, rm, a, f"{folder}/e1"), ("M", before, after, rm, b, folder),
+                     ("E", after, new_rm, c, f"{folder}/e2")]
+    assert calls == expected
+    assert links[0] == ("π0", "r0") and links[-1] == ("π8", "r4")
+
+
+def test_every_m_step_starts_from_the_base_rm_and_is_judged_by_the_current_one(undisturbed, tiny):
+    base = tiny(reward=True)
+    assert [Path(folder).resolve() for folder in TRAINED_FROM] == [Path(base).resolve()] * 2
+    assert selection(undisturbed / "round1" / "e1")["rm"] == base
+    assert selection(undisturbed / "round1" / "e2")["rm"] == "run/round1/m/rm"
+    assert selection(undisturbed / "round2" / "e1")["rm"] == "run/round1/m/rm"
+    assert selection(undisturbed / "round2" / "e2")["rm"] == "run/round2/m/rm"
+    assert not same_weights(undisturbed / "round1" / "m" / "rm", undisturbed / "round2" / "m" / "rm")
+
+
+# ---------------------------------------------------------------- selection, τ and the switches
+def selection(folder):
+    return json.loads((folder / "selection.json").read_text())
+
+
+def phases(out):
+    return sorted(str(path.relative_to(out)) for path in out.glob("round*/*"))
+
+
+@pytest.mark.parametrize("update_rm", [True, False])
+@pytest.mark.parametrize("rates, stopped_in", [([0.5] * 2, "e1"), ([0.7, 0.8, 0.3, 0.5], "e2")])
+def test_a_best_win_rate_below_tau_keeps_the_old_policy_and_ends_the_run(
+        call, words, here, monkeypatch, tiny, rates, stopped_in, update_rm, capsys):
+    rates, given = iter(rates), []
+    monkeypatch.setattr(mt, "win_rate", lambda *_: given.append(next(rates)) or given[-1])
+    monkeypatch.setattr(mt, "train_policy", two_checkpoints(mt.train_policy))
+    call(mt, *words(rounds=3, tau=0.6, update_rm=update_rm, policy_batch=32))
+    folder = here / "round1" / stopped_in
+    assert selection(folder)["chosen"] is None and len(selection(folder)["win_rates"]) == 2
+    assert not (folder / "policy").exists() and not (folder / "checkpoints").exists()
+    if stopped_in == "e1":
+        assert phases(here) == ["round1/e1"]
+        assert same_weights(here / "policy", tiny()) and same_weights(here / "rm", tiny(reward=True))
+    else:
+        assert selection(here / "round1" / "e1")["chosen"] == "step-2"  # the best, at 0.8
+        assert phases(here) == ["round1/e1", "round1/e2"] + ["round1/m"] * update_rm
+        assert same_weights(here / "rm", here / "round1" / "m" / "rm" if update_rm else tiny(reward=True))
+        assert same_weights(here / "policy", here / "round1" / "e1" / "policy")
+    assert "discarded, run stopped" in capsys.readouterr().out
+
+
+def two_checkpoints(train_policy):
+    """However many pairs the tiny models give: two checkpoints, the second a copy of the first."""
+    def train(o, out, policy, pairs, path):
+        [first] = train_policy(o, out, policy, pairs, path)
+        second = first.with_name("step-2")
+        if not second.exists():
+            second.mkdir()
+            for file in first.iterdir():
+                os.link(file, second / file.name)
+        return [first, second]
+    return train
+
+
+def test_a_win_rate_of_exactly_tau_is_enough(call, words, here, monkeypatch):
+    rates = iter([0.7, 0.6999999])
+    monkeypatch.setattr(mt, "win_rate", lambda *_: next(rates))
+    call(mt, *words(tau=0.7, update_rm=False, policy_batch=32))
+    assert [selection(here / "round1" / part)["chosen"] for part in ("e1", "e2")] == ["step-1", None]
+
+
+def test_the_checkpoint_with_the_highest_win_rate_is_kept_and_the_others_go(undisturbed, tiny):
+    for folder in (undisturbed / f"round{n}" / part for n in (1, 2) for part in ("e1", "e2")):
+        choice = selection(folder)
+        before = [row["score"] for row in read_jsonl(folder / "select" / "before.jsonl")]
+        for step, rate in choice["win_rates"].items():
+            after = [row["score"] for row in read_jsonl(folder / "select" / f"{step}.jsonl")]
+            assert rate == win_rate(after, before) and len(after) == 6
+        assert choice["win_rates"][choice["chosen"]] == max(choice["win_rates"].values())
+        assert not (folder / "checkpoints").exists()
+        steps = -(-len(read_jsonl(folder / "pairs.jsonl")) // 4)  # one checkpoint each
+        assert list(choice["win_rates"]) == [f"step-{i + 1}" for i in range(steps)]
+
+
+def test_without_selection_the_last_checkpoint_is_kept_whatever_tau(call, words, here):
+    call(mt, *words(select=False, tau=2.0))
+    for part in ("e1", "e2"):
+        steps = -(-len(read_jsonl(here / "round1" / part / "pairs.jsonl")) // 4)
+        choice = selection(here / "round1" / part)
+        assert (choice["chosen"], choice["win_rates"]) == (f"step-{steps}", {})
+        assert not (here / "round1" / part / "select").exists()
+    assert same_weights(here / "policy", here / "round1" / "e2" / "policy")
+
+
+def test_without_rm_updates_there_is_no_m_step_and_the_base_rm_judges(call, words, here, tiny):
+    call(mt, *words(update_rm=False))
+    assert phases(here) == ["round1/e1", "round1/e2"]
+    assert {selection(here / "round1" / part)["rm"] for part in ("e1", "e2")} == {tiny(reward=True)}
+    assert same_weights(here / "policy", here / "round1" / "e2" / "policy")
+    assert same_weights(here / "rm", tiny(reward=True))
+
+
+def test_without_the_filter_all_comparisons_but_identical_texts_train_the_rm(call, words, here, monkeypatch):
+    compare = mt.compare
+    monkeypatch.setattr(mt, "compare", lambda new, old, on: compare(
+        [new[0] | {"response": old[0]["response"]}, new[1] | {"score": -1e3}, *new[2:]], old, on))
+    call(mt, *words(filter=False))
+    rows = read_jsonl(here / "round1" / "m" / "comparisons.jsonl")
+    assert [row["kept"] for row in rows] == [row["new"] != row["old"] for row in rows]
+    assert [row["kept"] for row in rows][:2] == [False, True] and rows[1]["margin"] < -rows[1]["epsilon"]
+
+
+# ---------------------------------------------------------------- the record
+def test_samples_and_pairs_are_on_record_with_scores_and_reasons(undisturbed):
+    for part in ("e1", "e2"):
+        samples = read_jsonl(undisturbed / "round2" / part / "samples.jsonl")
+        for row in samples:
+            assert {"prompt", "response", "tokens", "finished", "score", "index"} <= row.keys()
+            assert row["finished"] or row["tokens"] == 12
+        by_prompt = {}
+        for row in samples:
+            by_prompt.setdefault(row["prompt"], []).append(row)
+        pairs = read_jsonl(undisturbed / "round2" / part / "pairs.jsonl")
+        assert pairs
+        for pair in pairs:
+            group = by_prompt[pair["prompt"]]
+            chosen, rejected = group[pair["chosen_index"]], group[pair["rejected_index"]]
+            for side, row in (("chosen", chosen), ("rejected", rejected)):
+                assert pair[side] == row["response"]
+                assert all(pair[f"{side}_{key}"] == row[key] for key in ("score", "tokens", "finished"))
+            above = [row for row in group if row["score"] > np.mean([row["score"] for row in group])]
+            assert chosen["tokens"] == min(row["tokens"] for row in above) and chosen in above
+            assert rejected["score"] == min(row["score"] for row in group)
+            assert "shortest" in pair["reason"]
+
+
+def test_comparisons_kept_and_dropped_are_on_record_with_margin_and_epsilon(undisturbed):
+    for folder in (undisturbed / f"round{n}" / "m" for n in (1, 2)):
+        new, old = (read_jsonl(folder / f"{side}.jsonl") for side in ("new", "old"))
+        epsilon = np.std([row["score"] for row in old])
+        for row, n, o in zip(read_jsonl(folder / "comparisons.jsonl"), new, old, strict=True):
+            assert (row["new"], row["old"]) == (n["response"], o["response"])
+            assert row["margin"] == pytest.approx(n["score"] - o["score"])
+            assert row["epsilon"] == pytest.approx(epsilon)
+            assert row["kept"] == (row["margin"] > -row["epsilon"] and row["new"] != row["old"])
+
+
+def test_every_training_pair_of_the_rm_leads_back_to_the_policies_that_wrote_it(undisturbed, monkeypatch, tiny):
+    monkeypatch.chdir(undisturbed.parent)
+    for n in (1, 2):
+        folder = Path("run") / f"round{n}"
+        before = selection(folder / "e1")["policy_before"]
+        assert before == (tiny() if n == 1 else "run/round1/e2/policy")
+        rows = read_jsonl(folder / "m" / "preferences.jsonl")
+        kept = [row for row in read_jsonl(folder / "m" / "comparisons.jsonl") if row["kept"]]
+        ranked = read_jsonl(folder / "e1" / "pairs.jsonl")
+        assert len(rows) == len(kept) + len(ranked)
+        for row in rows:
+            comparison = row["source"].endswith("m/comparisons.jsonl")
+            sides = ("new", "old") if comparison else ("chosen", "rejected")
+            [origin] = [r for r in read_jsonl(row["source"]) if r["prompt"] == row["prompt"]]
+            assert (row["chosen"], row["rejected"]) == tuple(origin[side] for side in sides)
+            assert row["rejected_policy"] == before
+            assert row["chosen_policy"] == (str(folder / "e1" / "policy") if comparison else before)
+            assert Path(row["chosen_policy"]).exists()
+
+
+def test_win_rates_settings_versions_and_metrics_are_on_record(undisturbed, words):
+    note = json.loads((undisturbed / "run.json").read_text())
+    assert note["settings"]["tau"] == 0.0 and note["settings"]["update_rm"] is True
+    assert note["settings"].keys() | {"out"} == vars(parallel.parse(mt.Options, words())).keys()
+    assert {"python", "torch", "transformers", "numpy", "processes", "device", "commit"} <= note["versions"].keys()
+    lines = read_jsonl(undisturbed / "metrics.jsonl")
+    for n in (1, 2):
+        for part in ("e1", "e2"):
+            steps = [row for row in lines if row["phase"] == f"round{n}/{part}/checkpoints" and "loss" in row]
+            assert [row["step"] for row in steps] == list(range(1, len(steps) + 1)) and steps
+            assert {"rewards/margins", "rewards/accuracies", "logps/chosen"} <= steps[0].keys()
+            rates = {row["checkpoint"]: row["win_rate"] for row in lines
+                     if row["phase"] == f"round{n}/{part}/selection"}
+            assert rates == selection(undisturbed / f"round{n}" / part)["win_rates"]
+        assert [row for row in lines if row["phase"] == f"round{n}/m/rm" and "accuracy" in row]
+
+
+def test_the_last_models_are_at_out_policy_and_out_rm_and_load(undisturbed):
+    assert same_weights(undisturbed / "policy", undisturbed / "round2" / "e2" / "policy")
+    assert same_weights(undisturbed / "rm", undisturbed / "round2" / "m" / "rm")
+    for auto, name in ((AutoModelForCausalLM, "policy"), (AutoModelForSequenceClassification, "rm")):
+        _, info = auto.from_pretrained(undisturbed / name, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        assert AutoTokenizer.from_pretrained(undisturbed / name).chat_template
+
+
+# ---------------------------------------------------------------- going on
+class Killed(BaseException):
+    pass
+
+
+def kill_at(monkeypatch, count, after):
+    """From now on, the process dies before or after its `count`-th renaming or removal of something."""
+    left = [count]
+
+    def wrap(real):
+        def replaced(*words, **more):
+            left[0] -= 1
+            if left[0] == 0 and not after:
+                raise Killed
+            result = real(*words, **more)
+            if left[0] == 0:
+                raise Killed
+            return result
+        return replaced
+    for module, name in ((os, "replace"), (shutil, "rmtree")):
+        monkeypatch.setattr(module, name, wrap(getattr(module, name)))
+
+
+def files(run):
+    """Everything that a person reads in a run folder, by name: the bytes, without what a run says of itself."""
+    named = {str(path.relative_to(run)): path for path in sorted(run.rglob("*.json*"))}
+    return {name: path.read_bytes() for name, path in named.items() if path.is_file() and path.name != "run.json"
+            and not any(part in ("policy", "rm") or part[0] == "." for part in Path(name).parts)}
+
+
+def test_killed_at_any_rename_a_run_goes_on_to_the_same_result(call, words, here, undisturbed):
+    rng, kills = random.Random(0), 0
+    while True:
+        with pytest.MonkeyPatch.context() as patch:
+            kill_at(patch, rng.randint(6, 16), after=rng.random() < 0.5)
+            try:
+                call(mt, *words(rounds=2))
+                break
+            except Killed:
+                kills += 1
+    assert kills > 8
+    ours, theirs = files(here), files(undisturbed)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+    for name in ("policy", "rm", "round1/e1/policy", "round1/m/rm", "round1/e2/policy"):
+        assert same_weights(here / name, undisturbed / name)
+    assert not list(here.rglob(".*"))  # nothing temporary is left
+
+
+def test_a_kill_while_the_losers_are_deleted_does_not_stop_the_run(call, words, here):
+    with pytest.MonkeyPatch.context() as patch:
+        remove = parallel.remove
+
+        def killed(path):
+            if Path(path).name == "checkpoints":
+                raise Killed
+            remove(path)
+        patch.setattr(parallel, "remove", killed)
+        with pytest.raises(Killed):
+            call(mt, *words(update_rm=False))
+    call(mt, *words(update_rm=False))
+    assert same_weights(here / "policy", here / "round1" / "e2" / "policy")
+    assert not list(here.rglob("checkpoints"))
+
+
+def test_a_finished_run_is_left_alone(call, words, undisturbed, monkeypatch):
+    monkeypatch.chdir(undisturbed.parent)
+    before = files(undisturbed)
+    for module, name in ((mt, "sample"), (reward, "score"), (mt.dpo, "train"), (reward, "train")):
+        monkeypatch.setattr(module, name, None)  # a call would fail
+    call(mt, *words(rounds=2))
+    assert files(undisturbed) == before
+
+
+def test_another_setting_in_the_same_folder_is_refused_with_the_differences(call, words, undisturbed, monkeypatch):
+    monkeypatch.chdir(undisturbed.parent)
+    before = files(undisturbed)
+    with pytest.raises(Problem, match="belongs to another run; .*seed: 0 there, 3 now; samples: 3 there, 4 now"):
+        call(mt, *words(rounds=2, seed=3, samples=4))
+    assert files(undisturbed) == before
+
+
+# ---------------------------------------------------------------- the real command line
+def test_two_processes_make_the_same_first_samples_and_pairs_as_one(script, words, undisturbed, tmp_path):
+    done = script("mt.py", *words(), processes=2, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("samples", "pairs"):
+        file = Path("round1") / "e1" / f"{name}.jsonl"
+        assert (tmp_path / "run" / file).read_bytes() == (undisturbed / file).read_bytes()
+    for name in ("policy", "rm"):
+        assert weights_of(tmp_path / "run" / name).keys() == weights_of(undisturbed / name).keys()
+    assert done.stdout.count("30 prompts (1 repeated ones left out)") == 1  # only rank 0 speaks
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(rm="nowhere"), "mt.py: nowhere: no such folder"),
+    (dict(select_prompts=29), "30 different prompts"),
+])
+def test_bad_input_is_one_line_and_exit_code_2(script, words, tmp_path, changes, message):
+    done = script("mt.py", *words(**changes), cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_problem_in_two_processes_ends_them_both(script, words, tmp_path):
+    done = script("mt.py", *words(rm="nowhere"), processes=2, cwd=tmp_path)
+    assert done.returncode != 0
+    assert "mt.py: nowhere: no such folder" in done.stderr
+
+
+def test_the_embedded_task_needs_all_three_or_none(call, words, here):
+    with pytest.raises(Problem, match="--policy needs --rm and --prompts"):
+        call(mt, "--policy", "somewhere", "--out", here)
+    assert toy.SETTINGS.keys() <= vars(mt.Options()).keys()
