@@ -1,11 +1,12 @@
 """Prompts, pairs and chats: what comes from files, and how it becomes tokens.
 
-Everything on disk is text or messages. Policy and reward model have templates and vocabularies of their own, so ids never
-travel between them: `encode_chat` is the one place where a chat becomes tokens, for both.
+Everything on disk is text or messages. Policy and reward model have templates and vocabularies of their own,
+so ids never travel between them: `encode_chat` is the one place where a chat becomes tokens, for both.
 
-A prompt and its answers become one `Row`: the prompt's tokens once, then each answer as a branch that sees the prompt and
-itself only. A DPO pair is a row of two branches, five samples to be scored are a row of five. The result is that of
-separate sequences (tests/test_data.py holds it to that), without computing the prompt again for each.
+A prompt and its answers become one `Row`: the prompt's tokens once, then each answer as a branch that sees
+the prompt and itself only. A DPO pair is a row of two branches, five samples to be scored are a row of five.
+The result is that of separate sequences (tests/test_data.py holds it to that), without computing the prompt
+again for each.
 
 Left out on purpose: multi-turn training on earlier assistant turns, images, tools, system prompts of our own.
 """
@@ -52,7 +53,8 @@ def _read_json(path):
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
             value = json.loads(text) if text.strip() else []
-            return [(f"{path}:row {i}", row) for i, row in enumerate(value if isinstance(value, list) else [value], 1)]
+            rows = value if isinstance(value, list) else [value]
+            return [(f"{path}:row {i}", row) for i, row in enumerate(rows, 1)]
     except UnicodeDecodeError as error:
         raise Problem(f"{path}: not UTF-8 text ({error})") from None
     except json.JSONDecodeError as error:
@@ -113,29 +115,36 @@ def prompt_id(prompt):
     return json.dumps([[m["role"], m["content"]] for m in as_messages(prompt)], ensure_ascii=False)
 
 
-def _check_prompt(where, prompt):
+def check_prompt(where, prompt):
     if isinstance(prompt, str) and prompt.strip():
         return prompt
     if isinstance(prompt, list) and prompt and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt):
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in prompt):
         if prompt[-1]["role"] == "assistant":
-            raise Problem(f"{where}: the prompt ends with an assistant turn; it must end where the answer begins")
+            raise Problem(f"{where}: the prompt ends with an assistant turn; "
+                          "it must end where the answer begins")
         return prompt
-    raise Problem(f"{where}: no prompt (a field `prompt` with text, or a list of messages with role and content)")
+    raise Problem(f"{where}: no prompt "
+                  "(a field `prompt` with text, or a list of messages with role and content)")
 
 
 def read_prompts(source):
     """Prompts in the order of the file, repeated ones once. Returns (prompts, number of repeats left out)."""
     rows = read_rows(source)
-    unique = {prompt_id(p): p for p in [_check_prompt(where, row.get("prompt")) for where, row in rows][::-1]}
-    return list(unique.values())[::-1], len(rows) - len(unique)
+    unique = {}
+    for where, row in rows:
+        prompt = check_prompt(where, row.get("prompt"))
+        unique.setdefault(prompt_id(prompt), prompt)
+    return list(unique.values()), len(rows) - len(unique)
 
 
 def read_pairs(source):
-    """Preference pairs as dicts with `prompt`, `chosen`, `rejected` (answers as text) and the row's other fields.
+    """Preference pairs as dicts with `prompt`, `chosen`, `rejected` (answers as text)
+    and the row's other fields.
 
-    Takes text or messages, answers with or without the prompt in front (UltraFeedback, TRL), an explicit or an
-    implicit prompt (then the turns before the last).
+    Takes text or messages, answers with or without the prompt in front (UltraFeedback, TRL), an explicit or
+    an implicit prompt (then the turns before the last).
     """
     pairs = []
     for where, row in read_rows(source):
@@ -145,14 +154,15 @@ def read_pairs(source):
             prompt = chosen[:-1]
             if prompt != rejected[:-1]:
                 raise Problem(f"{where}: chosen and rejected answer different prompts")
-        prompt = _check_prompt(where, prompt)
+        prompt = check_prompt(where, prompt)
         pairs.append({**row, "prompt": prompt, "chosen": _answer(where, "chosen", chosen, prompt),
                       "rejected": _answer(where, "rejected", rejected, prompt)})
     return pairs
 
 
 def _answer(where, field, value, prompt):
-    if isinstance(value, list) and value and isinstance(value[-1], dict) and value[-1].get("role") == "assistant":
+    if isinstance(value, list) and value and isinstance(value[-1], dict) \
+            and value[-1].get("role") == "assistant":
         value = value[-1].get("content")
     elif isinstance(value, str) and isinstance(prompt, str) and value.startswith(prompt) and value != prompt:
         value = value[len(prompt):]
@@ -169,7 +179,8 @@ def load_tokenizer(folder):
     except Exception as error:
         raise Problem(f"{folder}: no tokenizer could be loaded ({first_line(error)})") from None
     if not tokenizer.chat_template:
-        raise Problem(f"{folder}: the tokenizer has no chat template (add a chat_template.jinja to the folder)")
+        raise Problem(f"{folder}: the tokenizer has no chat template "
+                      "(add a chat_template.jinja to the folder)")
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise Problem(f"{folder}: a fast tokenizer (tokenizer.json) with an EOS token is needed")
     return tokenizer
@@ -183,9 +194,10 @@ class Chat(NamedTuple):
 def encode_chat(tokenizer, prompt, response=None, finished=True):
     """Tokens of a chat, with exactly one BOS where the tokenizer uses one.
 
-    Without a response: up to where the assistant begins, ready for sampling. With one: a finished response ends in the
-    template's stop token (EOS where the template has none) exactly once, an unfinished one in its last word. What the
-    template writes after the stop token, mostly a line break, is left out, for reward models too.
+    Without a response: up to where the assistant begins, ready for sampling. With one: a finished response
+    ends in the template's stop token (EOS where the template has none) exactly once, an unfinished one in its
+    last word. What the template writes after the stop token, mostly a line break, is left out, for reward
+    models too.
     """
     messages = as_messages(prompt)
     head = text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -194,8 +206,8 @@ def encode_chat(tokenizer, prompt, response=None, finished=True):
         before, _, tail = tokenizer.apply_chat_template(
             [*messages, {"role": "assistant", "content": "\u241f"}], tokenize=False).rpartition("\u241f")
         if not before.startswith(head):
-            raise Problem(f"{tokenizer.name_or_path}: this chat template's generation prompt is not the beginning of "
-                          "an answered chat, so the response's first token can't be found")
+            raise Problem(f"{tokenizer.name_or_path}: this chat template's generation prompt is not "
+                          "the beginning of an answered chat, so the response's first token can't be found")
         text = before + response + tail
         content_end = len(before) + len(response)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -206,13 +218,15 @@ def encode_chat(tokenizer, prompt, response=None, finished=True):
         return Chat(ids, len(ids))
     start = next((i for i, (_, end) in enumerate(offsets) if end > len(head)), len(ids))
     stop = next((i for i, (begin, _) in enumerate(offsets) if i >= start and begin >= content_end), len(ids))
-    end = next((ids[i] for i in range(stop, len(ids)) if ids[i] in _special_ids(tokenizer)), tokenizer.eos_token_id)
+    end = next((ids[i] for i in range(stop, len(ids)) if ids[i] in _special_ids(tokenizer)),
+               tokenizer.eos_token_id)
     return Chat(ids[:stop] + [end] * finished, min(start, stop))
 
 
 @functools.cache
 def _special_ids(tokenizer):
-    return {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | set(tokenizer.all_special_ids)
+    marked = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return marked | set(tokenizer.all_special_ids)
 
 
 @functools.cache
@@ -245,8 +259,9 @@ def collate(rows, device="cpu"):
 
     ids, positions (B, T): positions go on from the trunk in every branch.
     mask (B, 1, T, T), bool: a token sees the trunk and its own branch, backwards.
-    targets, sources, owners (N,): the responses' tokens, the flat index (into B·T) of the position that predicts each,
-    and the number of the answer that each belongs to. last (answers,): flat index of each answer's last token.
+    targets, sources, owners (N,): the responses' tokens, the flat index (into B·T) of the position that
+    predicts each, and the number of the answer that each belongs to.
+    last (answers,): flat index of each answer's last token.
     """
     width = max(map(len, rows))
     ids = np.zeros((len(rows), width), dtype=np.int64)
@@ -269,22 +284,26 @@ def collate(rows, device="cpu"):
     ids, positions, segments, targets, sources, owners, last = (
         torch.as_tensor(x, device=device) for x in (ids, positions, segments, targets, sources, owners, last))
     query, key = segments[:, :, None], segments[:, None, :]
-    mask = (torch.ones(width, width, dtype=torch.bool, device=device).tril() & ((key == query) | (key == 0)))[:, None]
+    backwards = torch.ones(width, width, dtype=torch.bool, device=device).tril()
+    mask = (backwards & ((key == query) | (key == 0)))[:, None]
     return dict(ids=ids, positions=positions, mask=mask, targets=targets.long(), sources=sources.long(),
                 owners=owners.long(), last=last)
 
 
 def pair_rows(tokenizer, pairs, max_length, unfinished=False):
-    """Rows of two branches, chosen first; pairs of which either side is longer than `max_length` tokens are left out.
+    """Rows of two branches, chosen first; pairs of which either side is longer than `max_length` tokens
+    are left out.
 
-    `unfinished`: a response that was cut off carries no stop token (policy training); else every answer ends properly,
-    as reward models expect. Returns (rows, the pairs kept, number left out).
+    `unfinished`: a response that was cut off carries no stop token (policy training); else every answer ends
+    properly, as reward models expect. Returns (rows, the pairs kept, number left out).
     """
     rows, kept = [], []
     for pair in pairs:
         chats = [encode_chat(tokenizer, pair["prompt"], pair[side],
-                             pair.get(f"{side}_finished", True) or not unfinished) for side in ("chosen", "rejected")]
-        if max(len(chat.ids) for chat in chats) <= max_length and all(chat.start < len(chat.ids) for chat in chats):
+                             pair.get(f"{side}_finished", True) or not unfinished)
+                 for side in ("chosen", "rejected")]
+        if max(len(chat.ids) for chat in chats) <= max_length \
+                and all(chat.start < len(chat.ids) for chat in chats):
             rows.append(pack(chats))
             kept.append(pair)
     return rows, kept, len(pairs) - len(kept)

@@ -3,10 +3,12 @@
     python dpo.py --model MODEL --pairs pairs.jsonl --out runs/policy
     torchrun --nproc-per-node 8 dpo.py --model MODEL --pairs pairs.jsonl --out runs/policy
 
-The reference is the policy itself before the first step: its log-probabilities are computed once, by the same code, in the
-same precision and the same batches. So the first loss is ln 2, and the run stops when it isn't. Twin of reward.py.
+The reference is the policy itself before the first step: its log-probabilities are computed once, by the same
+code, in the same precision and the same batches. So the first loss is ln 2, and the run stops when it isn't.
+Twin of reward.py.
 
-Left out on purpose: other losses (change `dpo_loss`), a reference other than the start, resuming inside an epoch.
+Left out on purpose: other losses (change `dpo_loss`), a reference other than the start,
+resuming inside an epoch.
 """
 import math
 from dataclasses import dataclass, field
@@ -44,13 +46,14 @@ class ResponseLogps(torch.nn.Module):
     def forward(self, batch):
         hidden = self.model.base_model(input_ids=batch["ids"], position_ids=batch["positions"],
                                        attention_mask=batch["mask"], use_cache=False).last_hidden_state
-        hidden = hidden.flatten(0, 1)[batch["sources"]]  # (N, H): only positions that predict a response token
+        hidden = hidden.flatten(0, 1)[batch["sources"]]  # (N, H): positions that predict a response token
         logps = token_logps(hidden, batch["targets"], self.model.get_output_embeddings())  # (N,)
         return torch.zeros(len(batch["last"]), device=logps.device).index_add(0, batch["owners"], logps)
 
 
 def token_logps(hidden, targets, head):
-    """(N, H), (N,) -> (N,) fp32 log-probabilities, a slice of positions at a time: logits of all never exist at once."""
+    """(N, H), (N,) -> (N,) fp32 log-probabilities, a slice of positions at a time: logits of all never exist
+    at once."""
     size = max(1, LOGITS // head.weight.shape[0])
     if len(hidden) <= size:
         return _slice_logps(hidden, targets, head)
@@ -96,7 +99,8 @@ def train(folder, pairs, out, *, beta, lr, batch, micro_batch, max_length, epoch
             chosen_logps, rejected_logps = logps(micro)
             losses, chosen, rejected = dpo_loss(chosen_logps, rejected_logps, *ref, beta)
             weight = torch.tensor([w for _, w in micro], device=losses.device)
-            (losses @ weight * world()).backward()  # FSDP averages over processes: times their number is the sum
+            # FSDP averages over processes: times their number is the sum
+            (losses @ weight * world()).backward()
             for name, value in {
                     "loss": losses, "rewards/chosen": chosen, "rewards/rejected": rejected,
                     "rewards/accuracies": (chosen > rejected).float(), "rewards/margins": chosen - rejected,
@@ -106,8 +110,9 @@ def train(folder, pairs, out, *, beta, lr, batch, micro_batch, max_length, epoch
         _check_loss(metrics["loss"], number)
         now = lr * parallel.cosine(number - 1, len(steps))
         metrics |= {"learning_rate": now, "grad_norm": parallel.clip_and_step(policy, optimizer, now)}
-        log("step {step}/{steps}  loss {loss:.4f}  margins {rewards/margins:+.4f}  accuracies {rewards/accuracies:.3f}  "
-            "grad_norm {grad_norm:.2f}  lr {learning_rate:.2e}", step=number, steps=len(steps), **metrics)
+        log("step {step}/{steps}  loss {loss:.4f}  margins {rewards/margins:+.4f}  "
+            "accuracies {rewards/accuracies:.3f}  grad_norm {grad_norm:.2f}  lr {learning_rate:.2e}",
+            step=number, steps=len(steps), **metrics)
         if number == len(steps) or save_every and number % save_every == 0:
             parallel.save(policy, folder, Path(out) / f"step-{number}")
     return len(steps)
@@ -117,7 +122,8 @@ def _check_loss(loss, number):
     if not math.isfinite(loss):
         raise Problem(f"the loss of step {number} is {loss}; try a smaller learning rate")
     if number == 1 and abs(loss - math.log(2)) > (1e-6 if device().type == "cpu" else 1e-3):
-        raise Problem(f"the loss of step 1 is {loss:.7f} and not ln 2: the policy differs from its own reference")
+        raise Problem(f"the loss of step 1 is {loss:.7f} and not ln 2: "
+                      "the policy differs from its own reference")
 
 
 @dataclass
@@ -130,7 +136,8 @@ class Options:
     batch: int = field(default=128, metadata={"help": "pairs per optimiser step, over all processes"})
     epochs: int = 1
     micro_batch: int = field(default=2, metadata={"help": "pairs per forward pass and process"})
-    max_length: int = field(default=2048, metadata={"help": "tokens of prompt and answer; longer pairs are left out"})
+    max_length: int = field(default=2048,
+                            metadata={"help": "tokens of prompt and answer; longer pairs are left out"})
     seed: int = 0
     recompute: bool = field(default_factory=torch.cuda.is_available,
                             metadata={"help": "gradient checkpointing: less memory, a third more time"})
@@ -143,9 +150,9 @@ def main():
     out = Path(o.out)
     if not exists(out / "config.json"):
         with writing(out / "checkpoints") as temporary:
-            steps = train(folder, pairs, temporary, beta=o.beta, lr=o.lr, batch=o.batch, micro_batch=o.micro_batch,
-                          max_length=o.max_length, epochs=o.epochs, seed=o.seed, recompute=o.recompute,
-                          log=parallel.Log(out / "metrics.jsonl", "dpo"))
+            steps = train(folder, pairs, temporary, beta=o.beta, lr=o.lr, batch=o.batch,
+                          micro_batch=o.micro_batch, max_length=o.max_length, epochs=o.epochs, seed=o.seed,
+                          recompute=o.recompute, log=parallel.Log(out / "metrics.jsonl", "dpo"))
         parallel.move_up(out / "checkpoints" / f"step-{steps}", out)
     say(f"{out} is complete")
 

@@ -1,12 +1,13 @@
 """Look at models and runs.
 
-    python eval.py winrate --policy runs/mt/policy --baseline MODEL --rm RM --prompts prompts.jsonl --out runs/winrate
+    python eval.py winrate --policy runs/mt/policy --baseline MODEL --rm RM \\
+        --prompts prompts.jsonl --out runs/winrate
     python eval.py accuracy --rm RM --pairs pairs.jsonl
-    python eval.py report --run runs/mt
+    python eval.py report runs/mt
 
-winrate: a response of each policy to every prompt, judged by a reward model. accuracy: of a reward model on labelled pairs.
-report: the table of a run, and its picture (report.png) where matplotlib is installed. `import eval` hides a builtin: write
-`from eval import …`.
+winrate: a response of each policy to every prompt, judged by a reward model. accuracy: of a reward model on
+labelled pairs. report: the table of a run, and its picture (report.png) where matplotlib is installed.
+`import eval` hides a builtin: write `from eval import …`.
 """
 import json
 import sys
@@ -17,7 +18,7 @@ import numpy as np
 
 import reward
 from data import Problem, read_jsonl, read_pairs, read_prompts
-from parallel import claim, exists, launch, local_folder, parse, rank, say
+from parallel import claim, exists, launch, local_folder, parse, parts_of, rank, remove, say
 from sampler import sample
 
 
@@ -51,13 +52,15 @@ def winrate(o):
     prompts, _ = read_prompts(o.prompts)
     judge, out = local_folder(o.rm), Path(o.out)
     claim(out, o)
-    scored = {side: sample_and_score(o, local_folder(policy), judge, prompts, 1, f"{o.seed}/{side}", out / f"{side}.jsonl")
+    scored = {side: sample_and_score(o, local_folder(policy), judge, prompts, 1, f"{o.seed}/{side}",
+                                     out / f"{side}.jsonl")
               for side, policy in (("policy", o.policy), ("baseline", o.baseline))}
     rewards = {side: [row["score"] for row in rows] for side, rows in scored.items()}
     say(f"{len(prompts)} prompts, win rate {win_rate(rewards['policy'], rewards['baseline']):.4f}")
     for side, rows in scored.items():
         say(f"{side:9} reward {np.mean(rewards[side]):8.4f} ± {standard_error(rewards[side]):.4f}, "
-            f"{np.mean([row['tokens'] for row in rows]):.1f} tokens, {np.mean([row['finished'] for row in rows]):.1%} finished")
+            f"{np.mean([row['tokens'] for row in rows]):.1f} tokens, "
+            f"{np.mean([row['finished'] for row in rows]):.1%} finished")
 
 
 def sample_and_score(o, policy, rm, prompts, samples, seed, path):
@@ -65,14 +68,15 @@ def sample_and_score(o, policy, rm, prompts, samples, seed, path):
 
     o: options with temperature, top_p, max_new_tokens, sample_batch and score_batch.
     """
+    raw = path.with_name(f"{path.stem}.unscored.jsonl")
     if not exists(path):
-        raw = path.with_name(f"{path.stem}.unscored.jsonl")
         if not exists(raw):
             sample(policy, prompts, raw, samples=samples, temperature=o.temperature, top_p=o.top_p,
                    max_new_tokens=o.max_new_tokens, batch=o.sample_batch, seed=seed)
         reward.score(rm, read_jsonl(raw), path, o.score_batch)
-        if rank() == 0:
-            raw.unlink()
+    if rank() == 0:
+        for leftover in (raw, parts_of(raw), parts_of(path)):
+            remove(leftover)
     return read_jsonl(path)
 
 
@@ -104,10 +108,13 @@ def steps_of(run):
 
 
 def _e_step(phase, folder):
-    samples, choice = read_jsonl(folder / "samples.jsonl"), json.loads((folder / "selection.json").read_text())
-    return dict(phase=phase, kind="E", chosen=choice["chosen"], win_rate=max(choice["win_rates"].values(), default=None),
-                pairs=len(read_jsonl(folder / "pairs.jsonl")), reward=np.mean([row["score"] for row in samples]),
-                tokens=np.mean([row["tokens"] for row in samples]), finished=np.mean([row["finished"] for row in samples]))
+    samples = read_jsonl(folder / "samples.jsonl")
+    choice = json.loads((folder / "selection.json").read_text())
+    mean = {key: np.mean([row[key] for row in samples]) for key in ("score", "tokens", "finished")}
+    return dict(phase=phase, kind="E", chosen=choice["chosen"],
+                win_rate=max(choice["win_rates"].values(), default=None),
+                pairs=len(read_jsonl(folder / "pairs.jsonl")), reward=mean["score"], tokens=mean["tokens"],
+                finished=mean["finished"])
 
 
 def _m_step(phase, folder):
@@ -119,21 +126,24 @@ def _m_step(phase, folder):
 
 def table(steps):
     """The steps as text. Reward and length are those of the E-step's samples, before its update."""
-    lines = [f"{'step':12} {'sampled reward':>14} {'tokens':>7} {'finished':>8} {'pairs':>11} {'win rate':>8}  outcome"]
+    lines = [f"{'step':12} {'sampled reward':>14} {'tokens':>7} {'finished':>8} "
+             f"{'pairs':>11} {'win rate':>8}  outcome"]
     for s in steps:
         if s["kind"] == "E":
             rate = "-" if s["win_rate"] is None else f"{s['win_rate']:.3f}"
-            lines.append(f"{s['phase']:12} {s['reward']:14.3f} {s['tokens']:7.1f} {s['finished']:8.1%} {s['pairs']:11} "
-                         f"{rate:>8}  {'policy: ' + s['chosen'] if s['chosen'] else 'discarded, run stopped'}")
+            outcome = "policy: " + s["chosen"] if s["chosen"] else "discarded, run stopped"
+            lines.append(f"{s['phase']:12} {s['reward']:14.3f} {s['tokens']:7.1f} {s['finished']:8.1%} "
+                         f"{s['pairs']:11} {rate:>8}  {outcome}")
         else:
-            lines.append(f"{s['phase']:12} {'':14} {s['tokens']:7.1f} {'':8} {s['kept']:5}/{s['comparisons']:<5} {'':8}  "
+            lines.append(f"{s['phase']:12} {'':14} {s['tokens']:7.1f} {'':8} "
+                         f"{s['kept']:5}/{s['comparisons']:<5} {'':8}  "
                          f"reward model; margin {s['margin']:+.3f}, epsilon {s['epsilon']:.3f}")
     return "\n".join(lines)
 
 
 @dataclass
 class Report:
-    run: str = field(metadata={"help": "run folder"})
+    runs: list[str] = field(metadata={"help": "run folders"})
 
 
 def report(run):
@@ -169,7 +179,8 @@ def draw(steps, gold, path):
     axes[0].set(title="best win rate on D_MS (grey: discarded)", ylim=(0, 1))
     if gold:
         at = range(len(gold))
-        axes[1].errorbar(at, [g["gold"] for g in gold], [g["gold_se"] for g in gold], marker="o", label="gold")
+        axes[1].errorbar(at, [g["gold"] for g in gold], [g["gold_se"] for g in gold],
+                         marker="o", label="gold")
         axes[1].plot(at, [g["reward_r0"] for g in gold], marker="s", label="reward by r0")
         axes[1].set_xticks(at, [g["policy"] for g in gold])
         axes[1].legend()
@@ -189,17 +200,20 @@ def draw(steps, gold, path):
     figure.savefig(path, dpi=110)
 
 
-COMMANDS = {"winrate": (WinRate, winrate), "accuracy": (Accuracy, accuracy), "report": (Report, lambda o: report(o.run))}
+COMMANDS = {"winrate": (WinRate, winrate), "accuracy": (Accuracy, accuracy),
+            "report": (Report, lambda o: [report(run) for run in o.runs])}
 
 
 def main():
-    if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
-        asked_for_help = sys.argv[1:2] in (["-h"], ["--help"])
-        if asked_for_help:
-            return print(__doc__)
+    command, words = sys.argv[1] if len(sys.argv) > 1 else "", sys.argv[2:]
+    if command in ("-h", "--help"):
+        return say(__doc__)
+    if command not in COMMANDS:
         raise Problem(f"name a command: {', '.join(COMMANDS)}")
-    options, command = COMMANDS[sys.argv[1]]
-    command(parse(options, sys.argv[2:]))
+    if command == "report" and words and not words[0].startswith("-"):
+        words = ["--runs", *words]
+    options, work = COMMANDS[command]
+    work(parse(options, words))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Mutual-Taught (arXiv 2506.06292): a policy (PM) and a reward model (RM) train each other, with no new human labels.
+"""Mutual-Taught (arXiv 2506.06292): a policy (PM) and a reward model (RM) train each other,
+with no new human labels.
 
     torchrun mt.py --rounds 3                                          # the embedded task, minutes on a CPU
     torchrun --nproc-per-node 8 mt.py --policy meta-llama/Meta-Llama-3-8B-Instruct \\
@@ -6,10 +7,11 @@
 
 A round is E(a), M(b), E(c), each on a third of the prompts of its own:
   E-step  sample from the policy, let the RM rank, train the policy by DPO, keep the best checkpoint
-  M-step  compare the policy's answers before and after, filter by margin, train the RM by Bradley-Terry from the base RM
+  M-step  compare the policy's answers before and after, filter by margin, train the RM by Bradley-Terry
+          from the base RM
 
-Each phase is a function from files to files in the run folder and is skipped when its result is there: run the same command
-again to go on after an interruption. Several nodes need a file system that they share.
+Each phase is a function from files to files in the run folder and is skipped when its result is there: run
+the same command again to go on after an interruption. Several nodes need a file system that they share.
 """
 import json
 import os
@@ -32,9 +34,11 @@ from parallel import Log, exists, launch, local_folder, rank, say, writing
 
 @dataclass
 class Options:
-    policy: str = field(default="", metadata={"help": "base policy: a folder or hub id; none: the embedded task"})
+    policy: str = field(default="",
+                        metadata={"help": "base policy: a folder or hub id; none: the embedded task"})
     rm: str = field(default="", metadata={"help": "base reward model: a folder or hub id"})
-    prompts: str = field(default="", metadata={"help": "JSONL, JSON, parquet or hub id with a field `prompt`"})
+    prompts: str = field(default="",
+                         metadata={"help": "JSONL, JSON, parquet or hub id with a field `prompt`"})
     rounds: int = field(default=1, metadata={"help": "rounds of E, M, E"})
     out: str = field(default="runs/mt", metadata={"help": "run folder"})
     seed: int = 0
@@ -42,14 +46,16 @@ class Options:
     temperature: float = 0.8
     top_p: float = 0.95
     max_new_tokens: int = field(default=1024, metadata={"help": "longest response (not given in the paper)"})
-    max_length: int = field(default=2048, metadata={"help": "tokens of prompt and answer; longer pairs are left out"})
+    max_length: int = field(default=2048,
+                            metadata={"help": "tokens of prompt and answer; longer pairs are left out"})
     beta: float = field(default=0.01, metadata={"help": "DPO's β"})
     policy_lr: float = 7e-7
     policy_batch: int = field(default=128, metadata={"help": "pairs per optimiser step, over all processes"})
     rm_lr: float = 2e-6
     rm_batch: int = field(default=512, metadata={"help": "pairs per optimiser step, over all processes"})
     save_every: int = field(default=50, metadata={"help": "steps between checkpoints for model selection"})
-    select_prompts: int = field(default=2000, metadata={"help": "prompts held out for model selection (D_MS)"})
+    select_prompts: int = field(default=2000,
+                                metadata={"help": "prompts held out for model selection (D_MS)"})
     tau: float = field(default=0.6, metadata={"help": "a best win rate below this stops the run"})
     update_rm: bool = field(default=True, metadata={"help": "false: no M-step, which is iterative DPO"})
     select: bool = field(default=True, metadata={"help": "false: keep the last checkpoint, never stop"})
@@ -62,7 +68,8 @@ class Options:
 
 
 def mutual_taught(o, out):
-    """The loop of the paper, from the base policy and the base reward model. The run's last models are OUT/policy, OUT/rm."""
+    """The loop of the paper, from the base policy and the base reward model.
+    The run's last models are OUT/policy, OUT/rm."""
     policy, rm = o.policy, o.rm
     subsets = split(o, out)
     link(out, policy, rm)
@@ -120,7 +127,8 @@ def m_step(o, out, old_policy, new_policy, rm, prompts, folder):
 
 # ---------------------------------------------------------------- phases: from files to files
 def name(out, path):
-    """A phase's name: its result's path in the run folder. It is part of the phase's seed and of its log lines."""
+    """A phase's name: its result's path in the run folder.
+    It is part of the phase's seed and of its log lines."""
     return str(Path(path).relative_to(out).with_suffix(""))
 
 
@@ -131,12 +139,13 @@ def split(o, out):
         prompts, repeats = read_prompts(o.prompts)
         third = (len(prompts) - o.select_prompts) // 3
         if third < 1:
-            raise Problem(f"{o.prompts}: {len(prompts)} different prompts; --select_prompts {o.select_prompts} and three "
-                          f"subsets need at least {o.select_prompts + 3}")
+            raise Problem(f"{o.prompts}: {len(prompts)} different prompts; "
+                          f"--select_prompts {o.select_prompts} and three subsets "
+                          f"need at least {o.select_prompts + 3}")
         order = np.random.default_rng(o.seed).permutation(len(prompts))
         shuffled = [{"prompt": prompts[i]} for i in order]
-        say(f"{len(prompts)} prompts ({repeats} repeated ones left out): {o.select_prompts} for model selection, "
-            f"three subsets of {third}")
+        say(f"{len(prompts)} prompts ({repeats} repeated ones left out): "
+            f"{o.select_prompts} for model selection, three subsets of {third}")
         if rank() == 0:
             write_jsonl(out / "prompts" / "select.jsonl", shuffled[:o.select_prompts])
             for i, file in enumerate(files):
@@ -159,7 +168,8 @@ def make_pairs(samples, path):
     if not exists(path):
         pairs, without = preference_pairs(read_jsonl(samples))
         if not pairs:
-            raise Problem(f"{samples}: not one prompt gives a preference pair: all rewards or texts are equal")
+            raise Problem(f"{samples}: not one prompt gives a preference pair: "
+                          "all rewards or texts are equal")
         if rank() == 0:
             write_jsonl(path, pairs)
         say(f"{len(pairs)} pairs, {without} prompts give none. The first:")
@@ -172,9 +182,10 @@ def train_policy(o, out, policy, pairs, path):
     """DPO; returns the checkpoints, in order of steps."""
     if not exists(path):
         with writing(path) as temporary:
-            dpo.train(policy, read_jsonl(pairs), temporary, beta=o.beta, lr=o.policy_lr, batch=o.policy_batch, seed=o.seed,
-                      micro_batch=o.micro_batch, max_length=o.max_length, recompute=o.recompute,
-                      save_every=o.save_every if o.select else 0, log=Log(out / "metrics.jsonl", name(out, path)))
+            dpo.train(policy, read_jsonl(pairs), temporary, beta=o.beta, lr=o.policy_lr, batch=o.policy_batch,
+                      seed=o.seed, micro_batch=o.micro_batch, max_length=o.max_length, recompute=o.recompute,
+                      save_every=o.save_every if o.select else 0,
+                      log=Log(out / "metrics.jsonl", name(out, path)))
     return sorted(path.iterdir(), key=lambda p: int(p.name.removeprefix("step-")))
 
 
@@ -183,8 +194,9 @@ def select(o, out, policy, rm, checkpoints, folder):
     win_rates, chosen = {}, checkpoints[-1].name
     if o.select:
         prompts = out / "prompts" / "select.jsonl"
-        scores = [[row["score"] for row in read_jsonl(scored_samples(o, out, p, rm, prompts, 1, folder / "select" / f"{n}.jsonl"))]
-                  for n, p in [("before", policy), *((c.name, c) for c in checkpoints)]]
+        files = [scored_samples(o, out, p, rm, prompts, 1, folder / "select" / f"{n}.jsonl")
+                 for n, p in [("before", policy), *((c.name, c) for c in checkpoints)]]
+        scores = [[row["score"] for row in read_jsonl(file)] for file in files]
         win_rates = {c.name: win_rate(after, scores[0]) for c, after in zip(checkpoints, scores[1:])}
         best = max(win_rates, key=win_rates.get)
         chosen = best if win_rates[best] >= o.tau else None
@@ -192,11 +204,11 @@ def select(o, out, policy, rm, checkpoints, folder):
             say(f"{name(out, folder)} {step}: win rate {rate:.3f}{' chosen' if step == chosen else ''}")
         if not chosen:
             say(f"no checkpoint reaches a win rate of {o.tau}: {policy} stays and the run stops")
-    write_json(folder / "selection.json", {"chosen": chosen, "win_rates": win_rates, "tau": o.tau,
-                                           "policy_before": str(policy), "rm": str(rm)})
     log = Log(out / "metrics.jsonl", name(out, folder / "selection"))
     for step, rate in win_rates.items():
         log(checkpoint=step, win_rate=rate, chosen=step == chosen)
+    write_json(folder / "selection.json", {"chosen": chosen, "win_rates": win_rates, "tau": o.tau,
+                                           "policy_before": str(policy), "rm": str(rm)})
 
 
 def make_comparisons(o, new, old, path):
@@ -205,7 +217,8 @@ def make_comparisons(o, new, old, path):
         if rank() == 0:
             write_jsonl(path, rows)
         reasons = [row["reason"] for row in rows]
-        say(f"{sum(row['kept'] for row in rows)} of {len(rows)} comparisons kept, epsilon {rows[0]['epsilon']:.4f}: "
+        say(f"{sum(row['kept'] for row in rows)} of {len(rows)} comparisons kept, "
+            f"epsilon {rows[0]['epsilon']:.4f}: "
             + ", ".join(f"{reasons.count(r)} {r}" for r in sorted(set(reasons))) + ". The first:")
         show(rows[0], "new", "old")
         parallel.barrier()
@@ -213,12 +226,15 @@ def make_comparisons(o, new, old, path):
 
 
 def mix(comparisons, ranked, new_policy, old_policy, path):
-    """What the RM trains on: the kept comparisons and the RM-ranked pairs of the E-step just before, all of both."""
+    """What the RM trains on: the kept comparisons and the RM-ranked pairs of the E-step just before,
+    all of both."""
     if not exists(path):
         rows = [dict(prompt=row["prompt"], chosen=row["new"], rejected=row["old"], source=str(comparisons),
-                     chosen_policy=new_policy, rejected_policy=old_policy) for row in read_jsonl(comparisons) if row["kept"]]
-        rows += [dict(prompt=row["prompt"], chosen=row["chosen"], rejected=row["rejected"], source=str(ranked),
-                      chosen_policy=old_policy, rejected_policy=old_policy) for row in read_jsonl(ranked)]
+                     chosen_policy=new_policy, rejected_policy=old_policy)
+                for row in read_jsonl(comparisons) if row["kept"]]
+        rows += [dict(prompt=row["prompt"], chosen=row["chosen"], rejected=row["rejected"],
+                      source=str(ranked), chosen_policy=old_policy, rejected_policy=old_policy)
+                 for row in read_jsonl(ranked)]
         if rank() == 0:
             write_jsonl(path, rows)
         parallel.barrier()
@@ -262,7 +278,8 @@ def main():
     elif not (o.rm and o.prompts):
         raise Problem("--policy needs --rm and --prompts")
     o = replace(o, policy=local_folder(o.policy), rm=local_folder(o.rm))
-    parallel.claim(out, o, templates={side: load_tokenizer(getattr(o, side)).chat_template for side in ("policy", "rm")})
+    templates = {side: load_tokenizer(getattr(o, side)).chat_template for side in ("policy", "rm")}
+    parallel.claim(out, o, templates=templates)
     mutual_taught(o, out)
     if embedded:
         toy.measure(out, o)

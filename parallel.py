@@ -1,8 +1,9 @@
 """Processes, shards and files: everything that `dpo.py` and `reward.py` share and that is not the method.
 
-The same code runs under plain `python`, `torchrun` on CPUs (gloo) and `torchrun` on GPUs (nccl), over several nodes that
-share a file system. Training is FSDP2: decoder layers, then the root; fp32 masters with bf16 compute on GPUs, fp32 on CPUs;
-one process on a CPU is not sharded at all. Sampling and scoring use a plain replica in each process.
+The same code runs under plain `python`, `torchrun` on CPUs (gloo) and `torchrun` on GPUs (nccl), over several
+nodes that share a file system. Training is FSDP2: decoder layers, then the root; fp32 masters with bf16
+compute on GPUs, fp32 on CPUs; one process on a CPU is not sharded at all. Sampling and scoring use a plain
+replica in each process.
 
 Left out on purpose: tensor, pipeline and context parallelism, CPU offload, saving in the middle of an epoch.
 """
@@ -18,6 +19,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 
@@ -55,7 +57,8 @@ def world():
 
 
 def device():
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    cuda = torch.cuda.is_available()
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
 def barrier():
@@ -84,15 +87,18 @@ def _start():
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))  # more than the cores is far slower
-    if torch.cuda.is_available() and "RANK" not in os.environ:  # plain python on a GPU: a group of one, for FSDP's bf16
-        os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="localhost", MASTER_PORT="0")
-    if torch.cuda.is_available() or int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        # more than the cores is far slower
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    patience = timedelta(hours=6)  # a process that has no block left waits for the others' last ones
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        dist.init_process_group(backend, timeout=patience)
+    elif torch.cuda.is_available():  # a group of one, for FSDP's bf16
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def launch(main, *arguments):
-    """Run a script's main(): starts the process group, and turns what a user can mend into one line and exit code 2."""
+    """Run a script's main() in its process group; what a user can mend is one line and exit code 2."""
     try:
         _start()
         main(*arguments)
@@ -100,7 +106,7 @@ def launch(main, *arguments):
             dist.destroy_process_group()
     except (Problem, OSError, torch.cuda.OutOfMemoryError) as error:
         if rank() > 0:
-            time.sleep(3)  # most problems are everybody's: rank 0 has then spoken, and torchrun ends the others
+            time.sleep(3)  # most problems are everybody's: rank 0 has spoken, and torchrun ends the others
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
         os._exit(2)  # no waiting for processes that are inside a collective
     except KeyboardInterrupt:
@@ -111,8 +117,8 @@ def parse(options, words=None, **defaults):
     """The command line (or `words`) as the dataclass `options`; `defaults` replace the dataclass's own."""
     def complain(message):
         raise Problem(f"{message} (see --help)")
-    parser = HfArgumentParser(options, description=sys.modules[options.__module__].__doc__, allow_abbrev=False,
-                              formatter_class=_Help)
+    parser = HfArgumentParser(options, description=sys.modules[options.__module__].__doc__,
+                              allow_abbrev=False, formatter_class=_Help)
     parser.error = complain
     parser.set_defaults(**defaults)
     chosen, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
@@ -120,7 +126,8 @@ def parse(options, words=None, **defaults):
         complain(f"unknown: {' '.join(unknown)}")
     for name, value in vars(chosen).items():
         if type(value) in (int, float) and name not in ("seed", "tau") and (
-                value < 0 or value == 0 and name not in ("temperature", "save_every") or value > 1 and name == "top_p"):
+                value < 0 or value == 0 and name not in ("temperature", "save_every")
+                or value > 1 and name == "top_p"):
             complain(f"--{name} {value} makes no sense")
     return chosen
 
@@ -137,7 +144,7 @@ def exists(path):
 
 @contextmanager
 def writing(path):
-    """A temporary name for all processes to write to; renamed to `path` at the end: what exists is complete."""
+    """A temporary name for all processes to write to, renamed to `path` at the end: what exists is whole."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     if rank() == 0:
@@ -170,8 +177,8 @@ def claim(path, options, **more):
     path = Path(path)
     note = path.with_name(path.name + ".run.json") if path.suffix == ".jsonl" else path / "run.json"
     settings = {k: v for k, v in asdict(options).items() if k != "out"}
-    results = [p for p in ([path, *path.parent.glob(f".{path.name}.*")] if path.suffix == ".jsonl" else path.glob("*"))
-               if p.exists() and p != note]
+    files = [path, *path.parent.glob(f".{path.name}.*")] if path.suffix == ".jsonl" else path.glob("*")
+    results = [p for p in files if p.exists() and p != note]
     if rank() == 0 and note.exists() and results:  # a note alone is from a run that failed at once
         old = json.loads(note.read_text())["settings"]
         changed = [f"{k}: {old.get(k)!r} there, {settings.get(k)!r} now"
@@ -183,14 +190,16 @@ def claim(path, options, **more):
             raise Problem(f"{path} exists and was not written by this command; choose another --out")
         note.parent.mkdir(parents=True, exist_ok=True)
         temporary = note.with_name(f".{note.name}.tmp")
-        temporary.write_text(json.dumps({"settings": settings, **more, "versions": versions()}, indent=1) + "\n")
+        value = {"settings": settings, **more, "versions": versions()}
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
         os.replace(temporary, note)
     barrier()
 
 
 def versions():
-    names = {"python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
-             "numpy": np.__version__, "processes": world(), "device": str(device())}
+    names = {"python": sys.version.split()[0], "torch": torch.__version__,
+             "transformers": transformers.__version__, "numpy": np.__version__,
+             "processes": world(), "device": str(device())}
     git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], text=True,
                          cwd=Path(__file__).parent, capture_output=True) if shutil.which("git") else None
     return {**names, "commit": git.stdout.strip() if git and git.returncode == 0 else None}
@@ -204,9 +213,10 @@ class Log:
     def __init__(self, path, phase):
         self.path, self.phase = Path(path), phase
         if rank() == 0 and self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines(True) if json.loads(line)["phase"] != phase]
+            lines = self.path.read_text().splitlines(True)
             temporary = self.path.with_name(f".{self.path.name}.tmp")
-            temporary.write_text("".join(lines))
+            whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
+            temporary.write_text("".join(line for line in whole if json.loads(line)["phase"] != phase))
             os.replace(temporary, self.path)
 
     def __call__(self, shown="", **values):
@@ -231,7 +241,8 @@ def local_folder(name):
         barrier()
         return snapshot_download(name, allow_patterns=patterns)
     except Exception as error:
-        raise Problem(f"{name}: no such folder, and not to be had from the hub ({first_line(error)})") from None
+        raise Problem(f"{name}: no such folder, and not to be had from the hub "
+                      f"({first_line(error)})") from None
 
 
 def load_policy(folder, training=False):
@@ -239,7 +250,8 @@ def load_policy(folder, training=False):
     config = _config(folder)
     for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
         if getattr(config, name, None) not in (None, 1, 1.0):
-            raise Problem(f"{folder}: {config.model_type} models change their logits ({name}), which is not supported")
+            raise Problem(f"{folder}: {config.model_type} models change their logits ({name}), "
+                          "which is not supported")
     return _load(AutoModelForCausalLM, folder, training)
 
 
@@ -251,22 +263,22 @@ def load_reward(folder, training=False, fresh_head=False, seed=0):
         if config.num_labels != 1:
             raise Problem(f"{folder}: its head has {config.num_labels} labels; a reward model has one")
     elif not fresh_head:
-        raise Problem(f"{folder}: {kind} has no reward head; train one: python reward.py --model {folder} --pairs …")
+        raise Problem(f"{folder}: {kind} has no reward head; "
+                      f"train one: python reward.py --model {folder} --pairs …")
     else:
         say(f"{folder} is a {kind}: training starts with a fresh reward head")
     torch.manual_seed(seed)  # the fresh head's
-    return _load(AutoModelForSequenceClassification, folder, training, num_labels=1)
+    model = _load(AutoModelForSequenceClassification, folder, training, num_labels=1)
+    if not hasattr(model, "score"):
+        raise Problem(f"{folder}: {type(model).__name__} has no linear head `score`, which is not supported")
+    return model
 
 
 def _config(folder):
     try:
-        config = AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder)
     except Exception as error:
         raise Problem(f"{folder}: not a model folder ({first_line(error)})") from None
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True) \
-            and config.sliding_window < config.max_position_embeddings:
-        config.max_position_embeddings = config.sliding_window  # our masks are plain causal ones: exact up to there
-    return config
 
 
 def _load(kind, folder, training, **changes):
@@ -290,8 +302,10 @@ def _load(kind, folder, training, **changes):
                 model = kind.from_config(config, dtype=dtype, attn_implementation="sdpa")
     except Exception as error:
         raise Problem(f"{folder}: can't be loaded as a model ({first_line(error)})") from None
-    model.stored_dtype, model.context = stored, config.max_position_embeddings
-    return model.eval()  # and so it stays: dropout would make a policy differ from itself as its own reference
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    model.context = min(config.max_position_embeddings, window or math.inf)  # our masks know no window
+    model.stored_dtype = stored
+    return model.eval()  # and so it stays: dropout would make a policy differ from itself as reference
 
 
 def replicate(model):
@@ -311,9 +325,9 @@ def decoder_layers(model):
 
 
 def shard(root, recompute=False):
-    """FSDP2 over all processes. `root` wraps a model (root.model) and its forward is the only way in: hooks fire there.
+    """FSDP2 over all processes. `root` wraps a model (root.model); only root's forward fires the hooks.
 
-    recompute: gradient checkpointing, each decoder layer's activations are computed again in the backward pass.
+    recompute: gradient checkpointing, a decoder layer's activations are computed again in the backward pass.
     """
     layers = decoder_layers(root.model)
     if recompute:
@@ -330,9 +344,10 @@ def shard(root, recompute=False):
     policy = bf16 if device().type == "cuda" else MixedPrecisionPolicy()
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(root, mesh=mesh, mp_policy=policy)  # embedding, final norm and head, tied or not, in one group
+    fully_shard(root, mesh=mesh, mp_policy=policy)  # embedding, final norm, head, tied or not, in one group
     root.to_empty(device=device())
-    set_model_state_dict(root, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(root, weights, options=options)
     for ours, rank0s in zip(root.buffers(), buffers):  # RoPE's frequencies are in no checkpoint
         dist.broadcast(rank0s, 0)
         ours.copy_(rank0s)
@@ -340,18 +355,18 @@ def shard(root, recompute=False):
 
 
 def save(root, source, folder):
-    """A folder that from_pretrained and vLLM load. `source`: the folder whose tokenizer and template go along."""
+    """A folder that from_pretrained and vLLM load; tokenizer and template come from the folder `source`."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(root, options=options) if dist.is_initialized() else root.state_dict()
     model = root.model
     if rank() == 0:
-        weights = {name.removeprefix("model."): w.to(model.stored_dtype, copy=True) for name, w in weights.items()}
+        weights = {name.removeprefix("model."): w.to(model.stored_dtype, copy=True)
+                   for name, w in weights.items()}
         if model.config.tie_word_embeddings:
             weights = {name: w for name, w in weights.items() if name not in (model._tied_weights_keys or {})}
         folder.mkdir(parents=True, exist_ok=True)
         save_torch_state_dict(weights, folder, max_shard_size="5GB")
-        kind = "ForSequenceClassification" if hasattr(model, "score") else "ForCausalLM"
-        model.config.architectures = [(model.config.architectures or [kind])[0].split("For")[0] + kind]
+        model.config.architectures = [type(model).__name__]
         config = model.config.to_dict() | {"dtype": str(model.stored_dtype).removeprefix("torch.")}
         type(model.config).from_dict(config).save_pretrained(folder)
         if model.can_generate():
@@ -376,15 +391,15 @@ def cosine(step, steps, warmup=0.1):
 def batches(lengths, batch, micro_batch, seed, epochs=1):
     """The optimiser steps: per step this process's micro-batches, each [(index, weight)].
 
-    The order is the same in all processes; weights add up to 1 over a step's processes and micro-batches, so a
-    weighted sum of losses is the mean over the global batch. Nothing is dropped: the last batch is smaller. All
-    processes have the same number of micro-batches (collectives need that), filled up with rows of weight 0.
+    The order is the same in all processes; weights add up to 1 over a step's processes and micro-batches, so
+    a weighted sum of losses is the mean over the global batch. Nothing is dropped: the last batch is smaller.
+    All processes have the same number of micro-batches, as collectives need, filled up with weight 0.
     """
     steps = []
     for epoch in range(epochs):
         order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
         for at in range(0, len(order), batch):
-            rows = sorted(order[at:at + batch].tolist(), key=lambda i: (-lengths[i], i))  # like lengths together
+            rows = sorted(order[at:at + batch].tolist(), key=lambda i: (-lengths[i], i))  # like with like
             step, width = [], micro_batch * world()
             for first in range(0, len(rows), width):
                 group = rows[first:first + width]
@@ -412,14 +427,18 @@ def total(values):
     return dict(zip(values, vector.tolist()))
 
 
-def in_blocks(rows, size, out, work, what):
-    """Write `work(block)` -> rows of every block of `size` rows to `out`, a JSONL file; blocks are dealt to processes.
+def parts_of(out):
+    """The folder of a JSONL file's blocks while they are made."""
+    return Path(out).with_name(f".{Path(out).name}.parts")
 
-    The blocks don't depend on the number of processes, so neither do the shapes that models see. A block is kept as soon
-    as it is done: after an interruption only unfinished blocks are computed again.
+
+def in_blocks(rows, size, out, work, what):
+    """Write work(block)'s rows for every block of `size` rows to the JSONL file `out`, processes in turn.
+
+    The blocks don't depend on the number of processes, so neither do the shapes that models see. A block is
+    kept as soon as it is done: after an interruption only unfinished blocks are computed again.
     """
-    out = Path(out)
-    parts = out.with_name(f".{out.name}.parts")
+    out, parts = Path(out), parts_of(out)
     starts = range(0, len(rows), size)
     mine = [s for s in starts[rank()::world()] if not (parts / f"{s}.jsonl").exists()]
     for s in tqdm(mine, desc=what, disable=rank() > 0, unit="block", leave=False):

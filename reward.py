@@ -3,8 +3,8 @@
     python reward.py --model MODEL --pairs train.jsonl --test test.jsonl --out runs/rm
     python reward.py --model runs/rm --samples samples.jsonl --out scored.jsonl
 
-The reward is the raw logit at the last real token of the chat, found by its mask and never by the pad id. A causal LM is
-taken too and gets a fresh head. Twin of dpo.py.
+The reward is the raw logit at the last real token of the chat, found by its mask and never by the pad id. A
+causal LM is taken too and gets a fresh head. Twin of dpo.py.
 
 Left out on purpose: margins and centring in the loss, heads with several labels, resuming inside an epoch.
 """
@@ -20,6 +20,7 @@ import parallel
 from data import (
     Problem,
     check_context,
+    check_prompt,
     collate,
     encode_chat,
     load_tokenizer,
@@ -33,12 +34,14 @@ from parallel import device, exists, in_blocks, launch, parse, say, world, writi
 
 
 def bradley_terry_loss(chosen_rewards, rejected_rewards):
-    """−log σ(r(x, y_w) − r(x, y_l)), (B,) and (B,) -> (B,) (arXiv 2506.06292, the M-step; Bradley & Terry 1952)."""
+    """−log σ(r(x, y_w) − r(x, y_l)), (B,) and (B,) -> (B,)
+    (arXiv 2506.06292, the M-step; Bradley & Terry 1952)."""
     return -F.logsigmoid(chosen_rewards - rejected_rewards)
 
 
 class Rewards(torch.nn.Module):
-    """A sequence classifier as a function from a batch of rows (data.collate) to the reward of each answer, fp32."""
+    """A sequence classifier as a function from a batch of rows (data.collate)
+    to the reward of each answer, fp32."""
     def __init__(self, model):
         super().__init__()
         self.model = model
@@ -70,9 +73,10 @@ def train(folder, pairs, out, *, lr, batch, micro_batch, max_length, epochs=1, s
             chosen, rejected = model(collate([rows[i] for i, _ in micro], device())).view(-1, 2).T
             losses = bradley_terry_loss(chosen, rejected)
             weight = torch.tensor([w for _, w in micro], device=losses.device)
-            (losses @ weight * world()).backward()  # FSDP averages over processes: times their number is the sum
-            for name, value in {"loss": losses, "accuracy": (chosen > rejected).float(), "margin": chosen - rejected,
-                                "mean_reward": (chosen + rejected) / 2}.items():
+            # FSDP averages over processes: times their number is the sum
+            (losses @ weight * world()).backward()
+            for name, value in {"loss": losses, "accuracy": (chosen > rejected).float(),
+                                "margin": chosen - rejected, "mean_reward": (chosen + rejected) / 2}.items():
                 sums[name] = sums.get(name, 0.0) + (value.detach() @ weight).item()
         metrics = parallel.total(sums)
         if not math.isfinite(metrics["loss"]):
@@ -87,7 +91,8 @@ def train(folder, pairs, out, *, lr, batch, micro_batch, max_length, epochs=1, s
 @torch.inference_mode()
 def score_answers(model, tokenizer, prompt_answers, batch):
     """[(prompt, [answers])] -> [[reward]], `batch` prompts in a forward pass, like lengths together."""
-    rows = [pack([encode_chat(tokenizer, prompt, answer) for answer in answers]) for prompt, answers in prompt_answers]
+    rows = [pack([encode_chat(tokenizer, prompt, answer) for answer in answers])
+            for prompt, answers in prompt_answers]
     check_context(rows, model.model.context, tokenizer.name_or_path)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     rewards = [None] * len(rows)
@@ -106,10 +111,12 @@ def score(folder, samples, out, batch):
 
     def work(block):
         groups = [list(group) for _, group in groupby(block, key=lambda row: prompt_id(row["prompt"]))]
-        rewards = score_answers(model, tokenizer, [(g[0]["prompt"], [row["response"] for row in g]) for g in groups], batch)
+        prompt_answers = [(group[0]["prompt"], [row["response"] for row in group]) for group in groups]
+        rewards = score_answers(model, tokenizer, prompt_answers, batch)
         for row, reward in zip(block, [r for group in rewards for r in group]):
             if not math.isfinite(reward):
-                raise Problem(f"{folder} gives the reward {reward} to an answer to {str(row['prompt'])[:60]!r}")
+                raise Problem(f"{folder} gives the reward {reward} "
+                              f"to an answer to {str(row['prompt'])[:60]!r}")
             yield {**row, "score": reward}
 
     per_prompt = len(list(next(groupby(samples, key=lambda row: prompt_id(row["prompt"])))[1]))
@@ -119,13 +126,15 @@ def score(folder, samples, out, batch):
 def accuracy(folder, pairs, batch):
     """Share of pairs whose chosen answer gets the higher reward; equal rewards are wrong."""
     model, tokenizer = Rewards(parallel.replicate(parallel.load_reward(folder))), load_tokenizer(folder)
-    rewards = score_answers(model, tokenizer, [(p["prompt"], [p["chosen"], p["rejected"]]) for p in pairs], batch)
+    prompt_answers = [(pair["prompt"], [pair["chosen"], pair["rejected"]]) for pair in pairs]
+    rewards = score_answers(model, tokenizer, prompt_answers, batch)
     return sum(chosen > rejected for chosen, rejected in rewards) / len(rewards)
 
 
 @dataclass
 class Options:
-    model: str = field(metadata={"help": "reward model, or a causal LM to give a head to: a folder or hub id"})
+    model: str = field(
+        metadata={"help": "reward model, or a causal LM to give a head to: a folder or hub id"})
     out: str = field(metadata={"help": "folder of the trained reward model, or the scored samples.jsonl"})
     pairs: str = field(default="", metadata={"help": "to train: preference pairs (prompt, chosen, rejected)"})
     test: str = field(default="", metadata={"help": "pairs to report the accuracy on"})
@@ -133,8 +142,10 @@ class Options:
     lr: float = 2e-6
     batch: int = field(default=512, metadata={"help": "pairs per optimiser step, over all processes"})
     epochs: int = 1
-    micro_batch: int = field(default=2, metadata={"help": "pairs (scoring: prompts) per forward pass and process"})
-    max_length: int = field(default=2048, metadata={"help": "tokens of prompt and answer; longer pairs are left out"})
+    micro_batch: int = field(default=2,
+                             metadata={"help": "pairs (scoring: prompts) per forward pass and process"})
+    max_length: int = field(default=2048,
+                            metadata={"help": "tokens of prompt and answer; longer pairs are left out"})
     seed: int = 0
     recompute: bool = field(default_factory=torch.cuda.is_available,
                             metadata={"help": "gradient checkpointing: less memory, a third more time"})
@@ -151,9 +162,9 @@ def main():
     parallel.claim(out, o)
     if not exists(out / "config.json"):
         with writing(out / "checkpoint") as temporary:
-            train(folder, pairs, temporary, lr=o.lr, batch=o.batch, micro_batch=o.micro_batch, max_length=o.max_length,
-                  epochs=o.epochs, seed=o.seed, recompute=o.recompute, fresh_head=True,
-                  log=parallel.Log(out / "metrics.jsonl", "reward"))
+            train(folder, pairs, temporary, lr=o.lr, batch=o.batch, micro_batch=o.micro_batch,
+                  max_length=o.max_length, epochs=o.epochs, seed=o.seed, recompute=o.recompute,
+                  fresh_head=True, log=parallel.Log(out / "metrics.jsonl", "reward"))
         parallel.move_up(out / "checkpoint", out)
     if test:
         say(f"accuracy on {o.test}: {accuracy(str(out), test, o.micro_batch):.4f} of {len(test)} pairs")
@@ -163,8 +174,9 @@ def main():
 def score_file(folder, o):
     rows = read_rows(o.samples)
     for where, row in rows:
-        if not isinstance(row.get("response"), str) or not row.get("prompt"):
-            raise Problem(f"{where}: a sample needs `prompt` and `response`")
+        check_prompt(where, row.get("prompt"))
+        if not isinstance(row.get("response"), str):
+            raise Problem(f"{where}: no response (a field `response` with text)")
     parallel.claim(o.out, o)
     if not exists(o.out):
         score(folder, [row for _, row in rows], o.out, o.micro_batch)

@@ -3,12 +3,14 @@
     python sampler.py --model MODEL --prompts prompts.jsonl --out samples.jsonl --samples 5
     torchrun --nproc-per-node 8 sampler.py --model MODEL --prompts prompts.jsonl --out samples.jsonl
 
-A fixed number of rows decodes together, each with a slot in the key-value cache. A prompt is prefilled once and its keys
-and values are copied into the slots of all its samples; a row that has finished leaves and the next one takes its slot.
+A fixed number of rows decodes together, each with a slot in the key-value cache. A prompt is prefilled once
+and its keys and values are copied into the slots of all its samples; a row that has finished leaves and the
+next one takes its slot.
 
-A draw depends on (seed, prompt, sample index, position) and on nothing else: its random number is a hash of them. So the
-order, the number of processes and an interruption change nothing, and the batch size changes results through rounding
-alone. `generate_reference` is the same thing written slowly and obviously; tests hold `generate` to it token for token.
+A draw depends on (seed, prompt, sample index, position) and on nothing else: its random number is a hash of
+them. So the order, the number of processes and an interruption change nothing, and the batch size changes
+results through rounding alone. `generate_reference` is the same thing written slowly and obviously; tests
+hold `generate` to it token for token.
 
 Left out on purpose: top-k, repetition penalties, beams, sliding-window attention beyond one window.
 """
@@ -29,7 +31,8 @@ PREFILL = 16  # prompts prefilled together
 
 # ---------------------------------------------------------------- drawing one token
 def uniform(keys, counter):
-    """(R,) uint64 keys and counters -> (R,) float32 in (0, 1], by the splitmix64 hash (doi.org/10.1145/2714064.2660195)."""
+    """(R,) uint64 keys and counters -> (R,) float32 in (0, 1], by the splitmix64 hash
+    (doi.org/10.1145/2714064.2660195)."""
     x = keys + np.asarray(counter, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -40,8 +43,9 @@ def uniform(keys, counter):
 def draw(logits, keys, steps, temperature, top_p):
     """(R, V) logits -> (R,) tokens, exactly from the softmax at `temperature` cut to its top-p nucleus.
 
-    A draw from the whole softmax that lies inside the nucleus is a draw from the nucleus; others are thrown again. That
-    needs no sorting of the vocabulary. A token is inside if the mass of all likelier ones is below top_p.
+    A draw from the whole softmax that lies inside the nucleus is a draw from the nucleus; others are thrown
+    again. That needs no sorting of the vocabulary. A token is inside if the mass of all likelier ones is
+    below top_p.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -66,14 +70,16 @@ def draw(logits, keys, steps, temperature, top_p):
 
 
 def mass_above(probs, token):
-    """(R, V), (R, 1) -> (R,): probability of everything likelier than `token`; among equals the lower id comes first."""
+    """(R, V), (R, 1) -> (R,): probability of everything likelier than `token`;
+    among equals the lower id comes first."""
     mine = probs.gather(1, token)
     ids = torch.arange(probs.shape[1], device=probs.device)
     return (probs * ((probs > mine) | (probs == mine) & (ids < token))).sum(-1)
 
 
 def nucleus(probs, top_p):
-    """(R, V) -> (R, V): the smallest set of likeliest tokens whose mass reaches top_p, renormalised (arXiv 1904.09751)."""
+    """(R, V) -> (R, V): the smallest set of likeliest tokens whose mass reaches top_p, renormalised
+    (arXiv 1904.09751)."""
     ordered, order = probs.sort(dim=-1, descending=True, stable=True)
     kept = torch.where(ordered.cumsum(-1) - ordered < top_p, ordered, 0.0)
     return torch.zeros_like(probs).scatter(1, order, kept / kept.sum(-1, keepdim=True))
@@ -81,7 +87,8 @@ def nucleus(probs, top_p):
 
 # ---------------------------------------------------------------- the cache
 class Slots:
-    """Keys and values of R rows in flight: per layer (R, kv_heads, capacity, head_dim). A model sees it as its cache.
+    """Keys and values of R rows in flight: per layer (R, kv_heads, capacity, head_dim).
+    A model sees it as its cache.
 
     Row r's tokens lie at 0 … at[r], whatever the others' lengths: no padding, positions are indices.
     """
@@ -92,7 +99,8 @@ class Slots:
     def put(self, slots, prompt):
         """Copy a prefilled prompt's keys and values into slots."""
         if not self.layers:
-            self.layers = [tuple(x.new_zeros(self.rows, x.shape[0], self.capacity, x.shape[2]) for x in kv) for kv in prompt]
+            self.layers = [tuple(x.new_zeros(self.rows, x.shape[0], self.capacity, x.shape[2]) for x in kv)
+                           for kv in prompt]
         for ours, theirs in zip(self.layers, prompt):
             for x, y in zip(ours, theirs):
                 x[slots, :, :y.shape[1]] = y
@@ -120,15 +128,18 @@ class Slots:
 
 
 def prefill(model, prompts):
-    """Token lists -> per prompt (keys and values per layer, logits of its first response token), padded right."""
+    """Token lists -> per prompt (keys and values per layer, logits of its first response token),
+    padded right."""
     lengths = torch.tensor([len(p) for p in prompts])
     ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
     for row, prompt in zip(ids, prompts):
         row[:len(prompt)] = torch.tensor(prompt)
     cache = DynamicCache()
-    hidden = model.base_model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True).last_hidden_state
+    hidden = model.base_model(input_ids=ids.to(model.device), past_key_values=cache,
+                              use_cache=True).last_hidden_state
     logits = model.get_output_embeddings()(hidden[torch.arange(len(prompts)), lengths - 1])
-    return [([(layer.keys[i, :, :n].clone(), layer.values[i, :, :n].clone()) for layer in cache.layers], logits[i])
+    return [([(layer.keys[i, :, :n].clone(), layer.values[i, :, :n].clone()) for layer in cache.layers],
+             logits[i])
             for i, n in enumerate(lengths.tolist())]
 
 
@@ -137,7 +148,8 @@ def prefill(model, prompts):
 def generate(model, prompts, keys, *, stop_ids, temperature, top_p, max_new_tokens, batch):
     """Token lists (P) and (P, M) uint64 keys -> responses[p][m], token lists that include the stop token.
 
-    `batch` rows decode at a time. A response ends at a stop token, at max_new_tokens or where the context ends.
+    `batch` rows decode at a time. A response ends at a stop token,
+    at max_new_tokens or where the context ends.
     """
     (count, samples), where = keys.shape, model.device
     order = sorted(range(count), key=lambda p: (len(prompts[p]), p))  # like lengths are prefilled together
@@ -166,7 +178,8 @@ def generate(model, prompts, keys, *, stop_ids, temperature, top_p, max_new_toke
         active[rows] = ~np.isin(new, stop_ids) & (length[rows] < limits[p])
 
     def admit():
-        """Fill free slots from the queue until none is free or none waits (a first token may end its response)."""
+        """Fill free slots from the queue until none is free or none waits
+        (a first token may end its response)."""
         while waiting and not active.all():
             rows = np.flatnonzero(~active)[:len(waiting)]
             job[rows] = [waiting.popleft() for _ in rows]
@@ -199,7 +212,8 @@ def generate(model, prompts, keys, *, stop_ids, temperature, top_p, max_new_toke
 
 @torch.inference_mode()
 def generate_reference(model, prompts, keys, *, stop_ids, temperature, top_p, max_new_tokens):
-    """The specification of `generate`: one response at a time, the whole prefix computed again for every token."""
+    """The specification of `generate`: one response at a time,
+    the whole prefix computed again for every token."""
     def next_token(prefix, key, step):
         logits = model(torch.tensor([prefix], device=model.device), use_cache=False).logits[:, -1].float()
         if temperature == 0:
@@ -246,20 +260,23 @@ def sample(folder, prompts, out, *, samples, temperature, top_p, max_new_tokens,
     encoded = [encode_chat(tokenizer, prompt).ids for prompt in prompts]
     for prompt, ids in zip(prompts, encoded):
         if len(ids) >= model.context:
-            raise Problem(f"prompt of {len(ids)} tokens does not fit into the context of {model.context} tokens of "
-                          f"{folder}: {str(prompt)[:60]!r}…")
+            raise Problem(f"prompt of {len(ids)} tokens does not fit into the context of {model.context} "
+                          f"tokens of {folder}: {str(prompt)[:60]!r}…")
 
     def work(block):
         prompts, encoded = zip(*block)
-        keys = np.array([[seed_of(seed, prompt_id(p), m) for m in range(samples)] for p in prompts], np.uint64)
+        keys = np.array([[seed_of(seed, prompt_id(p), m) for m in range(samples)] for p in prompts],
+                        np.uint64)
         responses = generate(model, encoded, keys, stop_ids=stop_ids, temperature=temperature, top_p=top_p,
                              max_new_tokens=max_new_tokens, batch=batch)
         for prompt, tokens in zip(prompts, responses):
             for index, ids in enumerate(tokens):
-                yield dict(prompt=prompt, index=index, response=tokenizer.decode(ids, skip_special_tokens=True),
+                yield dict(prompt=prompt, index=index,
+                           response=tokenizer.decode(ids, skip_special_tokens=True),
                            tokens=len(ids), finished=ids[-1] in stop_ids)
 
-    in_blocks(list(zip(prompts, encoded)), max(1, 4 * batch // samples), out, work, f"sampling {Path(out).name.split('.')[0]}")
+    in_blocks(list(zip(prompts, encoded)), max(1, 4 * batch // samples), out, work,
+              f"sampling {Path(out).name.split('.')[0]}")
 
 
 @dataclass
@@ -282,8 +299,8 @@ def main():
     claim(o.out, o)
     if not exists(o.out):
         say(f"{len(prompts)} prompts ({repeats} repeated ones left out), {o.samples} responses each")
-        sample(folder, prompts, o.out, samples=o.samples, temperature=o.temperature, top_p=o.top_p, seed=o.seed,
-               max_new_tokens=o.max_new_tokens, batch=o.sample_batch)
+        sample(folder, prompts, o.out, samples=o.samples, temperature=o.temperature, top_p=o.top_p,
+               seed=o.seed, max_new_tokens=o.max_new_tokens, batch=o.sample_batch)
     say(f"{o.out} is complete")
 
 

@@ -1,4 +1,5 @@
-"""The embedded task: poems in a tiny English, and everything that a run on it needs. No download, minutes on a CPU.
+"""The embedded task: poems in a tiny English, and everything that a run on it needs.
+No download, minutes on a CPU.
 
     torchrun mt.py --rounds 3                     # uses it when no --policy is given
     python toy.py --seed 0 --out runs/toy-base    # the base policy and reward model alone
@@ -11,8 +12,9 @@ and a perfect answer greets the reader, writes that many `ADJECTIVE NOUN VERB .`
 
     dear sister . grey waves weep . lonely dogs sigh . broken sails fade . the end .
 
-The base policy learnt from a mediocre writer. The base reward model learnt from noisy labels of a gold judge, which no other
-training step ever sees, so that a run can show what a real one can't: whether policies and reward models really get better.
+The base policy learnt from a mediocre writer. The base reward model learnt from noisy labels of a gold judge,
+which no other training step ever sees, so that a run can show what a real one can't: whether policies and
+reward models really get better.
 
 Left out on purpose: grammar beyond this pattern, any judgement of style.
 """
@@ -45,11 +47,11 @@ from sampler import sample
 
 # options of mt.py that fit models of 0.1 M parameters
 SETTINGS = dict(
-    out="runs/toy", max_new_tokens=64, max_length=128, beta=0.1, policy_lr=1e-4, policy_batch=16, rm_lr=5e-4, rm_batch=16,
-    save_every=13, select_prompts=300, sample_batch=256, score_batch=64, micro_batch=16)
+    out="runs/toy", max_new_tokens=64, max_length=128, beta=0.1, policy_lr=1e-4, policy_batch=16, rm_lr=5e-4,
+    rm_batch=16, save_every=13, select_prompts=300, sample_batch=256, score_batch=64, micro_batch=16)
 LOOP_PROMPTS, TEST_PROMPTS, LABELS, DEMONSTRATIONS = 2700, 300, 9000, 7000
-SHAPE = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.08,
-             max_position_embeddings=128)
+SHAPE = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4,
+             initializer_range=0.08, max_position_embeddings=128)
 SFT = dict(lr=3e-3, batch=32, epochs=3)
 RM = dict(lr=1e-3, batch=16, micro_batch=16, epochs=4)
 LABEL_NOISE, LENGTH_SLOPE = 0.6, 0.6  # T, and nats per ten tokens
@@ -132,7 +134,7 @@ def gold(prompt: str, response: str, finished: bool = True) -> float:
     """
     wish = wishes(prompt)
     sentences = [sentence.split() for sentence in response.split(" .")]
-    broken_off = not finished or bool(sentences.pop())  # what follows the last full stop should be nothing
+    broken_off = bool(sentences.pop()) or not finished  # what follows the last full stop should be nothing
     ends = bool(sentences) and sentences[-1] == ["the", "end"]
     greets = [sentence[1:] for sentence in sentences[:1] if sentence[:1] == ["dear"]]
     body = sentences[len(greets):len(sentences) - ends]
@@ -181,20 +183,24 @@ def demonstration(prompt: str, rng: random.Random) -> str:
 
 # ---------------------------------------------------------------- the base models
 def tokenizer():
-    """Word-level, with a chat template: <bos> <user> the prompt's words <assistant> the answer's words <eos>."""
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<bos>", "<eos>", "<user>", "<assistant>", *words()])}
+    """Word-level, with a chat template:
+    <bos> <user> the prompt's words <assistant> the answer's words <eos>."""
+    special = ["<pad>", "<bos>", "<eos>", "<user>", "<assistant>"]
+    vocabulary = {word: i for i, word in enumerate([*special, *words()])}
     model = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
     model.pre_tokenizer = WhitespaceSplit()
     template = ("{{ bos_token }}{% for m in messages %} <{{ m['role'] }}> {{ m['content'] }}"
                 "{% if m['role'] == 'assistant' %} {{ eos_token }}{% endif %}{% endfor %}"
                 "{% if add_generation_prompt %} <assistant>{% endif %}")
     return PreTrainedTokenizerFast(
-        tokenizer_object=model, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", chat_template=template,
-        additional_special_tokens=["<user>", "<assistant>"], clean_up_tokenization_spaces=False)
+        tokenizer_object=model, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
+        chat_template=template, additional_special_tokens=["<user>", "<assistant>"],
+        clean_up_tokenization_spaces=False)
 
 
 def parts(seed):
-    """The world's prompts, shuffled and cut: `loop` (subsets and D_MS), `test`, and those that the base models see.
+    """The world's prompts, shuffled and cut: `loop` (subsets and D_MS), `test`,
+    and those that the base models see.
 
     Loop, test and base models share no prompt; demonstrations and labels share some with each other.
     """
@@ -206,7 +212,8 @@ def parts(seed):
 
 
 def build(seed):
-    """The base policy, base RM and prompts of a seed, made on first use: {policy, rm, prompts}, the options of mt.py.
+    """The base policy, base RM and prompts of a seed, made on first use:
+    {policy, rm, prompts}, the options of mt.py.
 
     Another process does it, with one thread: the base models don't depend on how many processes the run has.
     """
@@ -227,7 +234,8 @@ def build(seed):
 
 
 def write_demonstrator(prompts, seed, folder):
-    """π_0: a small Llama trained on the mediocre writer's demonstrations, the mean negative log-likelihood per token."""
+    """π_0: a small Llama trained on the mediocre writer's demonstrations,
+    the mean negative log-likelihood per token."""
     torch.manual_seed(seed)
     words, rng = tokenizer(), random.Random(seed)
     config = LlamaConfig(**SHAPE, vocab_size=len(words), pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -248,19 +256,21 @@ def write_demonstrator(prompts, seed, folder):
 
 
 def write_preferences(policy, prompts, seed, path):
-    """Pairs of π_0's answers with a noisy label: P(a ≻ b) = σ((gold(a) − gold(b)) / T + slope · (tokens(a) − tokens(b)) / 10).
+    """Pairs of π_0's answers with a noisy label:
+    P(a ≻ b) = σ((gold(a) − gold(b)) / T + slope · (tokens(a) − tokens(b)) / 10).
 
     The mild preference for length balances the E-step's choice of short answers; without it they collapse.
     """
     rng, samples = random.Random(seed), path.with_name("answers.jsonl")
-    sample(str(policy), prompts, samples, samples=2, temperature=0.8, top_p=0.95, max_new_tokens=SETTINGS["max_new_tokens"],
-           seed=f"{seed}/labels", batch=256)
+    sample(str(policy), prompts, samples, samples=2, temperature=0.8, top_p=0.95,
+           max_new_tokens=SETTINGS["max_new_tokens"], seed=f"{seed}/labels", batch=256)
     rows, pairs = read_jsonl(samples), []
     for a, b in zip(rows[::2], rows[1::2]):
         if a["response"] != b["response"]:
             z = (gold_of(a) - gold_of(b)) / LABEL_NOISE + LENGTH_SLOPE * (a["tokens"] - b["tokens"]) / 10
             chosen, rejected = (a, b) if rng.random() < 1 / (1 + math.exp(-z)) else (b, a)
-            pairs.append({"prompt": a["prompt"], "chosen": chosen["response"], "rejected": rejected["response"]})
+            pairs.append({"prompt": a["prompt"], "chosen": chosen["response"],
+                          "rejected": rejected["response"]})
     write_jsonl(path, pairs)
 
 
@@ -270,7 +280,8 @@ def gold_of(row):
 
 # ---------------------------------------------------------------- what only an embedded task can show
 def measure(out, o):
-    """gold.jsonl in the run folder: a line for the base and one per round, on test prompts that nothing else has seen."""
+    """gold.jsonl in the run folder: a line for the base and one per round,
+    on test prompts that nothing else has seen."""
     states, policy, rm = [("base", o.policy, o.rm)], o.policy, o.rm
     for number in range(1, o.rounds + 1):
         for step, kind in (("e1", "policy"), ("m", "rm"), ("e2", "policy")):
@@ -284,7 +295,8 @@ def measure(out, o):
         if lines and (policy, rm) == states[len(lines) - 1][1:]:
             lines.append({**lines[-1], "policy": label})  # the run had stopped
             continue
-        rows = sample_and_score(o, policy, o.rm, parts(o.seed)["test"], 2, f"{o.seed}/test/{label}", folder / "r0.jsonl")
+        rows = sample_and_score(o, policy, o.rm, parts(o.seed)["test"], 2, f"{o.seed}/test/{label}",
+                                folder / "r0.jsonl")
         base = base or rows
         for name, answers in (("base", base), ("own", rows)):
             if not exists(folder / f"{name}.jsonl"):
@@ -293,7 +305,8 @@ def measure(out, o):
         lines.append(dict(
             policy=label, rm=Path(rm).parts[-3] if rm != o.rm else "r0", gold=float(np.mean(values)),
             gold_se=standard_error(values), win_rate=win_rate(values, base_values),
-            tokens=float(np.mean([row["tokens"] for row in rows])), reward_r0=float(np.mean([row["score"] for row in rows])),
+            tokens=float(np.mean([row["tokens"] for row in rows])),
+            reward_r0=float(np.mean([row["score"] for row in rows])),
             accuracy_base=agreement(read_jsonl(folder / "base.jsonl")),
             accuracy_current=agreement(read_jsonl(folder / "own.jsonl")),
             length_slope=length_slope(read_jsonl(folder / "base.jsonl"))))
@@ -335,8 +348,9 @@ def main():
     out, cut = Path(o.out), parts(o.seed)
     write_demonstrator(cut["demonstrations"], o.seed, out / "policy")
     write_preferences(out / "policy", cut["labels"], o.seed, out / "preferences.jsonl")
-    reward.train(str(out / "policy"), read_pairs(out / "preferences.jsonl"), out / "rm.tmp", seed=o.seed, fresh_head=True,
-                 max_length=SETTINGS["max_length"], log=Log(out / "metrics.jsonl", "base rm"), **RM)
+    reward.train(str(out / "policy"), read_pairs(out / "preferences.jsonl"), out / "rm.tmp", seed=o.seed,
+                 fresh_head=True, max_length=SETTINGS["max_length"],
+                 log=Log(out / "metrics.jsonl", "base rm"), **RM)
     write_jsonl(out / "prompts.jsonl", [{"prompt": prompt} for prompt in cut["loop"]])
     os.replace(out / "rm.tmp", out / "rm")
 

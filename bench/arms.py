@@ -2,8 +2,8 @@
 
     python bench/arms.py --seeds 1 2 3 4
 
-Runs mt.py as it stands, two runs at a time with a thread each, into runs/arms/; runs that are there are not done again.
-An arm that has stopped keeps its last policy for the rounds that follow.
+Runs mt.py as it stands, two runs at a time with a thread each, into runs/arms/; runs that are there are not
+done again. An arm that has stopped keeps its last policy for the rounds that follow.
 """
 import argparse
 import os
@@ -32,8 +32,8 @@ ARMS = {
 
 
 def command(script, *words):
-    return subprocess.run([sys.executable, str(HOME / script), *map(str, words)], check=True, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.run([sys.executable, str(HOME / script), *map(str, words)], check=True,
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def run(arm, seed):
@@ -53,26 +53,30 @@ def offline(out, seed):
     s, base = toy.SETTINGS, toy.build(seed)
     prompts = [{"prompt": p} for p in toy.parts(seed)["loop"]]
     write_jsonl(out / "prompts.jsonl", prompts[s["select_prompts"]:])
-    command("sampler.py", "--model", base["policy"], "--prompts", out / "prompts.jsonl", "--out", out / "samples.jsonl",
-            "--max_new_tokens", s["max_new_tokens"], "--sample_batch", s["sample_batch"], "--seed", seed)
-    command("reward.py", "--model", base["rm"], "--samples", out / "samples.jsonl", "--out", out / "scored.jsonl",
-            "--micro_batch", s["score_batch"])
+    command("sampler.py", "--model", base["policy"], "--prompts", out / "prompts.jsonl",
+            "--out", out / "samples.jsonl", "--max_new_tokens", s["max_new_tokens"],
+            "--sample_batch", s["sample_batch"], "--seed", seed)
+    command("reward.py", "--model", base["rm"], "--samples", out / "samples.jsonl",
+            "--out", out / "scored.jsonl", "--micro_batch", s["score_batch"])
     command("filter.py", "--samples", out / "scored.jsonl", "--out", out / "pairs.jsonl")
-    command("dpo.py", "--model", base["policy"], "--pairs", out / "pairs.jsonl", "--out", out / "round1/e1/policy",
-            "--beta", s["beta"], "--lr", s["policy_lr"], "--batch", s["policy_batch"], "--micro_batch", s["micro_batch"],
+    command("dpo.py", "--model", base["policy"], "--pairs", out / "pairs.jsonl",
+            "--out", out / "round1/e1/policy", "--beta", s["beta"], "--lr", s["policy_lr"],
+            "--batch", s["policy_batch"], "--micro_batch", s["micro_batch"],
             "--max_length", s["max_length"], "--seed", seed)
     toy.measure(out, Options(**(s | base | dict(rounds=1, seed=seed, out=str(out)))))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     o = parser.parse_args()
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(toy.build, o.seeds))
         jobs = {(arm, seed): pool.submit(run, arm, seed) for seed in o.seeds for arm in o.arms}
-    print("| arm | round | gold | win rate against base | tokens | RM accuracy, base's answers | own answers |")
+    print("| arm | round | gold | win rate against base | tokens "
+          "| RM accuracy, base's answers | own answers |")
     print("|---|---|---|---|---|---|---|")
     for arm in o.arms:
         lines = [jobs[arm, seed].result() for seed in o.seeds]

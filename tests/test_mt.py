@@ -13,15 +13,16 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+import filter as filter_script
 import mt
 import parallel
 import reward
-import toy
+import sampler
 from data import Problem, read_jsonl, write_jsonl
 from eval import win_rate
 
 WORDS = dict(rounds=1, samples=3, max_new_tokens=12, max_length=64, policy_batch=4, rm_batch=4, beta=0.1,
-             policy_lr=1e-3, rm_lr=1e-3, save_every=1, select_prompts=6, tau=0.0, sample_batch=16, score_batch=4)
+             policy_lr=1e-3, rm_lr=1e-3, save_every=1, select_prompts=6, tau=0.0, sample_batch=16)
 TRAINED_FROM = []  # the folders that reward.train started from in the fixture `undisturbed`
 
 
@@ -46,7 +47,7 @@ def undisturbed(words, tmp_path_factory):
         patch.chdir(folder)
         patch.setattr("sys.argv", ["mt.py", *words(rounds=2)])
         train = reward.train
-        patch.setattr(reward, "train", lambda base, *a, **b: TRAINED_FROM.append(base) or train(base, *a, **b))
+        patch.setattr(reward, "train", lambda rm, *a, **b: TRAINED_FROM.append(rm) or train(rm, *a, **b))
         mt.main()
     return folder / "run"
 
@@ -270,7 +271,7 @@ def test_comparisons_kept_and_dropped_are_on_record_with_margin_and_epsilon(undi
             assert row["kept"] == (row["margin"] > -row["epsilon"] and row["new"] != row["old"])
 
 
-def test_every_training_pair_of_the_rm_leads_back_to_the_policies_that_wrote_it(undisturbed, monkeypatch, tiny):
+def test_every_training_pair_of_the_rm_leads_back_to_its_two_policies(undisturbed, monkeypatch, tiny):
     monkeypatch.chdir(undisturbed.parent)
     for n in (1, 2):
         folder = Path("run") / f"round{n}"
@@ -294,7 +295,7 @@ def test_win_rates_settings_versions_and_metrics_are_on_record(undisturbed, word
     note = json.loads((undisturbed / "run.json").read_text())
     assert note["settings"]["tau"] == 0.0 and note["settings"]["update_rm"] is True
     assert note["settings"].keys() | {"out"} == vars(parallel.parse(mt.Options, words())).keys()
-    assert {"python", "torch", "transformers", "numpy", "processes", "device", "commit"} <= note["versions"].keys()
+    assert {"python", "torch", "transformers", "numpy", "processes", "commit"} <= note["versions"].keys()
     lines = read_jsonl(undisturbed / "metrics.jsonl")
     for n in (1, 2):
         for part in ("e1", "e2"):
@@ -340,29 +341,40 @@ def kill_at(monkeypatch, count, after):
 
 
 def files(run):
-    """Everything that a person reads in a run folder, by name: the bytes, without what a run says of itself."""
-    named = {str(path.relative_to(run)): path for path in sorted(run.rglob("*.json*"))}
-    return {name: path.read_bytes() for name, path in named.items() if path.is_file() and path.name != "run.json"
-            and not any(part in ("policy", "rm") or part[0] == "." for part in Path(name).parts)}
+    """What a person reads in a run folder: name -> bytes. run.json names the processes and is left out."""
+    paths = (path.relative_to(run) for path in sorted(run.rglob("[!.]*.json*")) if path.name != "run.json")
+    return {str(path): (run / path).read_bytes() for path in paths
+            if not any(part in ("policy", "rm") or part[0] == "." for part in path.parts)}
 
 
-def test_killed_at_any_rename_a_run_goes_on_to_the_same_result(call, words, here, undisturbed):
-    rng, kills = random.Random(0), 0
-    while True:
+@pytest.fixture(scope="module")
+def disturbed(words, tmp_path_factory):
+    """The run of `undisturbed`, killed at one rename or removal after the other until an attempt succeeds."""
+    folder, rng, kills, done = tmp_path_factory.mktemp("disturbed"), random.Random(0), 0, False
+    while not done:
         with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            patch.setattr("sys.argv", ["mt.py", *words(rounds=2)])
             kill_at(patch, rng.randint(6, 16), after=rng.random() < 0.5)
             try:
-                call(mt, *words(rounds=2))
-                break
+                mt.main()
+                done = True
             except Killed:
                 kills += 1
     assert kills > 8
-    ours, theirs = files(here), files(undisturbed)
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if ours[name] != theirs[name]] == []
+    return folder / "run"
+
+
+def test_killed_at_any_rename_a_run_goes_on_to_the_same_result(disturbed, undisturbed):
+    ours, theirs = files(disturbed), files(undisturbed)
+    assert [name for name in theirs if ours.get(name) != theirs[name]] == []
     for name in ("policy", "rm", "round1/e1/policy", "round1/m/rm", "round1/e2/policy"):
-        assert same_weights(here / name, undisturbed / name)
-    assert not list(here.rglob(".*"))  # nothing temporary is left
+        assert same_weights(disturbed / name, undisturbed / name)
+
+
+def test_a_run_that_was_killed_leaves_nothing_behind_in_the_end(disturbed, undisturbed):
+    ours, theirs = ({path.relative_to(run) for path in run.rglob("*")} for run in (disturbed, undisturbed))
+    assert sorted(map(str, ours - theirs)) == []
 
 
 def test_a_kill_while_the_losers_are_deleted_does_not_stop_the_run(call, words, here):
@@ -384,16 +396,16 @@ def test_a_kill_while_the_losers_are_deleted_does_not_stop_the_run(call, words, 
 def test_a_finished_run_is_left_alone(call, words, undisturbed, monkeypatch):
     monkeypatch.chdir(undisturbed.parent)
     before = files(undisturbed)
-    for module, name in ((mt, "sample"), (reward, "score"), (mt.dpo, "train"), (reward, "train")):
+    for module, name in ((sampler, "generate"), (reward, "score"), (mt.dpo, "train"), (reward, "train")):
         monkeypatch.setattr(module, name, None)  # a call would fail
     call(mt, *words(rounds=2))
     assert files(undisturbed) == before
 
 
-def test_another_setting_in_the_same_folder_is_refused_with_the_differences(call, words, undisturbed, monkeypatch):
+def test_another_setting_in_the_same_folder_is_refused_with_a_list(call, words, undisturbed, monkeypatch):
     monkeypatch.chdir(undisturbed.parent)
     before = files(undisturbed)
-    with pytest.raises(Problem, match="belongs to another run; .*seed: 0 there, 3 now; samples: 3 there, 4 now"):
+    with pytest.raises(Problem, match="another run; .*seed: 0 there, 3 now; samples: 3 there, 4 now"):
         call(mt, *words(rounds=2, seed=3, samples=4))
     assert files(undisturbed) == before
 
@@ -426,7 +438,25 @@ def test_a_problem_in_two_processes_ends_them_both(script, words, tmp_path):
     assert "mt.py: nowhere: no such folder" in done.stderr
 
 
-def test_the_embedded_task_needs_all_three_or_none(call, words, here):
+def test_a_policy_needs_a_reward_model_and_prompts(call, here):
     with pytest.raises(Problem, match="--policy needs --rm and --prompts"):
         call(mt, "--policy", "somewhere", "--out", here)
-    assert toy.SETTINGS.keys() <= vars(mt.Options()).keys()
+
+
+@pytest.mark.parametrize("name, value", [("samples", 0), ("max_new_tokens", 0), ("rounds", 0), ("top_p", 0),
+                                         ("micro_batch", 0), ("policy_batch", 0), ("temperature", -1)])
+def test_a_number_that_makes_no_sense_is_a_problem_before_anything_is_written(call, words, here, name, value):
+    with pytest.raises(Problem, match=f"--{name} "):
+        call(mt, *words(**{name: value}))
+    assert not here.exists()
+
+
+def test_the_phases_run_alone_from_file_to_file(call, tiny, written, prompts, here):
+    path, rm = written("prompts.jsonl", [{"prompt": p} for p in prompts]), tiny(reward=True)
+    call(sampler, "--model", tiny(), "--prompts", path, "--out", "samples.jsonl", "--max_new_tokens", 8)
+    call(reward, "--model", rm, "--samples", "samples.jsonl", "--out", "scored.jsonl")
+    call(filter_script, "--samples", "scored.jsonl", "--out", "pairs.jsonl")
+    call(mt.dpo, "--model", tiny(), "--pairs", "pairs.jsonl", "--out", "policy", "--lr", 1e-3, "--batch", 8)
+    call(reward, "--model", rm, "--pairs", "pairs.jsonl", "--out", "rm", "--lr", 1e-3, "--batch", 8)
+    assert read_jsonl("pairs.jsonl") == mt.preference_pairs(read_jsonl("scored.jsonl"))[0]
+    assert not same_weights("policy", tiny()) and not same_weights("rm", rm)

@@ -1,0 +1,71 @@
+"""pytest tests/test_imports.py
+
+Every module imports, says what it is, and has a command line that explains itself.
+"""
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
+SCRIPTS = [name for name in MODULES if "launch(main)" in (ROOT / f"{name}.py").read_text()]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_imports_and_has_a_docstring(name):
+    assert importlib.import_module(name).__doc__.strip()
+
+
+def test_the_optional_packages_are_optional():
+    code = f"import sys; sys.modules.update(matplotlib=None, datasets=None); import {', '.join(MODULES)}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_explains_itself(name, call, capsys):
+    with pytest.raises(SystemExit) as end:
+        call(importlib.import_module(name), "--help")
+        sys.exit(0)  # eval.py, which has commands of its own, returns
+    assert end.value.code == 0
+    said = capsys.readouterr().out
+    assert importlib.import_module(name).__doc__.strip().splitlines()[0] in said
+
+
+@pytest.mark.parametrize("command", ["winrate", "accuracy", "report"])
+def test_every_command_of_eval_explains_itself(command, call, capsys):
+    with pytest.raises(SystemExit) as end:
+        call(importlib.import_module("eval"), command, "--help")
+    assert end.value.code == 0 and "--" in capsys.readouterr().out
+
+
+FLAGS = {
+    "mt": "policy rm prompts rounds out seed samples temperature top_p max_new_tokens max_length beta "
+          "policy_lr policy_batch rm_lr rm_batch save_every select_prompts tau update_rm select filter",
+    "sampler": "model prompts out samples temperature top_p max_new_tokens seed",
+    "reward": "model pairs test out lr batch epochs samples",
+    "dpo": "model pairs out beta lr batch epochs",
+}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_the_flags_that_other_peoples_scripts_use_stay(name):
+    assert set(FLAGS[name].split()) <= importlib.import_module(name).Options.__dataclass_fields__.keys()
+
+
+def test_the_papers_values_are_the_defaults():
+    o = importlib.import_module("mt").Options()
+    assert (o.samples, o.temperature, o.top_p, o.beta, o.max_length) == (5, 0.8, 0.95, 0.01, 2048)
+    assert (o.policy_lr, o.policy_batch, o.rm_lr, o.rm_batch) == (7e-7, 128, 2e-6, 512)
+    assert (o.save_every, o.select_prompts, o.tau) == (50, 2000, 0.6)
+    assert o.update_rm and o.select and o.filter
+
+
+@pytest.mark.parametrize("words", [["--rounds", "many"], ["--beeta", "1"]])
+def test_a_flag_that_is_unknown_or_ill_typed_is_exit_code_2(words, script):
+    done = script("mt.py", *words)
+    assert done.returncode == 2
+    assert words[0].lstrip("-") in done.stderr and "Traceback" not in done.stderr

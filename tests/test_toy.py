@@ -1,0 +1,79 @@
+"""pytest tests/test_toy.py
+
+The world of the embedded task: its judge, its prompts and its writer. The base models are not made here.
+"""
+import random
+
+import numpy as np
+import pytest
+
+import mt
+import toy
+from data import encode_chat
+from toy import GOLD_MAX, demonstration, gold, tokenizer
+
+SEA = "a sad poem about the sea in three lines for my sister with dogs"
+FARM = "two happy lines about the farm"
+PERFECT = "dear sister . grey waves weep . lonely dogs sigh . broken sails fade . the end ."
+
+
+@pytest.mark.parametrize("prompt, answer, value", [
+    (SEA, PERFECT, GOLD_MAX),
+    (FARM, "merry cows dance . jolly pigs sing . the end .", GOLD_MAX),
+    (SEA, PERFECT.replace("grey", "merry"), GOLD_MAX - 2 / 6),                 # one of six words
+    (SEA, PERFECT.replace("waves", "cows"), GOLD_MAX - 2 / 3),                 # one of three nouns
+    (SEA, PERFECT.replace("dogs", "cats"), GOLD_MAX - 2 / 3 - 0.5),            # another guest
+    (SEA, PERFECT.replace("dogs", "shells"), GOLD_MAX - 0.5),                  # the guest is missing
+    (SEA, PERFECT.replace("sister", "brother"), GOLD_MAX - 0.5),               # the wrong reader
+    (SEA, PERFECT.removeprefix("dear sister . "), GOLD_MAX - 0.5),             # no greeting
+    (FARM, "dear sister . merry cows dance . jolly pigs sing . the end .", GOLD_MAX - 0.5),  # whom?
+    (SEA, PERFECT.removesuffix(" the end ."), GOLD_MAX - 0.5),                 # no ending
+    (SEA, PERFECT.replace("sails", "waves"), GOLD_MAX - 0.5),                  # a noun twice
+    (SEA, PERFECT.replace("broken sails fade . ", ""), GOLD_MAX - 0.5),        # a line too few
+    (SEA, PERFECT.replace("the end", "weary gulls sob . the end"), GOLD_MAX - 0.5),
+    (SEA, PERFECT.replace("the end", "well you know . the end"), GOLD_MAX - 0.5),      # rambling
+    (SEA, PERFECT.replace("lonely", "lonely lonely"), GOLD_MAX - 1.5),     # no line, so no guest
+    (SEA, PERFECT + " grey", GOLD_MAX - 1),                                    # broken off after the ending
+    (SEA, "", -1.5),
+    (SEA, "and so on . " * 20, -3.5),                                          # at most four of a fault
+])
+def test_the_judge_counts_every_wish(prompt, answer, value):
+    assert gold(prompt, answer.strip()) == pytest.approx(value)
+
+
+def test_an_answer_that_was_cut_off_loses_its_ending_and_half_a_point():
+    assert gold(SEA, PERFECT, finished=False) == GOLD_MAX - 1
+
+
+def test_prompts_are_all_different_and_those_of_loop_test_and_base_models_are_apart():
+    everything = toy.all_prompts()
+    assert len(set(everything)) == len(everything)
+    cut, other = toy.parts(0), toy.parts(1)
+    groups = [cut["loop"], cut["test"], {*cut["labels"], *cut["demonstrations"]}]
+    assert len(set().union(*groups)) == sum(map(len, groups)) and set().union(*groups) <= set(everything)
+    assert all(len(set(part)) == len(part) > 0 for part in cut.values())
+    assert cut == toy.parts(0) and cut["loop"] != other["loop"]
+
+
+def test_every_word_has_a_token_and_comes_back():
+    words, rng = tokenizer(), random.Random(0)
+    for prompt in rng.sample(toy.all_prompts(), 300):
+        answer = demonstration(prompt, rng)
+        chat = encode_chat(words, prompt, answer)
+        assert words.decode(chat.ids[chat.start:], skip_special_tokens=True) == answer
+        assert words.decode(chat.ids[:chat.start]) == f"<bos> <user> {prompt} <assistant>"
+        assert words.pad_token_id not in chat.ids  # which stands for unknown words, too
+
+
+def test_the_writer_is_mediocre_and_the_judge_sees_how():
+    rng = random.Random(0)
+    values = [gold(prompt, demonstration(prompt, rng)) for prompt in rng.sample(toy.all_prompts(), 500)]
+    assert max(values) <= GOLD_MAX and min(values) < 2
+    assert 2 < np.mean(values) < GOLD_MAX - 1  # better than a mess, with room above
+
+
+def test_the_settings_are_options_of_the_loop_and_the_prompts_suffice():
+    assert toy.SETTINGS.keys() <= vars(mt.Options()).keys()
+    assert toy.LOOP_PROMPTS >= toy.SETTINGS["select_prompts"] + 3
+    longest = max(len(encode_chat(tokenizer(), prompt).ids) for prompt in toy.all_prompts()[::7])
+    assert longest + toy.SETTINGS["max_new_tokens"] <= toy.SHAPE["max_position_embeddings"]
