@@ -309,11 +309,15 @@ def pair_rows(tokenizer, pairs, max_length, unfinished=False):
     return rows, kept, len(pairs) - len(kept)
 
 
-def check_context(rows, context, folder):
-    longest = max((len(row.trunk) + len(branch) for row in rows for branch in row.branches), default=0)
-    if longest > context:
-        raise Problem(f"{folder}: a chat of {longest} tokens does not fit into its context of {context}; "
-                      "leave out long prompts or set a smaller --max_length")
+def check_context(rows, model, folder):
+    """A chat that is longer than the model's context, or a token that it doesn't know, is a Problem."""
+    chats = [row.trunk + branch for row in rows for branch in row.branches or [[]]]
+    longest, highest = max(map(len, chats), default=0), max(map(max, chats), default=0)
+    if longest > model.context:
+        raise Problem(f"{folder}: a chat of {longest} tokens does not fit into its context of "
+                      f"{model.context}; leave out long prompts or set a smaller --max_length")
+    if highest >= model.config.vocab_size:
+        raise Problem(f"{folder}: the tokenizer has more tokens than the model's {model.config.vocab_size}")
 
 
 def seed_of(*parts):

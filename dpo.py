@@ -77,7 +77,7 @@ def train(folder, pairs, out, *, beta, lr, batch, micro_batch, max_length, epoch
     if not rows:
         raise Problem(f"none of {len(pairs)} pairs is short enough for --max_length {max_length}")
     policy = parallel.load_policy(folder, training=True)
-    check_context(rows, policy.context, folder)
+    check_context(rows, policy, folder)
     policy = parallel.shard(ResponseLogps(policy), recompute)
     optimizer = parallel.adamw(policy, lr)
     steps = parallel.batches([len(row) for row in rows], batch, micro_batch, seed, epochs)

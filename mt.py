@@ -30,6 +30,7 @@ from data import Problem, load_tokenizer, read_jsonl, read_prompts, write_jsonl
 from eval import report, sample_and_score, win_rate
 from filter import compare, preference_pairs
 from parallel import Log, exists, launch, local_folder, rank, say, writing
+from sampler import encode_prompts
 
 
 @dataclass
@@ -142,6 +143,7 @@ def split(o, out):
             raise Problem(f"{o.prompts}: {len(prompts)} different prompts; "
                           f"--select_prompts {o.select_prompts} and three subsets "
                           f"need at least {o.select_prompts + 3}")
+        encode_prompts(o.policy, prompts)  # a prompt that is too long is said now, not hours later
         order = np.random.default_rng(o.seed).permutation(len(prompts))
         shuffled = [{"prompt": prompts[i]} for i in order]
         say(f"{len(prompts)} prompts ({repeats} repeated ones left out): "
@@ -273,12 +275,17 @@ def main():
     o = parallel.parse(Options, **(toy.SETTINGS if embedded else {}))
     out = Path(o.out)
     if embedded:
+        if o.rm or o.prompts:
+            raise Problem("--rm and --prompts need --policy")
         say("no --policy: running the embedded task (toy.py)")
         o = replace(o, **toy.build(o.seed))
     elif not (o.rm and o.prompts):
         raise Problem("--policy needs --rm and --prompts")
+    if o.select and not o.select_prompts:
+        raise Problem("--select_prompts 0 needs --select false")
     o = replace(o, policy=local_folder(o.policy), rm=local_folder(o.rm))
     templates = {side: load_tokenizer(getattr(o, side)).chat_template for side in ("policy", "rm")}
+    parallel.check_reward(o.rm)
     parallel.claim(out, o, templates=templates)
     mutual_taught(o, out)
     if embedded:

@@ -126,7 +126,7 @@ def parse(options, words=None, **defaults):
         complain(f"unknown: {' '.join(unknown)}")
     for name, value in vars(chosen).items():
         if type(value) in (int, float) and name not in ("seed", "tau") and (
-                value < 0 or value == 0 and name not in ("temperature", "save_every")
+                value < 0 or value == 0 and name not in ("temperature", "select_prompts")
                 or value > 1 and name == "top_p"):
             complain(f"--{name} {value} makes no sense")
     return chosen
@@ -177,9 +177,9 @@ def claim(path, options, **more):
     path = Path(path)
     note = path.with_name(path.name + ".run.json") if path.suffix == ".jsonl" else path / "run.json"
     settings = {k: v for k, v in asdict(options).items() if k != "out"}
-    files = [path, *path.parent.glob(f".{path.name}.*")] if path.suffix == ".jsonl" else path.glob("*")
-    results = [p for p in files if p.exists() and p != note]
-    if rank() == 0 and note.exists() and results:  # a note alone is from a run that failed at once
+    files = [path, parts_of(path)] if path.suffix == ".jsonl" else path.glob("[!.]*")
+    results = [p for p in files if p.exists() and p.name not in (note.name, "metrics.jsonl")]
+    if rank() == 0 and note.exists() and results:  # without them, of a failed start
         old = json.loads(note.read_text())["settings"]
         changed = [f"{k}: {old.get(k)!r} there, {settings.get(k)!r} now"
                    for k in {**old, **settings} if old.get(k) != settings.get(k)]
@@ -255,18 +255,22 @@ def load_policy(folder, training=False):
     return _load(AutoModelForCausalLM, folder, training)
 
 
-def load_reward(folder, training=False, fresh_head=False, seed=0):
-    """A sequence classifier with one logit. `fresh_head`: a causal LM is taken too and gets a new head."""
+def check_reward(folder, fresh_head=False):
+    """Refuse, by its config, a model with a head of several labels, or with none unless `fresh_head`."""
     config = _config(folder)
     kind = (config.architectures or ["?"])[0]
-    if kind.endswith("ForSequenceClassification"):
-        if config.num_labels != 1:
-            raise Problem(f"{folder}: its head has {config.num_labels} labels; a reward model has one")
-    elif not fresh_head:
-        raise Problem(f"{folder}: {kind} has no reward head; "
-                      f"train one: python reward.py --model {folder} --pairs …")
-    else:
+    if not kind.endswith("ForSequenceClassification"):
+        if not fresh_head:
+            raise Problem(f"{folder}: {kind} has no reward head; "
+                          f"train one: python reward.py --model {folder} --pairs …")
         say(f"{folder} is a {kind}: training starts with a fresh reward head")
+    elif config.num_labels != 1:
+        raise Problem(f"{folder}: its head has {config.num_labels} labels; a reward model has one")
+
+
+def load_reward(folder, training=False, fresh_head=False, seed=0):
+    """A sequence classifier with one logit. `fresh_head`: a causal LM is taken too and gets a new head."""
+    check_reward(folder, fresh_head)
     torch.manual_seed(seed)  # the fresh head's
     model = _load(AutoModelForSequenceClassification, folder, training, num_labels=1)
     if not hasattr(model, "score"):
@@ -279,6 +283,13 @@ def _config(folder):
         return AutoConfig.from_pretrained(folder)
     except Exception as error:
         raise Problem(f"{folder}: not a model folder ({first_line(error)})") from None
+
+
+def context_of(folder):
+    """The longest sequence in tokens: all positions, or one attention window (our masks know none)."""
+    config = _config(folder)
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return min(config.max_position_embeddings, window or math.inf)
 
 
 def _load(kind, folder, training, **changes):
@@ -302,9 +313,7 @@ def _load(kind, folder, training, **changes):
                 model = kind.from_config(config, dtype=dtype, attn_implementation="sdpa")
     except Exception as error:
         raise Problem(f"{folder}: can't be loaded as a model ({first_line(error)})") from None
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    model.context = min(config.max_position_embeddings, window or math.inf)  # our masks know no window
-    model.stored_dtype = stored
+    model.stored_dtype, model.context = stored, context_of(folder)
     return model.eval()  # and so it stays: dropout would make a policy differ from itself as reference
 
 

@@ -61,7 +61,7 @@ def train(folder, pairs, out, *, lr, batch, micro_batch, max_length, epochs=1, s
     if not rows:
         raise Problem(f"none of {len(pairs)} pairs is short enough for --max_length {max_length}")
     model = parallel.load_reward(folder, True, fresh_head, seed)
-    check_context(rows, model.context, folder)
+    check_context(rows, model, folder)
     model = parallel.shard(Rewards(model), recompute)
     optimizer = parallel.adamw(model, lr)
     steps = parallel.batches([len(row) for row in rows], batch, micro_batch, seed, epochs)
@@ -93,7 +93,7 @@ def score_answers(model, tokenizer, prompt_answers, batch):
     """[(prompt, [answers])] -> [[reward]], `batch` prompts in a forward pass, like lengths together."""
     rows = [pack([encode_chat(tokenizer, prompt, answer) for answer in answers])
             for prompt, answers in prompt_answers]
-    check_context(rows, model.model.context, tokenizer.name_or_path)
+    check_context(rows, model.model, tokenizer.name_or_path)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     rewards = [None] * len(rows)
     for at in range(0, len(order), batch):

@@ -22,8 +22,19 @@ import numpy as np
 import torch
 from transformers import DynamicCache, GenerationConfig
 
-from data import Problem, encode_chat, load_tokenizer, prompt_id, read_prompts, seed_of
-from parallel import claim, exists, in_blocks, launch, load_policy, local_folder, parse, replicate, say
+from data import Problem, Row, check_context, encode_chat, load_tokenizer, prompt_id, read_prompts, seed_of
+from parallel import (
+    claim,
+    context_of,
+    exists,
+    in_blocks,
+    launch,
+    load_policy,
+    local_folder,
+    parse,
+    replicate,
+    say,
+)
 
 TRIES = 8     # rejected draws before the nucleus is cut by sorting; with top-p 0.95 one in 10^10 gets there
 PREFILL = 16  # prompts prefilled together
@@ -33,7 +44,7 @@ PREFILL = 16  # prompts prefilled together
 def uniform(keys, counter):
     """(R,) uint64 keys and counters -> (R,) float32 in (0, 1], by the splitmix64 hash
     (doi.org/10.1145/2714064.2660195)."""
-    x = keys + np.asarray(counter, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x = keys + np.atleast_1d(np.asarray(counter, np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     x = (x ^ (x >> np.uint64(31))) >> np.uint64(40)
@@ -249,19 +260,26 @@ def stop_tokens(folder, tokenizer):
     return sorted({*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None})
 
 
+def encode_prompts(folder, prompts):
+    """The prompts' tokens; one that leaves no room for a response in the model's context is a Problem."""
+    tokenizer, context = load_tokenizer(folder), context_of(folder)
+    encoded = [encode_chat(tokenizer, prompt).ids for prompt in prompts]
+    for prompt, ids in zip(prompts, encoded):
+        if len(ids) >= context:
+            raise Problem(f"prompt of {len(ids)} tokens does not fit into the context of {context} tokens "
+                          f"of {folder}: {str(prompt)[:60]!r}…")
+    return encoded
+
+
 def sample(folder, prompts, out, *, samples, temperature, top_p, max_new_tokens, seed, batch):
     """One JSON line per response: prompt, index, response, tokens, finished.
 
     prompts: a list (text or messages). seed: a number or text; every phase of a run has its own.
     """
-    tokenizer = load_tokenizer(folder)
+    tokenizer, encoded = load_tokenizer(folder), encode_prompts(folder, prompts)
     stop_ids = stop_tokens(folder, tokenizer)
     model = replicate(load_policy(folder))
-    encoded = [encode_chat(tokenizer, prompt).ids for prompt in prompts]
-    for prompt, ids in zip(prompts, encoded):
-        if len(ids) >= model.context:
-            raise Problem(f"prompt of {len(ids)} tokens does not fit into the context of {model.context} "
-                          f"tokens of {folder}: {str(prompt)[:60]!r}…")
+    check_context([Row(ids, [], []) for ids in encoded], model, folder)
 
     def work(block):
         prompts, encoded = zip(*block)

@@ -173,12 +173,17 @@ def test_only_policies_learn_that_an_answer_was_cut_off():
         assert [toy.tokenizer().decode(branch[-1:]) for branch in row.branches] == ["<eos>", last]
 
 
-def test_a_chat_longer_than_the_context_is_a_problem(pairs):
+def test_a_chat_that_the_model_cannot_read_is_a_problem(pairs, tiny):
+    model = load_policy(tiny())
     rows, *_ = pair_rows(toy.tokenizer(), pairs, 1000)
-    longest = max(len(row.trunk) + len(branch) for row in rows for branch in row.branches)
-    check_context(rows, longest, "folder")
+    model.context = longest = max(len(row.trunk) + len(branch) for row in rows for branch in row.branches)
+    check_context(rows, model, "folder")
+    model.context -= 1
     with pytest.raises(Problem, match=f"folder: a chat of {longest} tokens .* context of {longest - 1}"):
-        check_context(rows, longest - 1, "folder")
+        check_context(rows, model, "folder")
+    model.context, model.config.vocab_size = longest, 50
+    with pytest.raises(Problem, match="the tokenizer has more tokens than the model's 50"):
+        check_context(rows, model, "folder")
 
 
 # ---------------------------------------------------------------- files

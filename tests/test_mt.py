@@ -443,6 +443,22 @@ def test_a_policy_needs_a_reward_model_and_prompts(call, here):
         call(mt, "--policy", "somewhere", "--out", here)
 
 
+def test_a_reward_model_and_prompts_need_a_policy(call, words, here):
+    with pytest.raises(Problem, match="--rm and --prompts need --policy"):
+        call(mt, *words()[2:], "--out", here)
+    assert not here.exists()
+
+
+def test_what_can_be_refused_is_refused_before_anything_is_done(call, words, here, tiny, written, prompts):
+    for changes, message in [
+            (dict(rm=tiny()), "has no reward head"), (dict(select_prompts=0), "needs --select false"),
+            (dict(prompts=written("long.jsonl", [{"prompt": p} for p in [*prompts, "sad " * 200]])),
+             "prompt of 2.. tokens does not fit into the context")]:
+        with pytest.raises(Problem, match=message):
+            call(mt, *words(**changes))
+        assert not (here / "prompts").exists()
+
+
 @pytest.mark.parametrize("name, value", [("samples", 0), ("max_new_tokens", 0), ("rounds", 0), ("top_p", 0),
                                          ("micro_batch", 0), ("policy_batch", 0), ("temperature", -1)])
 def test_a_number_that_makes_no_sense_is_a_problem_before_anything_is_written(call, words, here, name, value):
