@@ -123,12 +123,20 @@ def score(folder, samples, out, batch):
     in_blocks(samples, 64 * per_prompt, out, work, f"scoring {Path(out).stem}")
 
 
-def accuracy(folder, pairs, batch):
-    """Share of pairs whose chosen answer gets the higher reward; equal rewards are wrong."""
+def ordered(folder, pairs, batch):
+    """Per pair, whether its chosen answer gets the higher reward; equal rewards are wrong
+    (RewardBench's rule, arXiv 2403.13787)."""
     model, tokenizer = Rewards(parallel.replicate(parallel.load_reward(folder))), load_tokenizer(folder)
     prompt_answers = [(pair["prompt"], [pair["chosen"], pair["rejected"]]) for pair in pairs]
     rewards = score_answers(model, tokenizer, prompt_answers, batch)
-    return sum(chosen > rejected for chosen, rejected in rewards) / len(rewards)
+    if not all(math.isfinite(reward) for pair in rewards for reward in pair):
+        raise Problem(f"{folder} gives rewards that are not finite")
+    return [chosen > rejected for chosen, rejected in rewards]
+
+
+def accuracy(folder, pairs, batch):
+    """Share of pairs whose chosen answer gets the higher reward."""
+    return sum(ordered(folder, pairs, batch)) / len(pairs)
 
 
 @dataclass
