@@ -27,7 +27,7 @@ import parallel
 import reward
 import toy
 from data import Problem, load_tokenizer, read_jsonl, read_prompts, write_jsonl
-from eval import report, sample_and_score, win_rate
+from eval import report, sample_and_score, win_rate, write_json
 from filter import compare, preference_pairs
 from parallel import Log, exists, launch, local_folder, rank, say, writing
 from sampler import encode_prompts
@@ -247,15 +247,6 @@ def show(row, *sides):
     for key in ("prompt", *sides):
         score = f" [{row[f'{key}_score']:.3f}]" if key in sides else ""
         say(f"  {key}{score}: {str(row[key])[:300]!r}")
-
-
-def write_json(path, value):
-    if rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
-        os.replace(temporary, path)
-    parallel.barrier()
 
 
 def link(out, policy, rm):

@@ -54,7 +54,8 @@ SHAPE = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_att
              initializer_range=0.08, max_position_embeddings=128)
 SFT = dict(lr=3e-3, batch=32, epochs=3)
 RM = dict(lr=1e-3, batch=16, micro_batch=16, epochs=4)
-LABEL_NOISE, LENGTH_SLOPE = 0.6, 0.6  # T, and nats per ten tokens
+# T, and nats per ten tokens: with this slope answers keep their length where the RM stays fixed (seeds 11, 12)
+LABEL_NOISE, LENGTH_SLOPE = 0.6, 1.0
 
 # ---------------------------------------------------------------- the world
 # mood -> (adjectives, verbs); every word belongs to one mood only, so that a word's mood can be looked up
@@ -259,7 +260,7 @@ def write_preferences(policy, prompts, seed, path):
     """Pairs of π_0's answers with a noisy label:
     P(a ≻ b) = σ((gold(a) − gold(b)) / T + slope · (tokens(a) − tokens(b)) / 10).
 
-    The mild preference for length balances the E-step's choice of short answers; without it they collapse.
+    The preference for length balances the E-step's choice of short answers; without it they collapse.
     """
     rng, samples = random.Random(seed), path.with_name("answers.jsonl")
     sample(str(policy), prompts, samples, samples=2, temperature=0.8, top_p=0.95,
