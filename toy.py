@@ -54,7 +54,7 @@ SHAPE = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_att
              initializer_range=0.08, max_position_embeddings=128)
 SFT = dict(lr=3e-3, batch=32, epochs=3)
 RM = dict(lr=1e-3, batch=16, micro_batch=16, epochs=4)
-# T, and nats per ten tokens: with this slope answers keep their length where the RM stays fixed (seeds 11, 12)
+# T, and nats per ten tokens: with this slope answers keep their length under a fixed RM (seeds 11, 12)
 LABEL_NOISE, LENGTH_SLOPE = 0.6, 1.0
 
 # ---------------------------------------------------------------- the world
