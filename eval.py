@@ -7,13 +7,13 @@
     python eval.py alpaca --annotations annotations.json --gamed df_gamed.csv
     python eval.py arena-generate --policy runs/mt/policy --prompts question.jsonl
     python eval.py arena --judgments MODEL.jsonl
-    python eval.py report runs/mt
+    python eval.py report runs/mt                      # or several: RUN RUN --out page.html
 
 winrate: a response of each policy to every prompt, judged by a reward model. accuracy: of a reward model on
 labelled pairs; both also where the two answers are of similar length. rewardbench: a reward model on the file
 of RewardBench. alpaca-generate, arena-generate: a policy's answers as AlpacaEval's model_outputs.json and as
 Arena-Hard v0.1's answer file, for a judge that is not ours; alpaca, arena: the scores from what it said.
-report: the table of a run, and its picture (report.png) where matplotlib is installed. How each figure is
+report: the table of a run, its picture (report.png) and its page (report.html): report.py. How each figure is
 defined stands in benchmarks.py. `import eval` hides a builtin: write `from eval import …`.
 """
 import csv
@@ -30,6 +30,7 @@ import reward
 from benchmarks import standard_error
 from data import Problem, check_prompt, read_jsonl, read_pairs, read_prompts, read_rows, seed_of, write_jsonl
 from parallel import claim, exists, launch, local_folder, parse, parts_of, rank, remove, say, writing
+from report import report
 from sampler import sample
 
 JSON = dict(default="", metadata={"help": "also write the figures to this file"})
@@ -324,117 +325,17 @@ def arena(o):
 
 
 # ---------------------------------------------------------------- report
-def steps_of(run):
-    """The E- and M-steps of a run, in order: dicts for the table and the picture."""
-    steps = []
-    for folder in sorted(Path(run).glob("round*"), key=lambda path: int(path.name.removeprefix("round"))):
-        for part in ("e1", "m", "e2"):
-            phase = f"{folder.name}/{part}"
-            if (folder / part / "selection.json").exists():
-                steps.append(_e_step(phase, folder / part))
-            elif (folder / part / "rm").exists():
-                steps.append(_m_step(phase, folder / part))
-    return steps
-
-
-def _e_step(phase, folder):
-    samples = read_jsonl(folder / "samples.jsonl")
-    choice = json.loads((folder / "selection.json").read_text())
-    mean = {key: np.mean([row[key] for row in samples]) for key in ("score", "tokens", "finished")}
-    return dict(phase=phase, kind="E", chosen=choice["chosen"],
-                win_rate=max(choice["win_rates"].values(), default=None),
-                pairs=len(read_jsonl(folder / "pairs.jsonl")), reward=mean["score"], tokens=mean["tokens"],
-                finished=mean["finished"])
-
-
-def _m_step(phase, folder):
-    rows = read_jsonl(folder / "comparisons.jsonl")
-    return dict(phase=phase, kind="M", kept=sum(row["kept"] for row in rows), comparisons=len(rows),
-                margin=np.mean([row["margin"] for row in rows]), epsilon=rows[0]["epsilon"],
-                tokens=np.mean([row["new_tokens"] for row in rows]))
-
-
-def table(steps):
-    """The steps as text. Reward and length are those of the E-step's samples, before its update."""
-    lines = [f"{'step':12} {'sampled reward':>14} {'tokens':>7} {'finished':>8} "
-             f"{'pairs':>11} {'win rate':>8}  outcome"]
-    for s in steps:
-        if s["kind"] == "E":
-            rate = "-" if s["win_rate"] is None else f"{s['win_rate']:.3f}"
-            outcome = "policy: " + s["chosen"] if s["chosen"] else "discarded, run stopped"
-            lines.append(f"{s['phase']:12} {s['reward']:14.3f} {s['tokens']:7.1f} {s['finished']:8.1%} "
-                         f"{s['pairs']:11} {rate:>8}  {outcome}")
-        else:
-            lines.append(f"{s['phase']:12} {'':14} {s['tokens']:7.1f} {'':8} "
-                         f"{s['kept']:5}/{s['comparisons']:<5} {'':8}  "
-                         f"reward model; margin {s['margin']:+.3f}, epsilon {s['epsilon']:.3f}")
-    return "\n".join(lines)
-
-
 @dataclass
 class Report:
     runs: list[str] = field(metadata={"help": "run folders"})
-
-
-def report(run):
-    """Print the table of a run; draw run/report.png."""
-    run = Path(run)
-    if not (run / "run.json").exists():
-        raise Problem(f"{run}: not a run folder (no run.json)")
-    if rank() > 0:
-        return
-    steps, gold = steps_of(run), read_jsonl(run / "gold.jsonl") if (run / "gold.jsonl").exists() else []
-    say("\n" + table(steps))
-    if gold:
-        import toy
-        say("\n" + toy.table(gold))
-    try:
-        import matplotlib
-    except ImportError:
-        return say("\nno picture: pip install matplotlib")
-    matplotlib.use("Agg")
-    draw(steps, gold, run / "report.png")
-    say(f"\npicture: {run / 'report.png'}")
-
-
-def draw(steps, gold, path):
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
-    axes = figure.subplots(1, 3)
-    e, m = [s for s in steps if s["kind"] == "E"], [s for s in steps if s["kind"] == "M"]
-    rates = [s for s in e if s["win_rate"] is not None]
-    axes[0].bar([s["phase"] for s in rates], [s["win_rate"] for s in rates],
-                color=["tab:blue" if s["chosen"] else "tab:gray" for s in rates])
-    axes[0].axhline(0.5, color="black", linewidth=0.8)
-    axes[0].set(title="best win rate on D_MS (grey: discarded)", ylim=(0, 1))
-    if gold:
-        at = range(len(gold))
-        axes[1].errorbar(at, [g["gold"] for g in gold], [g["gold_se"] for g in gold],
-                         marker="o", label="gold")
-        axes[1].plot(at, [g["reward_r0"] for g in gold], marker="s", label="reward by r0")
-        axes[1].set_xticks(at, [g["policy"] for g in gold])
-        axes[1].legend()
-        axes[1].set(title="test prompts: gold and reward of each policy")
-        axes[2].plot(at, [g["accuracy_base"] for g in gold], marker="o", label="on base policy's answers")
-        axes[2].plot(at, [g["accuracy_current"] for g in gold], marker="s", label="on this policy's answers")
-        axes[2].set_xticks(at, [f"{g['policy']}\n{g['rm']}" for g in gold])
-        axes[2].legend()
-        axes[2].set(title="accuracy of the reward model in use")
-    else:
-        axes[1].plot([s["phase"] for s in e], [s["reward"] for s in e], marker="o")
-        axes[1].set(title="mean reward of the E-step's samples")
-        axes[2].bar([s["phase"] for s in m], [s["kept"] / s["comparisons"] for s in m])
-        axes[2].set(title="share of comparisons kept", ylim=(0, 1))
-    for axis in axes:
-        axis.tick_params(axis="x", labelsize=7, rotation=30 if not gold else 0)
-    figure.savefig(path, dpi=110)
+    out: str = field(default="", metadata={"help": "the page, or the folder for it; none: the first run's"})
 
 
 COMMANDS = {"winrate": (WinRate, winrate), "accuracy": (Accuracy, accuracy),
             "rewardbench": (RewardBench, rewardbench), "alpaca": (Alpaca, alpaca), "arena": (Arena, arena),
             "alpaca-generate": (AlpacaGenerate, alpaca_generate),
             "arena-generate": (ArenaGenerate, arena_generate),
-            "report": (Report, lambda o: [report(run) for run in o.runs])}
+            "report": (Report, lambda o: report(*o.runs, out=o.out))}
 
 
 def main():

@@ -27,9 +27,10 @@ import parallel
 import reward
 import toy
 from data import Problem, load_tokenizer, read_jsonl, read_prompts, write_jsonl
-from eval import report, sample_and_score, win_rate, write_json
+from eval import sample_and_score, win_rate, write_json
 from filter import compare, preference_pairs
 from parallel import Log, exists, launch, local_folder, rank, say, writing
+from report import report
 from sampler import encode_prompts
 
 
