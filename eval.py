@@ -7,29 +7,57 @@
     python eval.py alpaca --annotations annotations.json --gamed df_gamed.csv
     python eval.py arena-generate --policy runs/mt/policy --prompts question.jsonl
     python eval.py arena --judgments MODEL.jsonl
+    python eval.py agreement --run runs/mt
     python eval.py report runs/mt                      # or several: RUN RUN --out page.html
 
 winrate: a response of each policy to every prompt, judged by a reward model. accuracy: of a reward model on
 labelled pairs; both also where the two answers are of similar length. rewardbench: a reward model on the file
 of RewardBench. alpaca-generate, arena-generate: a policy's answers as AlpacaEval's model_outputs.json and as
 Arena-Hard v0.1's answer file, for a judge that is not ours; alpaca, arena: the scores from what it said.
-report: the table of a run, its picture (report.png) and its page (report.html): report.py. How each figure is
-defined stands in benchmarks.py. `import eval` hides a builtin: write `from eval import …`.
+agreement: how often a run's reward models agree with gold, or with each other, on answers of its policies.
+report: the table of a run, its picture (report.png) and its page (report.html), see report.py. How each
+figure is defined stands in benchmarks.py. `import eval` hides a builtin: write `from eval import …`.
 """
 import csv
 import json
 import sys
 import time
 from dataclasses import dataclass, field, replace
+from itertools import combinations, groupby, islice
 from pathlib import Path
 
 import numpy as np
 
 import benchmarks
+import figures
 import reward
 from benchmarks import standard_error
-from data import Problem, check_prompt, read_jsonl, read_pairs, read_prompts, read_rows, seed_of, write_jsonl
-from parallel import claim, exists, launch, local_folder, parse, parts_of, rank, remove, say, writing
+from data import (
+    Problem,
+    check_prompt,
+    load_tokenizer,
+    prompt_id,
+    read_jsonl,
+    read_pairs,
+    read_prompts,
+    read_rows,
+    seed_of,
+    write_jsonl,
+)
+from parallel import (
+    claim,
+    exists,
+    launch,
+    load_reward,
+    local_folder,
+    parse,
+    parts_of,
+    rank,
+    remove,
+    replicate,
+    say,
+    writing,
+)
 from report import report
 from sampler import sample
 
@@ -331,11 +359,85 @@ class Report:
     out: str = field(default="", metadata={"help": "the page, or the folder for it; none: the first run's"})
 
 
+# ---------------------------------------------------------------- agreement
+@dataclass
+class Agreement:
+    run: str = field(metadata={"help": "run folder"})
+    prompts: int = field(default=200, metadata={"help": "without gold: the first prompts of each E-step"})
+    score_batch: int = 8
+    json: str = field(**JSON)
+
+
+def agreement(o):
+    """Print how often each RM orders two answers of a PM as gold does (without gold: as the run's last
+    RM does), and how often PM and RM disagree."""
+    run, judged = figures.load(o.run), {}
+    answers, rms = answers_of(run, o.prompts), rms_of(run)
+    for rm, folder in rms.items():
+        model, tokenizer = reward.Rewards(replicate(load_reward(folder))), load_tokenizer(folder)
+        judged[rm] = {pm: reward.score_answers(model, tokenizer, [
+            (group[0]["prompt"], [row["response"] for row in group]) for group in groups], o.score_batch)
+            for pm, groups in answers.items()}
+    judge = {pm: [[row["gold"] for row in group] for group in groups] for pm, groups in answers.items()} \
+        if run["gold"] else judged[list(rms)[-1]]
+    shares = {pm: {rm: ordered_alike(judged[rm][pm], judge[pm]) for rm in rms} for pm in answers}
+    say(f"agreement with {'gold' if run['gold'] else list(rms)[-1]}\n{'answers of':12}"
+        + "".join(f"{rm:>8}" for rm in rms))
+    for pm, row in shares.items():
+        say(f"{pm:12}" + "".join(f"{share:8.3f}" for share in row.values()))
+    say("PM-RM disagreement")
+    for phase, share in disagreement(run).items():
+        say(f"{phase:12}{share:8.3f}")
+    if o.json:
+        write_json(o.json, dict(agreement=shares, disagreement=disagreement(run)))
+
+
+def disagreement(run):
+    """{E-step: share of DPO pairs in the epoch's second half that β log π/π_{t−1} orders against the RM}."""
+    return {phase: float(1 - np.mean([row["rewards/accuracies"] for row in rows[len(rows) // 2:]]))
+            for phase, rows in figures.training(run, "E")}
+
+
+def rms_of(run):
+    """{name: folder} of the run's RMs, the base first."""
+    made = [run["folder"] / s["phase"] / "rm" for s in figures.m_steps(run)]
+    base = run["settings"].get("rm")
+    if not base:
+        raise Problem(f"{run['folder']}: run.json does not name the base reward model")
+    return {f"RM {i}": local_folder(str(folder)) for i, folder in enumerate([base, *made])}
+
+
+def answers_of(run, prompts):
+    """{PM: [a prompt's rows]}: with gold the answers to test prompts after each round, with a field `gold`;
+    else those of the E-steps to their first prompts."""
+    if run["gold"]:
+        import toy  # whose judge this is; it imports this module
+        files = {g["policy"]: run["folder"] / "test" / g["policy"].replace(" ", "") / "r0.jsonl"
+                 for g in run["gold"]}
+        rows = {pm: [row | {"gold": toy.gold_of(row)} for row in figures.stream(file)]
+                for pm, file in files.items() if file.exists()}  # rounds after a stop have none
+    else:
+        rows = {f"PM {s['pm']}": figures.stream(run["folder"] / s["phase"] / "samples.jsonl")
+                for s in figures.e_steps(run)}
+    return {pm: [list(group) for _, group in islice(groupby(some, key=lambda row: prompt_id(row["prompt"])),
+                                                    None if run["gold"] else prompts)]
+            for pm, some in rows.items()}
+
+
+def ordered_alike(scores, truth):
+    """Share of the pairs of answers to a prompt that `scores` orders as `truth` does, where that has a
+    preference; equal scores are wrong. Both are a list of rewards per prompt."""
+    pairs = [(a[i] - a[j], b[i] - b[j]) for a, b in zip(scores, truth)
+             for i, j in combinations(range(len(a)), 2)]
+    return float(np.mean([x * y > 0 for x, y in pairs if y]))
+
+
 COMMANDS = {"winrate": (WinRate, winrate), "accuracy": (Accuracy, accuracy),
             "rewardbench": (RewardBench, rewardbench), "alpaca": (Alpaca, alpaca), "arena": (Arena, arena),
             "alpaca-generate": (AlpacaGenerate, alpaca_generate),
             "arena-generate": (ArenaGenerate, arena_generate),
-            "report": (Report, lambda o: report(*o.runs, out=o.out))}
+            "report": (Report, lambda o: report(*o.runs, out=o.out)),
+            "agreement": (Agreement, agreement)}
 
 
 def main():

@@ -52,7 +52,7 @@ def test_accuracy_counts_the_pairs_that_the_reward_model_orders_alike(call, tiny
 
 @pytest.mark.parametrize("words, message", [
     ([], "name a command"), (["judge"], "name a command"),
-    (["report", "nowhere"], "not a run folder")])
+    (["report", "nowhere"], "not a run folder"), (["agreement", "--run", "nowhere"], "not a run folder")])
 def test_a_bad_command_line_is_a_problem(call, words, message):
     with pytest.raises(Problem, match=message):
         call(eval_script, *words)

@@ -35,7 +35,7 @@ def test_every_script_explains_itself(name, call, capsys):
     assert importlib.import_module(name).__doc__.strip().splitlines()[0] in said
 
 
-@pytest.mark.parametrize("command", ["winrate", "accuracy", "report"])
+@pytest.mark.parametrize("command", ["winrate", "accuracy", "agreement", "report"])
 def test_every_command_of_eval_explains_itself(command, call, capsys):
     with pytest.raises(SystemExit) as end:
         call(importlib.import_module("eval"), command, "--help")

@@ -21,8 +21,10 @@ import pytest
 import eval as eval_script
 import figures
 import report as report_script
+import reward
 import toy
 from data import Problem, read_jsonl, write_jsonl
+from eval import ordered_alike
 from figures import Sample, arm, load, steps_of, table
 from filter import compare, preference_pairs
 from report import report
@@ -362,6 +364,43 @@ def test_very_long_texts_are_cut_and_said_to_be(tmp_path, prompts):
 
 def test_the_limits_hold_for_any_number_of_steps():
     assert report_script.TEXT_BYTES < 6e6 and report_script.SHOWN_IN_ALL <= 1500
+
+
+# ---------------------------------------------------------------- agreement
+def test_agreement_counts_the_pairs_on_which_the_judge_has_a_preference():
+    truth = [[0, 5], [0, 5], [0, 5], [1, 1]]
+    assert ordered_alike([[1, 2], [2, 1], [1, 1], [3, 1]], truth) == pytest.approx(1 / 3)
+    assert ordered_alike([[1, 2, 3]], [[1, 3, 2]]) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("gold", [True, False])
+def test_agreement_is_that_of_scored_files(tmp_path, tiny, prompts, call, gold, capsys):
+    rms = {"RM 0": tiny(reward=True), "RM 1": tiny(reward=True, seed=3)}
+    run = make_run(tmp_path / "run", prompts, gold=gold, rm=rms["RM 0"])
+    shutil.rmtree(run / "round1/m/rm")
+    shutil.copytree(rms["RM 1"], run / "round1/m/rm")
+    states = {"base": "e1", "round 1": "e2"} if gold else {"PM 0": "e1", "PM 1": "e2"}
+    scored = {}
+    for pm, part in states.items():
+        rows = [row for row in read_jsonl(run / f"round1/{part}/samples.jsonl") if row["index"] < 2]
+        path = f"test/{pm.replace(' ', '')}/r0.jsonl" if gold else f"round1/{part}/samples.jsonl"
+        write_jsonl(run / path, rows)
+        if not gold:
+            write_jsonl(run / f"round1/{part}/pairs.jsonl", [])
+        for rm, folder in rms.items():
+            reward.score(folder, rows, tmp_path / "scored.jsonl", 8)
+            scored[pm, rm] = read_jsonl(tmp_path / "scored.jsonl")
+    call(eval_script, "agreement", "--run", run, "--json", tmp_path / "figures.json", "--prompts", 30)
+    found = json.loads((tmp_path / "figures.json").read_text())
+    for (pm, rm), rows in scored.items():
+        truth = [toy.gold_of(row) if gold else row["score"] for row in (rows if gold else scored[pm, "RM 1"])]
+        pairs = np.array([(row["score"], t) for row, t in zip(rows, truth)]).reshape(-1, 2, 2)
+        differ = pairs[:, 0] - pairs[:, 1]
+        differ = differ[differ[:, 1] != 0]
+        assert found["agreement"][pm][rm] == pytest.approx(np.mean((differ[:, 0] > 0) == (differ[:, 1] > 0)))
+    assert found["disagreement"] == {f"round1/{p}": pytest.approx(1 - (6 + 7 + 8 + 9 + 10) / 5 / 20)
+                                     for p in ("e1", "e2")}
+    assert f"agreement with {'gold' if gold else 'RM 1'}" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- in a real browser
