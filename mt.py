@@ -97,7 +97,7 @@ def mutual_taught(o, out):
 def e_step(o, out, policy, rm, prompts, folder):
     """π_{t−1}, r → π_t: a folder, or None if no checkpoint beats π_{t−1} with a win rate of at least τ."""
     samples = scored_samples(o, out, policy, rm, prompts, o.samples, folder / "samples.jsonl")
-    pairs = make_pairs(samples, folder / "pairs.jsonl")
+    pairs = make_pairs(out, samples, folder / "pairs.jsonl")
     if not exists(folder / "selection.json"):
         checkpoints = train_policy(o, out, policy, pairs, folder / "checkpoints")
         select(o, out, policy, rm, checkpoints, folder)
@@ -115,7 +115,7 @@ def m_step(o, out, old_policy, new_policy, rm, prompts, folder):
     folder, ranked = folder / "m", folder / "e1" / "pairs.jsonl"
     new = scored_samples(o, out, new_policy, rm, prompts, 1, folder / "new.jsonl")
     old = scored_samples(o, out, old_policy, rm, prompts, 1, folder / "old.jsonl")
-    comparisons = make_comparisons(o, new, old, folder / "comparisons.jsonl")
+    comparisons = make_comparisons(o, out, new, old, folder / "comparisons.jsonl")
     preferences = mix(comparisons, ranked, new_policy, old_policy, folder / "preferences.jsonl")
     if not exists(folder / "rm"):
         if not read_jsonl(preferences):
@@ -161,18 +161,26 @@ def scored_samples(o, out, policy, rm, prompts, samples, path):
     """Responses of `policy` to every prompt of a file, scored by `rm`."""
     texts = [row["prompt"] for row in read_jsonl(prompts)]
     rows = sample_and_score(o, policy, rm, texts, samples, f"{o.seed}/{name(out, path)}", path)
-    mean = {key: float(np.mean([row[key] for row in rows])) for key in ("score", "tokens", "finished")}
+    mean = means(rows, "score", "tokens", "finished")
     say(f"{name(out, path)}: {len(rows)} responses, reward {mean['score']:.3f}, {mean['tokens']:.1f} tokens, "
         f"{mean['finished']:.1%} finished")
     return path
 
 
-def make_pairs(samples, path):
+def means(rows, *keys):
+    return {key: float(np.mean([row[key] for row in rows])) for key in keys}
+
+
+def make_pairs(out, samples, path):
     if not exists(path):
-        pairs, without = preference_pairs(read_jsonl(samples))
+        rows = read_jsonl(samples)
+        pairs, without = preference_pairs(rows)
         if not pairs:
             raise Problem(f"{samples}: not one prompt gives a preference pair: "
                           "all rewards or texts are equal")
+        Log(out / "metrics.jsonl", name(out, path))(
+            prompts_without_pair=without, **means(rows, "score", "tokens", "finished"),
+            **means(pairs, "chosen_score", "rejected_score", "chosen_tokens", "rejected_tokens"))
         if rank() == 0:
             write_jsonl(path, pairs)
         say(f"{len(pairs)} pairs, {without} prompts give none. The first:")
@@ -214,9 +222,12 @@ def select(o, out, policy, rm, checkpoints, folder):
                                            "policy_before": str(policy), "rm": str(rm)})
 
 
-def make_comparisons(o, new, old, path):
+def make_comparisons(o, out, new, old, path):
     if not exists(path):
         rows = compare(read_jsonl(new), read_jsonl(old), o.filter)
+        Log(out / "metrics.jsonl", name(out, path))(
+            comparisons=len(rows), epsilon=rows[0]["epsilon"],
+            **means(rows, "kept", "margin", "new_score", "old_score", "new_tokens", "old_tokens"))
         if rank() == 0:
             write_jsonl(path, rows)
         reasons = [row["reason"] for row in rows]

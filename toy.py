@@ -317,9 +317,9 @@ def measure(out, o):
 
 
 def agreement(rows):
-    """How often an RM agrees with gold on two answers to a prompt, where gold has a preference."""
+    """How often an RM orders two answers to a prompt as gold does, where gold has a preference."""
     pairs = [(a["score"] - b["score"], gold_of(a) - gold_of(b)) for a, b in zip(rows[::2], rows[1::2])]
-    return float(np.mean([(r > 0) == (g > 0) for r, g in pairs if g]))
+    return float(np.mean([r * g > 0 for r, g in pairs if g]))
 
 
 def length_slope(rows):
