@@ -267,6 +267,20 @@ def test_a_bad_file_is_one_clear_line(tmp_path, read, name, content, message):
     assert "\n" not in str(problem.value)
 
 
+def test_parquet_reads_like_jsonl(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = [dict(prompt=p, **{side: [user(p), assistant(answer)] for side, answer in answers.items()})
+            for p, answers in [("Hi", dict(chosen="good", rejected="bad")),
+                               ("Ho", dict(chosen="great", rejected="grim"))]]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "p.parquet")
+    assert read_prompts(tmp_path / "p.parquet") == (["Hi", "Ho"], 0)
+    assert [(p["chosen"], p["rejected"]) for p in read_pairs(tmp_path / "p.parquet")] == [
+        ("good", "bad"), ("great", "grim")]
+    (tmp_path / "broken.parquet").write_bytes(b"no parquet")
+    with pytest.raises(Problem, match="broken.parquet: could not be loaded"):
+        read_prompts(tmp_path / "broken.parquet")
+
+
 def test_without_datasets_hub_ids_and_parquet_say_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
     for source in ("someone/prompts", tmp_path / "p.parquet"):
