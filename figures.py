@@ -204,6 +204,11 @@ def title(step):
     return f"round {number} · {dict(e1='E(a)', m='M(b)', e2='E(c)')[part]}"
 
 
+def short(step):
+    """A step under an axis: round and part."""
+    return title(step).removeprefix("round ").replace(" · ", "\n")
+
+
 def training(run, kind):
     """[(phase, log lines)] of the training of PMs ("E") or RMs ("M"), in order."""
     key, found = {"E": "rewards/margins", "M": "mean_reward"}[kind], {}
@@ -329,25 +334,27 @@ def draw(run, path):
     axes = figure.subplots(1, 3)
     e, m, gold = e_steps(run), m_steps(run), run["gold"]
     rates = [s for s in e if s["win_rate"] is not None]
-    axes[0].bar([s["phase"] for s in rates], [s["win_rate"] for s in rates],
+    axes[0].bar([short(s) for s in rates], [s["win_rate"] for s in rates],
                 color=["tab:blue" if s["chosen"] else "tab:gray" for s in rates])
     axes[0].axhline(0.5, color="black", linewidth=0.8)
-    axes[0].set(title="best win rate on D_MS (grey: discarded)", ylim=(0, 1))
+    for tau in {s["tau"] for s in rates if s["tau"]}:
+        axes[0].axhline(tau, color="black", linewidth=0.8, linestyle=":")
+    axes[0].set(title="win rate on D_MS (grey: discarded)", ylim=(0, 1))
     if gold:
         plot_gold(axes[1], [run | {"label": "gold"}], "gold")
         axes[1].plot([g["reward_r0"] for g in gold], marker="s", color=SERIES[1], label="reward by r0")
         axes[1].legend()
-        axes[1].set(title="test prompts: gold and reward of each policy")
+        axes[1].set(title="gold and reward on test prompts")
         axes[2].plot([g["accuracy_base"] for g in gold], marker="o", label="on base policy's answers")
         axes[2].plot([g["accuracy_current"] for g in gold], marker="s", label="on this policy's answers")
-        axes[2].set_xticks(range(len(gold)), [f"{g['policy']}\n{g['rm']}" for g in gold])
+        axes[2].set_xticks(range(len(gold)), [f"{g['policy']}\nRM: {g['rm']}" for g in gold])
         axes[2].legend()
         axes[2].set(title="accuracy of the reward model in use")
     else:
-        axes[1].plot([s["phase"] for s in e], [s["reward"] for s in e], marker="o")
+        axes[1].plot([short(s) for s in e], [s["reward"] for s in e], marker="o")
         axes[1].set(title="mean reward of the E-step's samples")
-        axes[2].bar([s["phase"] for s in m], [s["kept"] / s["comparisons"] for s in m])
+        axes[2].bar([short(s) for s in m], [s["kept"] / s["comparisons"] for s in m])
         axes[2].set(title="share of comparisons kept", ylim=(0, 1))
     for axis in axes:
-        axis.tick_params(axis="x", labelsize=7, rotation=30 if not gold else 0)
+        axis.tick_params(axis="x", labelsize=8)
     figure.savefig(path, dpi=110)
