@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 from transformers import AutoTokenizer
 
 
@@ -191,25 +192,25 @@ class Chat(NamedTuple):
     start: int   # index of the response's first token
 
 
-def encode_chat(tokenizer, prompt, response=None, finished=True):
+def encode_chat(tokenizer, prompt, response=None, finished=True, whole=False):
     """Tokens of a chat, with exactly one BOS where the tokenizer uses one.
 
     Without a response: up to where the assistant begins, ready for sampling. With one: a finished response
     ends in the template's stop token (EOS where the template has none) exactly once, an unfinished one in its
-    last word. What the template writes after the stop token, mostly a line break, is left out, for reward
-    models too.
+    last word. `whole`: with all that the template writes after it, as reward models were trained to read it.
     """
     messages = as_messages(prompt)
-    head = text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    head = text = _render(tokenizer, messages, add_generation_prompt=True)
     if response is not None:
         # rendered with a stand-in: templates trim and rewrite contents, we train on what was really said
-        before, _, tail = tokenizer.apply_chat_template(
-            [*messages, {"role": "assistant", "content": "\u241f"}], tokenize=False).rpartition("\u241f")
+        answered = _render(tokenizer, [*messages, {"role": "assistant", "content": "\u241f"}])
+        before, _, tail = answered.rpartition("\u241f")
         if not before.startswith(head):
             raise Problem(f"{tokenizer.name_or_path}: this chat template's generation prompt is not "
                           "the beginning of an answered chat, so the response's first token can't be found")
-        text = before + response + tail
-        content_end = len(before) + len(response)
+        between = before[len(head):]  # a space belongs to the answer; words would be put into its mouth
+        text = head + (between if between.isspace() else "") + response
+        content_end, text = len(text), text + tail
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     if _adds_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id]:
@@ -217,10 +218,23 @@ def encode_chat(tokenizer, prompt, response=None, finished=True):
     if response is None:
         return Chat(ids, len(ids))
     start = next((i for i, (_, end) in enumerate(offsets) if end > len(head)), len(ids))
-    stop = next((i for i, (begin, _) in enumerate(offsets) if i >= start and begin >= content_end), len(ids))
-    end = next((ids[i] for i in range(stop, len(ids)) if ids[i] in _special_ids(tokenizer)),
-               tokenizer.eos_token_id)
-    return Chat(ids[:stop] + [end] * finished, min(start, stop))
+    last = next((i for i, (begin, _) in enumerate(offsets) if i >= start and begin >= content_end), len(ids))
+    stop = next((i for i in range(last, len(ids)) if ids[i] in _special_ids(tokenizer)), None)
+    if not finished:
+        ids = ids[:last]
+    elif stop is None:
+        ids = ids[:last] + [tokenizer.eos_token_id]
+    elif not whole:
+        ids = ids[:last] + [ids[stop]]
+    return Chat(ids, min(start, last))
+
+
+def _render(tokenizer, messages, **options):
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:  # a template may refuse a role or an order of roles, in words of its own
+        raise Problem(f"{tokenizer.name_or_path}: its chat template refuses {str(messages)[:80]}… "
+                      f"({first_line(error)})") from None
 
 
 @functools.cache
@@ -295,12 +309,13 @@ def pair_rows(tokenizer, pairs, max_length, unfinished=False):
     are left out.
 
     `unfinished`: a response that was cut off carries no stop token (policy training); else every answer ends
-    properly, as reward models expect. Returns (rows, the pairs kept, number left out).
+    properly, with the whole of the template, as reward models expect.
+    Returns (rows, the pairs kept, number left out).
     """
     rows, kept = [], []
-    for pair in pairs:
+    for pair in tqdm(pairs, desc="tokens", leave=False, disable=quiet()):
         chats = [encode_chat(tokenizer, pair["prompt"], pair[side],
-                             pair.get(f"{side}_finished", True) or not unfinished)
+                             pair.get(f"{side}_finished", True) or not unfinished, whole=not unfinished)
                  for side in ("chosen", "rejected")]
         if max(len(chat.ids) for chat in chats) <= max_length \
                 and all(chat.start < len(chat.ids) for chat in chats):
@@ -318,6 +333,11 @@ def check_context(rows, model, folder):
                       f"{model.context}; leave out long prompts or set a smaller --max_length")
     if highest >= model.config.vocab_size:
         raise Problem(f"{folder}: the tokenizer has more tokens than the model's {model.config.vocab_size}")
+
+
+def quiet():
+    """Whether another process shows the progress bars."""
+    return os.environ.get("RANK", "0") != "0"
 
 
 def seed_of(*parts):

@@ -107,9 +107,11 @@ def train(folder, pairs, out, *, beta, lr, batch, micro_batch, max_length, epoch
                     "logps/chosen": chosen_logps, "logps/rejected": rejected_logps}.items():
                 sums[name] = sums.get(name, 0.0) + (value.detach() @ weight).item()
         metrics = parallel.total(sums)
-        _check_loss(metrics["loss"], number)
+        parallel.check_finite(number, loss=metrics["loss"])
+        _check_ln2(metrics["loss"], number)
         now = lr * parallel.cosine(number - 1, len(steps))
         metrics |= {"learning_rate": now, "grad_norm": parallel.clip_and_step(policy, optimizer, now)}
+        parallel.check_finite(number, grad_norm=metrics["grad_norm"])
         log("step {step}/{steps}  loss {loss:.4f}  margins {rewards/margins:+.4f}  "
             "accuracies {rewards/accuracies:.3f}  grad_norm {grad_norm:.2f}  lr {learning_rate:.2e}",
             step=number, steps=len(steps), **metrics)
@@ -118,9 +120,7 @@ def train(folder, pairs, out, *, beta, lr, batch, micro_batch, max_length, epoch
     return len(steps)
 
 
-def _check_loss(loss, number):
-    if not math.isfinite(loss):
-        raise Problem(f"the loss of step {number} is {loss}; try a smaller learning rate")
+def _check_ln2(loss, number):
     if number == 1 and abs(loss - math.log(2)) > (1e-6 if device().type == "cpu" else 1e-3):
         raise Problem(f"the loss of step 1 is {loss:.7f} and not ln 2: "
                       "the policy differs from its own reference")

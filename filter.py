@@ -100,7 +100,9 @@ def compare(new, old, use_filter=True):
         rows.append(dict(
             prompt=n["prompt"], new=n["response"], old=o["response"],
             new_score=n["score"], old_score=o["score"], margin=float(margin),
-            epsilon=epsilon, kept=kept, reason=reason, new_tokens=n["tokens"], old_tokens=o["tokens"],
+            epsilon=epsilon, kept=kept, reason=reason,
+            new_policy=n.get("policy"), old_policy=o.get("policy"), rm=n.get("rm"),
+            new_tokens=n["tokens"], old_tokens=o["tokens"],
             new_finished=n["finished"], old_finished=o["finished"]))
     return rows
 
@@ -132,7 +134,7 @@ def main():
     if bool(o.samples) == bool(o.new and o.old):
         raise Problem("give --samples, or --new and --old")
     rows = _scored(o.samples) if o.samples else (_scored(o.new), _scored(o.old))
-    claim(o.out, o)
+    claim(o.out, o, file=True)
     if not exists(o.out):
         if o.samples:
             rows, without = preference_pairs(rows)

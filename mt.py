@@ -74,7 +74,8 @@ def mutual_taught(o, out):
     The run's last models are OUT/policy, OUT/rm."""
     policy, rm = o.policy, o.rm
     subsets = split(o, out)
-    link(out, policy, rm)
+    if not exists(out / "policy"):
+        link(out, policy, rm)
     for number in range(o.rounds):
         folder = out / f"round{number + 1}"
         a, b, c = (subsets[(number + i) % 3] for i in range(3))
@@ -144,7 +145,8 @@ def split(o, out):
             raise Problem(f"{o.prompts}: {len(prompts)} different prompts; "
                           f"--select_prompts {o.select_prompts} and three subsets "
                           f"need at least {o.select_prompts + 3}")
-        encode_prompts(o.policy, prompts)  # a prompt that is too long is said now, not hours later
+        for model in (o.policy, o.rm):
+            encode_prompts(model, prompts)  # a prompt that is too long is said now, not hours later
         order = np.random.default_rng(o.seed).permutation(len(prompts))
         shuffled = [{"prompt": prompts[i]} for i in order]
         say(f"{len(prompts)} prompts ({repeats} repeated ones left out): "
@@ -284,6 +286,8 @@ def main():
         o = replace(o, **toy.build(o.seed))
     elif not (o.rm and o.prompts):
         raise Problem("--policy needs --rm and --prompts")
+    if o.samples < 2:
+        raise Problem("--samples 1 makes no pairs; at least 2 are needed")
     if o.select and not o.select_prompts:
         raise Problem("--select_prompts 0 needs --select false")
     o = replace(o, policy=local_folder(o.policy), rm=local_folder(o.rm))

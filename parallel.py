@@ -85,6 +85,9 @@ def _start():
     transformers.logging.disable_progress_bar()
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if torch.cuda.is_available():
+        if local_world > torch.cuda.device_count():
+            raise Problem(f"{local_world} processes, but {torch.cuda.device_count()} GPUs; "
+                          "set torchrun's --nproc-per-node")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     elif "OMP_NUM_THREADS" not in os.environ:
         # more than the cores is far slower
@@ -107,6 +110,9 @@ def launch(main, *arguments):
     except (Problem, OSError, torch.cuda.OutOfMemoryError) as error:
         if rank() > 0:
             time.sleep(3)  # most problems are everybody's: rank 0 has spoken, and torchrun ends the others
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            error = ("out of GPU memory; run the same command with a smaller --sample_batch, "
+                     f"--score_batch or --micro_batch ({first_line(error)})")
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
         os._exit(2)  # no waiting for processes that are inside a collective
     except KeyboardInterrupt:
@@ -172,17 +178,29 @@ def move_up(folder, out):
     barrier()
 
 
-def claim(path, options, **more):
-    """Note down which configuration `path` belongs to; another one is refused with the differences listed."""
+ROUNDING = ("sample_batch", "score_batch", "micro_batch", "recompute")  # options that change nothing else
+
+
+def claim(path, options, file=False, **more):
+    """Note down which configuration `path` belongs to; another one is refused with the differences listed.
+
+    file: whether `path` is a JSONL file, else it is a folder. A run may go on with other batch sizes.
+    """
     path = Path(path)
+    if (path.suffix == ".jsonl") != file:
+        raise Problem(f"--out {path}: " + ("a file is written; its name must end in .jsonl" if file else
+                                           "a folder is written; its name must not end in .jsonl"))
     note = path.with_name(path.name + ".run.json") if path.suffix == ".jsonl" else path / "run.json"
     settings = {k: v for k, v in asdict(options).items() if k != "out"}
     files = [path, parts_of(path)] if path.suffix == ".jsonl" else path.glob("[!.]*")
     results = [p for p in files if p.exists() and p.name not in (note.name, "metrics.jsonl")]
     if rank() == 0 and note.exists() and results:  # without them, of a failed start
-        old = json.loads(note.read_text())["settings"]
+        try:
+            old = json.loads(note.read_text())["settings"]
+        except (ValueError, LookupError, TypeError):
+            raise Problem(f"{note} is damaged; choose another --out") from None
         changed = [f"{k}: {old.get(k)!r} there, {settings.get(k)!r} now"
-                   for k in {**old, **settings} if old.get(k) != settings.get(k)]
+                   for k in {**old, **settings} if old.get(k) != settings.get(k) and k not in ROUNDING]
         if changed:
             raise Problem(f"{path} belongs to another run; choose another --out ({'; '.join(changed)})")
     elif rank() == 0:
@@ -288,6 +306,8 @@ def _config(folder):
 def context_of(folder):
     """The longest sequence in tokens: all positions, or one attention window (our masks know none)."""
     config = _config(folder)
+    if not hasattr(config, "max_position_embeddings"):
+        raise Problem(f"{folder}: {config.model_type} models are not supported (no max_position_embeddings)")
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     return min(config.max_position_embeddings, window or math.inf)
 
@@ -364,7 +384,10 @@ def shard(root, recompute=False):
 
 
 def save(root, source, folder):
-    """A folder that from_pretrained and vLLM load; tokenizer and template come from the folder `source`."""
+    """A folder that from_pretrained and vLLM load; tokenizer and template come from the folder `source`.
+
+    Weights are rounded to the precision that `source` had: the next phase starts from what this one used.
+    """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(root, options=options) if dist.is_initialized() else root.state_dict()
     model = root.model
@@ -378,8 +401,9 @@ def save(root, source, folder):
         model.config.architectures = [type(model).__name__]
         config = model.config.to_dict() | {"dtype": str(model.stored_dtype).removeprefix("torch.")}
         type(model.config).from_dict(config).save_pretrained(folder)
-        if model.can_generate():
-            model.generation_config.save_pretrained(folder)
+        generation = Path(source) / "generation_config.json"
+        if generation.exists() and model.can_generate():
+            shutil.copy(generation, folder)
         load_tokenizer(source).save_pretrained(folder)
     barrier()
 
@@ -428,6 +452,12 @@ def clip_and_step(root, optimizer, lr, max_norm=1.0):
     return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
 
 
+def check_finite(step, **values):
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise Problem(f"the {name} of step {step} is {value}; try a smaller learning rate")
+
+
 def total(values):
     """Element-wise sum of a {name: tensor or number} over all processes, as floats."""
     vector = torch.tensor([float(v) for v in values.values()], dtype=torch.float64, device="cpu")
@@ -449,11 +479,11 @@ def in_blocks(rows, size, out, work, what):
     """
     out, parts = Path(out), parts_of(out)
     starts = range(0, len(rows), size)
-    mine = [s for s in starts[rank()::world()] if not (parts / f"{s}.jsonl").exists()]
+    mine = [s for s in starts[rank()::world()] if not (parts / f"{size}-{s}.jsonl").exists()]
     for s in tqdm(mine, desc=what, disable=rank() > 0, unit="block", leave=False):
-        write_jsonl(parts / f"{s}.jsonl", work(rows[s:s + size]))
+        write_jsonl(parts / f"{size}-{s}.jsonl", work(rows[s:s + size]))
     barrier()
     if rank() == 0:
-        write_jsonl(out, chain.from_iterable(read_jsonl(parts / f"{s}.jsonl") for s in starts))
+        write_jsonl(out, chain.from_iterable(read_jsonl(parts / f"{size}-{s}.jsonl") for s in starts))
         remove(parts)
     barrier()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import parallel
 from data import (
@@ -27,6 +28,7 @@ from data import (
     pack,
     pair_rows,
     prompt_id,
+    quiet,
     read_pairs,
     read_rows,
 )
@@ -79,10 +81,10 @@ def train(folder, pairs, out, *, lr, batch, micro_batch, max_length, epochs=1, s
                                 "margin": chosen - rejected, "mean_reward": (chosen + rejected) / 2}.items():
                 sums[name] = sums.get(name, 0.0) + (value.detach() @ weight).item()
         metrics = parallel.total(sums)
-        if not math.isfinite(metrics["loss"]):
-            raise Problem(f"the loss of step {number} is {metrics['loss']}; try a smaller learning rate")
+        parallel.check_finite(number, loss=metrics["loss"])
         now = lr * parallel.cosine(number - 1, len(steps))
         metrics |= {"learning_rate": now, "grad_norm": parallel.clip_and_step(model, optimizer, now)}
+        parallel.check_finite(number, grad_norm=metrics["grad_norm"])
         log("step {step}/{steps}  loss {loss:.4f}  margin {margin:+.4f}  accuracy {accuracy:.3f}  "
             "grad_norm {grad_norm:.2f}  lr {learning_rate:.2e}", step=number, steps=len(steps), **metrics)
     parallel.save(model, folder, Path(out))
@@ -91,7 +93,7 @@ def train(folder, pairs, out, *, lr, batch, micro_batch, max_length, epochs=1, s
 @torch.inference_mode()
 def score_answers(model, tokenizer, prompt_answers, batch):
     """[(prompt, [answers])] -> [[reward]], `batch` prompts in a forward pass, like lengths together."""
-    rows = [pack([encode_chat(tokenizer, prompt, answer) for answer in answers])
+    rows = [pack([encode_chat(tokenizer, prompt, answer, whole=True) for answer in answers])
             for prompt, answers in prompt_answers]
     check_context(rows, model.model, tokenizer.name_or_path)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
@@ -117,7 +119,7 @@ def score(folder, samples, out, batch):
             if not math.isfinite(reward):
                 raise Problem(f"{folder} gives the reward {reward} "
                               f"to an answer to {str(row['prompt'])[:60]!r}")
-            yield {**row, "score": reward}
+            yield {**row, "score": reward, "rm": str(folder)}
 
     per_prompt = len(list(next(groupby(samples, key=lambda row: prompt_id(row["prompt"])))[1]))
     in_blocks(samples, 64 * per_prompt, out, work, f"scoring {Path(out).stem}")
@@ -127,11 +129,17 @@ def ordered(folder, pairs, batch):
     """Per pair, whether its chosen answer gets the higher reward; equal rewards are wrong
     (RewardBench's rule, arXiv 2403.13787)."""
     model, tokenizer = Rewards(parallel.replicate(parallel.load_reward(folder))), load_tokenizer(folder)
-    prompt_answers = [(pair["prompt"], [pair["chosen"], pair["rejected"]]) for pair in pairs]
-    rewards = score_answers(model, tokenizer, prompt_answers, batch)
-    if not all(math.isfinite(reward) for pair in rewards for reward in pair):
-        raise Problem(f"{folder} gives rewards that are not finite")
-    return [chosen > rejected for chosen, rejected in rewards]
+    right = []
+    for at in tqdm(range(0, len(pairs), 32 * batch), desc="scoring pairs", leave=False, disable=quiet()):
+        some = pairs[at:at + 32 * batch]
+        rewards = score_answers(model, tokenizer, [(p["prompt"], [p["chosen"], p["rejected"]]) for p in some],
+                                batch)
+        for pair, both in zip(some, rewards):
+            if not all(map(math.isfinite, both)):
+                raise Problem(f"{folder} gives the rewards {both} to the answers to "
+                              f"{str(pair['prompt'])[:60]!r}")
+            right.append(both[0] > both[1])
+    return right
 
 
 def accuracy(folder, pairs, batch):
@@ -185,7 +193,7 @@ def score_file(folder, o):
         check_prompt(where, row.get("prompt"))
         if not isinstance(row.get("response"), str):
             raise Problem(f"{where}: no response (a field `response` with text)")
-    parallel.claim(o.out, o)
+    parallel.claim(o.out, o, file=True)
     if not exists(o.out):
         score(folder, [row for _, row in rows], o.out, o.micro_batch)
     say(f"{o.out} is complete")

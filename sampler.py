@@ -20,9 +20,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig
 
-from data import Problem, Row, check_context, encode_chat, load_tokenizer, prompt_id, read_prompts, seed_of
+from data import (
+    Problem,
+    Row,
+    check_context,
+    encode_chat,
+    load_tokenizer,
+    prompt_id,
+    quiet,
+    read_prompts,
+    seed_of,
+)
 from parallel import (
     claim,
     context_of,
@@ -263,7 +274,8 @@ def stop_tokens(folder, tokenizer):
 def encode_prompts(folder, prompts):
     """The prompts' tokens; one that leaves no room for a response in the model's context is a Problem."""
     tokenizer, context = load_tokenizer(folder), context_of(folder)
-    encoded = [encode_chat(tokenizer, prompt).ids for prompt in prompts]
+    encoded = [encode_chat(tokenizer, prompt).ids
+               for prompt in tqdm(prompts, desc="tokens", leave=False, disable=quiet())]
     for prompt, ids in zip(prompts, encoded):
         if len(ids) >= context:
             raise Problem(f"prompt of {len(ids)} tokens does not fit into the context of {context} tokens "
@@ -272,7 +284,7 @@ def encode_prompts(folder, prompts):
 
 
 def sample(folder, prompts, out, *, samples, temperature, top_p, max_new_tokens, seed, batch):
-    """One JSON line per response: prompt, index, response, tokens, finished.
+    """One JSON line per response: prompt, index, response, tokens, finished, policy.
 
     prompts: a list (text or messages). seed: a number or text; every phase of a run has its own.
     """
@@ -291,7 +303,7 @@ def sample(folder, prompts, out, *, samples, temperature, top_p, max_new_tokens,
             for index, ids in enumerate(tokens):
                 yield dict(prompt=prompt, index=index,
                            response=tokenizer.decode(ids, skip_special_tokens=True),
-                           tokens=len(ids), finished=ids[-1] in stop_ids)
+                           tokens=len(ids), finished=ids[-1] in stop_ids, policy=str(folder))
 
     in_blocks(list(zip(prompts, encoded)), max(1, 4 * batch // samples), out, work,
               f"sampling {Path(out).name.split('.')[0]}")
@@ -314,7 +326,7 @@ def main():
     o = parse(Options)
     folder = local_folder(o.model)
     prompts, repeats = read_prompts(o.prompts)
-    claim(o.out, o)
+    claim(o.out, o, file=True)
     if not exists(o.out):
         say(f"{len(prompts)} prompts ({repeats} repeated ones left out), {o.samples} responses each")
         sample(folder, prompts, o.out, samples=o.samples, temperature=o.temperature, top_p=o.top_p,

@@ -41,7 +41,7 @@ import parallel
 import reward
 from data import Problem, collate, encode_chat, pack, read_jsonl, read_pairs, write_jsonl
 from dpo import ResponseLogps
-from eval import sample_and_score, standard_error, win_rate
+from eval import ordered_alike, sample_and_score, standard_error, win_rate
 from parallel import Log, barrier, exists, launch, rank, say
 from sampler import sample
 
@@ -318,8 +318,9 @@ def measure(out, o):
 
 def agreement(rows):
     """How often an RM orders two answers to a prompt as gold does, where gold has a preference."""
-    pairs = [(a["score"] - b["score"], gold_of(a) - gold_of(b)) for a, b in zip(rows[::2], rows[1::2])]
-    return float(np.mean([r * g > 0 for r, g in pairs if g]))
+    pairs = list(zip(rows[::2], rows[1::2]))
+    return ordered_alike([[row["score"] for row in pair] for pair in pairs],
+                         [[gold_of(row) for row in pair] for pair in pairs])
 
 
 def length_slope(rows):

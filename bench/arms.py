@@ -32,8 +32,10 @@ ARMS = {
 
 
 def command(script, *words):
-    return subprocess.run([sys.executable, str(HOME / script), *map(str, words)], check=True,
-                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, str(HOME / script), *map(str, words)], capture_output=True,
+                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise RuntimeError(done.stderr)
 
 
 def run(arm, seed):
@@ -88,7 +90,7 @@ def main():
 
 def mean_and_error(values):
     error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
-    return f"{np.mean(values):.3f} ± {error:.3f}"
+    return f"{np.mean(values):.2f} ± {error:.2f}"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tolerances are those of fp32
 os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that tests start, too: equal rounding
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parents[1]

@@ -412,7 +412,7 @@ def test_judgments_that_are_none_are_a_problem(rows, message, call, written):
 
 def test_a_reward_that_is_not_finite_is_no_accuracy(call, tiny, written, pairs, monkeypatch):
     monkeypatch.setattr(reward, "score_answers", lambda *_: [[1.0, math.nan]])
-    with pytest.raises(Problem, match="not finite"):
+    with pytest.raises(Problem, match="rewards \\[1.0, nan\\] to the answers to 'a sad"):
         call(eval_script, "accuracy", "--rm", tiny(reward=True), "--pairs", written("pairs.jsonl", pairs[:1]))
 
 

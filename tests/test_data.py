@@ -87,6 +87,29 @@ def test_earlier_turns_stay_in_the_prompt():
     assert tokenizer.decode(chat.ids[chat.start:]).split() == ["waves", "<eos>"]
 
 
+def test_reward_models_read_the_whole_template_and_policies_up_to_the_stop_token():
+    tokenizer = TEMPLATES["text after the stop token"]
+    pair = [dict(prompt="a sad poem", chosen=ANSWER, rejected="grey waves")]
+    for policy, tail in ((True, ["<eos>"]), (False, ["<eos>", "the", "end"])):
+        [row], *_ = pair_rows(tokenizer, pair, 100, unfinished=policy)
+        words = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
+        assert row.branches[0] == words + tokenizer.convert_tokens_to_ids(tail)
+    [row], *_ = pair_rows(TEMPLATES["no stop token in the template"], pair, 100)
+    assert row.branches[0][-1] == EOS
+
+
+def test_words_that_a_template_writes_before_an_answer_are_not_put_into_its_mouth():
+    tokenizer = variant(toy.tokenizer().chat_template.replace(
+        " <{{ m['role'] }}> ", " <{{ m['role'] }}> {% if m['role'] == 'assistant' %}dear . {% endif %}"))
+    chat = encode_chat(tokenizer, "a sad poem", ANSWER)
+    assert chat == encode_chat(toy.tokenizer(), "a sad poem", ANSWER)
+
+
+def test_a_template_that_refuses_a_chat_is_a_problem():
+    with pytest.raises(Problem, match="template refuses .* \\(no system turns\\)"):
+        encode_chat(variant("{{ raise_exception('no system turns') }}"), "a sad poem", ANSWER)
+
+
 def test_a_template_whose_generation_prompt_is_no_beginning_of_an_answer_is_refused():
     broken = variant("{% for m in messages %}{{ m['content'] }} {% endfor %}"
                      "{% if add_generation_prompt %}<assistant>{% endif %}")

@@ -410,6 +410,24 @@ def test_another_setting_in_the_same_folder_is_refused_with_a_list(call, words, 
     assert files(undisturbed) == before
 
 
+def test_a_run_may_go_on_with_other_batch_sizes_that_only_round(call, words, undisturbed, monkeypatch):
+    monkeypatch.chdir(undisturbed.parent)
+    before = files(undisturbed)
+    call(mt, *words(rounds=2, micro_batch=5, sample_batch=3, score_batch=3))
+    assert files(undisturbed) == before
+
+
+@pytest.mark.parametrize("script, words", [
+    (filter_script, ["--samples", "scored.jsonl", "--out", "pairs.json"]),
+    (mt.dpo, ["--model", "MODEL", "--pairs", "pairs.jsonl", "--out", "policy.jsonl"])])
+def test_an_out_of_the_wrong_kind_is_a_problem(call, tiny, written, pairs, here, script, words):
+    row = dict(prompt="a", response="b", tokens=1, finished=True)
+    written("scored.jsonl", [dict(row, score=i) for i in (0, 1)])
+    written("pairs.jsonl", pairs[:2])
+    with pytest.raises(Problem, match="in .jsonl"):
+        call(script, *[tiny() if word == "MODEL" else word for word in words])
+
+
 # ---------------------------------------------------------------- the real command line
 def test_two_processes_make_the_same_first_samples_and_pairs_as_one(script, words, undisturbed, tmp_path):
     done = script("mt.py", *words(), processes=2, cwd=tmp_path)
