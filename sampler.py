@@ -49,6 +49,7 @@ from parallel import (
 
 TRIES = 8     # rejected draws before the nucleus is cut by sorting; with top-p 0.95 one in 10^10 gets there
 PREFILL = 16  # prompts prefilled together
+CACHE_TOKENS = 2**18  # in the cache at most: 34 GB for Llama-3-8B; long prompts make fewer rows
 
 
 # ---------------------------------------------------------------- drawing one token
@@ -179,8 +180,9 @@ def generate(model, prompts, keys, *, stop_ids, temperature, top_p, max_new_toke
     limits = np.array([min(max_new_tokens, model.context - len(p)) for p in prompts])
     out = np.zeros((count, samples, int(limits.max())), np.int64)
     lengths = np.zeros((count, samples), np.int64)
-    batch = min(batch, len(waiting))
-    slots = Slots(batch, max(len(p) + n for p, n in zip(prompts, limits)))
+    capacity = max(len(p) + int(n) for p, n in zip(prompts, limits))
+    batch = min(batch, len(waiting), max(1, CACHE_TOKENS // capacity))
+    slots = Slots(batch, capacity)
     job = np.zeros((batch, 2), np.int64)    # row -> (prompt, sample)
     length = np.zeros(batch, np.int64)      # tokens drawn so far
     active = np.zeros(batch, bool)

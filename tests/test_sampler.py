@@ -37,6 +37,18 @@ def test_generate_gives_the_tokens_of_the_reference(tiny, questions, kind, tempe
     assert temperature == 0 or 0 < sum(ends) < len(ends)  # some stopped, some ran to the limit
 
 
+def test_long_prompts_make_fewer_rows_and_the_same_responses(tiny, questions, monkeypatch):
+    model, (prompts, keys) = load_policy(tiny()), questions
+    rows, step = [], sampler.Slots.step
+    monkeypatch.setattr(sampler.Slots, "step", lambda *a: rows.append(a[0].rows) or step(*a))
+    settings = dict(stop_ids=[2], temperature=0.8, top_p=0.9, max_new_tokens=10, batch=64)
+    every = generate(model, prompts, keys, **settings)
+    most = max(rows)
+    rows.clear()
+    monkeypatch.setattr(sampler, "CACHE_TOKENS", 3 * (max(map(len, prompts)) + 10) + 1)
+    assert generate(model, prompts, keys, **settings) == every and max(rows) == 3 < most
+
+
 def test_a_response_depends_on_its_key_and_not_on_order_company_or_batch_size(tiny, questions):
     model, (prompts, keys) = load_policy(tiny()), questions
     settings = dict(stop_ids=STOPS, temperature=1.0, top_p=0.95, max_new_tokens=12)
