@@ -310,9 +310,9 @@ def pair_rows(tokenizer, pairs, max_length, unfinished=False):
 
     `unfinished`: a response that was cut off carries no stop token (policy training); else every answer ends
     properly, with the whole of the template, as reward models expect.
-    Returns (rows, the pairs kept, number left out).
+    Returns (rows, number left out).
     """
-    rows, kept = [], []
+    rows = []
     for pair in tqdm(pairs, desc="tokens", leave=False, disable=quiet()):
         chats = [encode_chat(tokenizer, pair["prompt"], pair[side],
                              pair.get(f"{side}_finished", True) or not unfinished, whole=not unfinished)
@@ -320,8 +320,7 @@ def pair_rows(tokenizer, pairs, max_length, unfinished=False):
         if max(len(chat.ids) for chat in chats) <= max_length \
                 and all(chat.start < len(chat.ids) for chat in chats):
             rows.append(pack(chats))
-            kept.append(pair)
-    return rows, kept, len(pairs) - len(kept)
+    return rows, len(pairs) - len(rows)
 
 
 def check_context(rows, model, folder):

@@ -73,7 +73,7 @@ def train(folder, pairs, out, *, beta, lr, batch, micro_batch, max_length, epoch
     Writes out/step-N every `save_every` steps (0: never) and after the last. Returns the number of steps.
     """
     tokenizer = load_tokenizer(folder)
-    rows, kept, dropped = pair_rows(tokenizer, pairs, max_length, unfinished=True)
+    rows, dropped = pair_rows(tokenizer, pairs, max_length, unfinished=True)
     if not rows:
         raise Problem(f"none of {len(pairs)} pairs is short enough for --max_length {max_length}")
     policy = parallel.load_policy(folder, training=True)

@@ -59,7 +59,7 @@ def train(folder, pairs, out, *, lr, batch, micro_batch, max_length, epochs=1, s
           fresh_head=False, log):
     """Bradley-Terry from the model in `folder`; `pairs` as read_pairs gives them. Writes the folder `out`."""
     tokenizer = load_tokenizer(folder)
-    rows, kept, dropped = pair_rows(tokenizer, pairs, max_length)
+    rows, dropped = pair_rows(tokenizer, pairs, max_length)
     if not rows:
         raise Problem(f"none of {len(pairs)} pairs is short enough for --max_length {max_length}")
     model = parallel.load_reward(folder, True, fresh_head, seed)
@@ -107,7 +107,7 @@ def score_answers(model, tokenizer, prompt_answers, batch):
 
 
 def score(folder, samples, out, batch):
-    """samples: rows with prompt and response -> the same rows with `score`, in `out`."""
+    """samples: rows with prompt and response -> the same rows with `score` and `rm`, in `out`."""
     tokenizer = load_tokenizer(folder)
     model = Rewards(parallel.replicate(parallel.load_reward(folder)))
 

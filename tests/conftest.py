@@ -1,7 +1,7 @@
 """What the tests share: tiny real models as Hugging Face folders, preference pairs, and ways to run a script.
 
     pytest                       # everything
-    pytest tests/test_mt.py -k resume
+    pytest tests/test_mt.py -k killed
 """
 import os
 import random
