@@ -3,10 +3,8 @@
 Everything on disk is text or messages. Policy and reward model have templates and vocabularies of their own,
 so ids never travel between them: `encode_chat` is the one place where a chat becomes tokens, for both.
 
-A prompt and its answers become one `Row`: the prompt's tokens once, then each answer as a branch that sees
-the prompt and itself only. A DPO pair is a row of two branches, five samples to be scored are a row of five.
-The result is that of separate sequences (tests/test_data.py holds it to that), without computing the prompt
-again for each.
+A prompt and its answers become one `Row` (packing.py): a DPO pair is a prompt with two branches, five samples
+to be scored are one with five.
 
 Left out on purpose: multi-turn training on earlier assistant turns, images, tools, system prompts of our own.
 """
@@ -18,10 +16,10 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
+
+from packing import pack
 
 
 class Problem(Exception):
@@ -249,61 +247,6 @@ def _adds_bos(tokenizer):
     return bos is not None and tokenizer("")["input_ids"][:1] == [bos]
 
 
-class Row(NamedTuple):
-    trunk: list     # tokens shared by all answers: the prompt
-    branches: list  # per answer, its tokens after the trunk
-    starts: list    # per answer, the index in its branch where the response begins
-
-    def __len__(self):
-        return len(self.trunk) + sum(map(len, self.branches))
-
-
-def pack(chats):
-    """Answers to one prompt as a Row: their common beginning once, never further than the first response."""
-    trunk = chats[0].ids[:min(chat.start for chat in chats)]
-    for chat in chats[1:]:
-        same = next((i for i, (a, b) in enumerate(zip(trunk, chat.ids)) if a != b), len(trunk))
-        trunk = trunk[:same]
-    cut = len(trunk)
-    return Row(trunk, [chat.ids[cut:] for chat in chats], [chat.start - cut for chat in chats])
-
-
-def collate(rows, device="cpu"):
-    """Rows to one padded batch.
-
-    ids, positions (B, T): positions go on from the trunk in every branch.
-    mask (B, 1, T, T), bool: a token sees the trunk and its own branch, backwards.
-    targets, sources, owners (N,): the responses' tokens, the flat index (into B·T) of the position that
-    predicts each, and the number of the answer that each belongs to.
-    last (answers,): flat index of each answer's last token.
-    """
-    width = max(map(len, rows))
-    ids = np.zeros((len(rows), width), dtype=np.int64)
-    positions = np.zeros((len(rows), width), dtype=np.int64)
-    segments = np.full((len(rows), width), -1)  # 0 trunk, 1.. branches, -1 padding
-    targets, sources, owners, last = [], [], [], []
-    for b, (trunk, branches, starts) in enumerate(rows):
-        ids[b, :len(trunk)], positions[b, :len(trunk)], segments[b, :len(trunk)] = trunk, range(len(trunk)), 0
-        at = len(trunk)
-        for number, (branch, start) in enumerate(zip(branches, starts), 1):
-            span = slice(at, at + len(branch))
-            ids[b, span], segments[b, span] = branch, number
-            positions[b, span] = range(len(trunk), len(trunk) + len(branch))
-            source = [at + i - 1 if i else len(trunk) - 1 for i in range(start, len(branch))]
-            targets += branch[start:]
-            sources += [b * width + i for i in source]
-            owners += [len(last)] * len(source)
-            at += len(branch)
-            last.append(b * width + (at if branch else len(trunk)) - 1)
-    ids, positions, segments, targets, sources, owners, last = (
-        torch.as_tensor(x, device=device) for x in (ids, positions, segments, targets, sources, owners, last))
-    query, key = segments[:, :, None], segments[:, None, :]
-    backwards = torch.ones(width, width, dtype=torch.bool, device=device).tril()
-    mask = (backwards & ((key == query) | (key == 0)))[:, None]
-    return dict(ids=ids, positions=positions, mask=mask, targets=targets.long(), sources=sources.long(),
-                owners=owners.long(), last=last)
-
-
 def pair_rows(tokenizer, pairs, max_length, unfinished=False):
     """Rows of two branches, chosen first; pairs of which either side is longer than `max_length` tokens
     are left out.
@@ -325,7 +268,7 @@ def pair_rows(tokenizer, pairs, max_length, unfinished=False):
 
 def check_context(rows, model, folder):
     """A chat that is longer than the model's context, or a token that it doesn't know, is a Problem."""
-    chats = [row.trunk + branch for row in rows for branch in row.branches or [[]]]
+    chats = [row.trunk + branch for row in rows for branch in row.branches]
     longest, highest = max(map(len, chats), default=0), max(map(max, chats), default=0)
     if longest > model.context:
         raise Problem(f"{folder}: a chat of {longest} tokens does not fit into its context of "

@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import parallel
-from data import Problem, check_context, collate, load_tokenizer, pair_rows, read_pairs
+from data import Problem, check_context, load_tokenizer, pair_rows, read_pairs
+from packing import collate
 from parallel import device, exists, launch, parse, say, world, writing
 
 LOGITS = 2**24  # vocabulary logits in memory at a time (64 MB in fp32)
@@ -38,15 +39,14 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
 
 
 class ResponseLogps(torch.nn.Module):
-    """A causal LM as a function from a batch of rows (data.collate) to log π(y|x) of each answer, fp32."""
+    """A causal LM as a function from a batch of rows (packing.collate) to log π(y|x) of each answer, fp32."""
     def __init__(self, model):
         super().__init__()
         self.model = model
 
     def forward(self, batch):
-        hidden = self.model.base_model(input_ids=batch["ids"], position_ids=batch["positions"],
-                                       attention_mask=batch["mask"], use_cache=False).last_hidden_state
-        hidden = hidden.flatten(0, 1)[batch["sources"]]  # (N, H): positions that predict a response token
+        hidden = self.model.base_model(**batch["inputs"], use_cache=False).last_hidden_state
+        hidden = hidden[0][batch["sources"]]  # (N, H): positions that predict a response token
         logps = token_logps(hidden, batch["targets"], self.model.get_output_embeddings())  # (N,)
         return torch.zeros(len(batch["last"]), device=logps.device).index_add(0, batch["owners"], logps)
 

@@ -44,6 +44,7 @@ from transformers import (
     HfArgumentParser,
 )
 
+import packing  # noqa: F401  (registers the attention)
 from data import Problem, first_line, load_tokenizer, read_jsonl, write_jsonl
 
 
@@ -317,6 +318,9 @@ def _load(kind, folder, training, **changes):
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     config = _config(folder)
+    if getattr(config, "attn_logit_softcapping", None):
+        raise Problem(f"{folder}: {config.model_type} models cap their attention's logits, "
+                      "which is not supported")
     config.update(changes)
     stored = config.dtype or torch.float32
     dtype = torch.float32 if training or device().type == "cpu" else torch.bfloat16
@@ -333,6 +337,7 @@ def _load(kind, folder, training, **changes):
                 model = kind.from_config(config, dtype=dtype, attn_implementation="sdpa")
     except Exception as error:
         raise Problem(f"{folder}: can't be loaded as a model ({first_line(error)})") from None
+    model.set_attn_implementation("packed")  # of packing.py
     model.stored_dtype, model.context = stored, context_of(folder)
     return model.eval()  # and so it stays: dropout would make a policy differ from itself as reference
 

@@ -22,16 +22,15 @@ from data import (
     Problem,
     check_context,
     check_prompt,
-    collate,
     encode_chat,
     load_tokenizer,
-    pack,
     pair_rows,
     prompt_id,
     quiet,
     read_pairs,
     read_rows,
 )
+from packing import collate, pack
 from parallel import device, exists, in_blocks, launch, parse, say, world, writing
 
 
@@ -42,16 +41,15 @@ def bradley_terry_loss(chosen_rewards, rejected_rewards):
 
 
 class Rewards(torch.nn.Module):
-    """A sequence classifier as a function from a batch of rows (data.collate)
+    """A sequence classifier as a function from a batch of rows (packing.collate)
     to the reward of each answer, fp32."""
     def __init__(self, model):
         super().__init__()
         self.model = model
 
     def forward(self, batch):
-        hidden = self.model.base_model(input_ids=batch["ids"], position_ids=batch["positions"],
-                                       attention_mask=batch["mask"], use_cache=False).last_hidden_state
-        hidden = hidden.flatten(0, 1)[batch["last"]]  # (answers, H)
+        hidden = self.model.base_model(**batch["inputs"], use_cache=False).last_hidden_state
+        hidden = hidden[0][batch["last"]]  # (answers, H)
         return F.linear(hidden.float(), self.model.score.weight.float())[:, 0]
 
 

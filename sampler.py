@@ -25,7 +25,6 @@ from transformers import DynamicCache, GenerationConfig
 
 from data import (
     Problem,
-    Row,
     check_context,
     encode_chat,
     load_tokenizer,
@@ -34,6 +33,7 @@ from data import (
     read_prompts,
     seed_of,
 )
+from packing import alone, collate
 from parallel import (
     claim,
     context_of,
@@ -151,19 +151,14 @@ class Slots:
 
 
 def prefill(model, prompts):
-    """Token lists -> per prompt (keys and values per layer, logits of its first response token),
-    padded right."""
-    lengths = torch.tensor([len(p) for p in prompts])
-    ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
-    for row, prompt in zip(ids, prompts):
-        row[:len(prompt)] = torch.tensor(prompt)
+    """Token lists -> per prompt (keys and values per layer, logits of its first response token)."""
     cache = DynamicCache()
-    hidden = model.base_model(input_ids=ids.to(model.device), past_key_values=cache,
-                              use_cache=True).last_hidden_state
-    logits = model.get_output_embeddings()(hidden[torch.arange(len(prompts)), lengths - 1])
-    return [([(layer.keys[i, :, :n].clone(), layer.values[i, :, :n].clone()) for layer in cache.layers],
-             logits[i])
-            for i, n in enumerate(lengths.tolist())]
+    batch = collate([alone(prompt) for prompt in prompts], model.device)
+    hidden = model.base_model(**batch["inputs"], past_key_values=cache, use_cache=True).last_hidden_state
+    logits = model.get_output_embeddings()(hidden[0, batch["last"]])
+    lengths = [len(prompt) for prompt in prompts]
+    layers = [zip(kv.keys[0].split(lengths, 1), kv.values[0].split(lengths, 1)) for kv in cache.layers]
+    return list(zip(zip(*layers), logits))
 
 
 # ---------------------------------------------------------------- many responses
@@ -293,7 +288,7 @@ def sample(folder, prompts, out, *, samples, temperature, top_p, max_new_tokens,
     tokenizer, encoded = load_tokenizer(folder), encode_prompts(folder, prompts)
     stop_ids = stop_tokens(folder, tokenizer)
     model = replicate(load_policy(folder))
-    check_context([Row(ids, [], []) for ids in encoded], model, folder)
+    check_context([alone(ids) for ids in encoded], model, folder)
 
     def work(block):
         prompts, encoded = zip(*block)

@@ -39,9 +39,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import parallel
 import reward
-from data import Problem, collate, encode_chat, pack, read_jsonl, read_pairs, write_jsonl
+from data import Problem, encode_chat, read_jsonl, read_pairs, write_jsonl
 from dpo import ResponseLogps
 from eval import ordered_alike, sample_and_score, standard_error, win_rate
+from packing import collate, pack
 from parallel import Log, barrier, exists, launch, rank, say
 from sampler import sample
 

@@ -16,15 +16,14 @@ import toy
 from data import (
     Problem,
     check_context,
-    collate,
     encode_chat,
     load_tokenizer,
-    pack,
     pair_rows,
     read_pairs,
     read_prompts,
 )
 from dpo import ResponseLogps
+from packing import collate, pack
 from parallel import load_policy, load_reward
 from reward import Rewards
 

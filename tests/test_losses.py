@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 import dpo
-from data import Chat, Row, collate, encode_chat, load_tokenizer, pack
+from data import Chat, encode_chat, load_tokenizer
 from dpo import ResponseLogps, dpo_loss, token_logps
+from packing import Row, collate, pack
 from parallel import load_policy, load_reward
 from reward import Rewards, bradley_terry_loss
 
@@ -82,7 +83,7 @@ def test_logits_exist_for_response_positions_only_and_never_for_more_than_a_slic
     monkeypatch.setattr(dpo, "LOGITS", at_a_time * head.weight.shape[0])
     head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[:-1].numel()))
     policy(batch)
-    assert sum(seen) == len(batch["targets"]) < batch["ids"].numel() / 2
+    assert sum(seen) == len(batch["targets"]) < batch["inputs"]["input_ids"].numel()
     assert max(seen) <= at_a_time
 
 
