@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import parallel
@@ -24,7 +23,7 @@ from data import Problem, check_context, load_tokenizer, pair_rows, read_pairs
 from packing import collate
 from parallel import device, exists, launch, parse, say, world, writing
 
-LOGITS = 2**24  # vocabulary logits in memory at a time (64 MB in fp32)
+LOGITS = 2**23  # logits in memory at a time (32 MB in fp32)
 
 
 def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
@@ -47,23 +46,50 @@ class ResponseLogps(torch.nn.Module):
     def forward(self, batch):
         hidden = self.model.base_model(**batch["inputs"], use_cache=False).last_hidden_state
         hidden = hidden[0][batch["sources"]]  # (N, H): positions that predict a response token
-        logps = token_logps(hidden, batch["targets"], self.model.get_output_embeddings())  # (N,)
+        logps = TokenLogps.apply(hidden, self.model.get_output_embeddings().weight, batch["targets"])  # (N,)
         return torch.zeros(len(batch["last"]), device=logps.device).index_add(0, batch["owners"], logps)
 
 
-def token_logps(hidden, targets, head):
-    """(N, H), (N,) -> (N,) fp32 log-probabilities, a slice of positions at a time: logits of all never exist
-    at once."""
-    size = max(1, LOGITS // head.weight.shape[0])
-    if len(hidden) <= size:
-        return _slice_logps(hidden, targets, head)
-    return torch.cat([checkpoint(_slice_logps, h, t, head, use_reentrant=False)
-                      for h, t in zip(hidden.split(size), targets.split(size))])
+class TokenLogps(torch.autograd.Function):
+    """(N, H) hidden states, (V, H) head, (N,) targets -> (N,) fp32 log-probabilities: log_softmax and gather,
+    a tile of the vocabulary at a time. The logits of all tokens never exist at once; the backward pass
+    computes them again, unless they fitted into one tile."""
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        size = max(1, LOGITS // len(hidden))
+        total = torch.full(targets.shape, -torch.inf, device=hidden.device)  # log Σ exp(logits) so far
+        chosen = torch.zeros_like(total)                                     # logits of the targets
+        for at in range(0, len(weight), size):
+            logits = (hidden @ weight[at:at + size].T).float()
+            total = torch.logaddexp(total, logits.logsumexp(-1))
+            column, inside = _column(targets, at, logits)
+            chosen = torch.where(inside, logits.gather(1, column)[:, 0], chosen)
+        ctx.save_for_backward(hidden, weight, targets, total, logits if size >= len(weight) else None)
+        ctx.size = size
+        return chosen - total
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, targets, total, kept = ctx.saved_tensors
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+        grad_weight = torch.empty_like(weight)
+        for at in range(0, len(weight), ctx.size):
+            tile = weight[at:at + ctx.size]
+            logits = (hidden @ tile.T).float() if kept is None else kept
+            column, inside = _column(targets, at, logits)
+            # ∂ log p(target) / ∂ logits = 1[target] − softmax(logits)
+            grad_logits = (logits - total[:, None]).exp_().mul_(-grad[:, None])
+            grad_logits = grad_logits.scatter_add_(1, column, (grad * inside)[:, None]).to(hidden.dtype)
+            torch.mm(grad_logits.T, hidden, out=grad_weight[at:at + ctx.size])
+            grad_hidden += grad_logits @ tile
+        return grad_hidden.to(hidden.dtype), grad_weight, None
 
 
-def _slice_logps(hidden, targets, head):
-    logits = head(hidden).float()
-    return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+def _column(targets, at, logits):
+    """Columns (N, 1) of the targets in the tile that begins with token `at`; whether they are in it (N,)."""
+    column = targets - at
+    inside = (column >= 0) & (column < logits.shape[1])
+    return (column * inside)[:, None], inside
 
 
 def train(folder, pairs, out, *, beta, lr, batch, micro_batch, max_length, epochs=1, save_every=0, seed=0,

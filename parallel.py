@@ -271,7 +271,10 @@ def load_policy(folder, training=False):
         if getattr(config, name, None) not in (None, 1, 1.0):
             raise Problem(f"{folder}: {config.model_type} models change their logits ({name}), "
                           "which is not supported")
-    return _load(AutoModelForCausalLM, folder, training)
+    model = _load(AutoModelForCausalLM, folder, training)
+    if training and getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise Problem(f"{folder}: its head has a bias, which training does not support")
+    return model
 
 
 def check_reward(folder, fresh_head=False):

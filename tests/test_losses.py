@@ -8,10 +8,12 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import dpo
 from data import Chat, encode_chat, load_tokenizer
-from dpo import ResponseLogps, dpo_loss, token_logps
+from dpo import ResponseLogps, TokenLogps, dpo_loss
 from packing import Row, collate, pack
 from parallel import load_policy, load_reward
 from reward import Rewards, bradley_terry_loss
@@ -62,29 +64,51 @@ def policy_and_batch(tiny, pairs):
     return ResponseLogps(load_policy(tiny(), training=True)), collate(rows)
 
 
-def test_slices_of_positions_give_the_logps_and_gradients_of_all_at_once(monkeypatch):
+@pytest.fixture
+def hidden_head_targets():
     torch.manual_seed(0)
-    hidden, targets = torch.randn(11, 8, requires_grad=True), torch.randint(40, (11,))
-    head = torch.nn.Linear(8, 40, bias=False)
-    results = []
-    for size in (2**24, 40 * 3):  # all at once; three positions at a time
-        monkeypatch.setattr(dpo, "LOGITS", size)
-        logps = token_logps(hidden, targets, head)
-        results.append((logps, *torch.autograd.grad((logps * torch.arange(11)).sum(), (hidden, head.weight))))
-    for whole, sliced in zip(*results):
-        torch.testing.assert_close(sliced, whole)
+    hidden, head = torch.randn(11, 8, requires_grad=True), torch.randn(400, 8, requires_grad=True)
+    return hidden, head, torch.randint(400, (11,))
 
 
-@pytest.mark.parametrize("at_a_time", [10**6, 7])
-def test_logits_exist_for_response_positions_only_and_never_for_more_than_a_slice(
-        policy_and_batch, monkeypatch, at_a_time):
+@pytest.mark.parametrize("width", [400, 1000, 150, 133, 1])
+def test_token_logps_and_their_gradients_are_those_of_log_softmax(monkeypatch, hidden_head_targets, width):
+    hidden, head, targets = hidden_head_targets
+    monkeypatch.setattr(dpo, "LOGITS", width * len(hidden))  # a tile's share of the 400 tokens
+    expected = (hidden @ head.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    logps = TokenLogps.apply(hidden, head, targets)
+    torch.testing.assert_close(logps, expected)
+    loss = torch.linspace(-1, 2, 11)
+    gradients = torch.autograd.grad(expected @ loss, (hidden, head))
+    for _ in range(2):  # nothing that a second backward pass needs is overwritten
+        ours = torch.autograd.grad(logps @ loss, (hidden, head), retain_graph=True)
+        torch.testing.assert_close(ours, gradients, rtol=1e-4, atol=1e-4)
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation returns, in elements."""
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        self.elements = max([self.elements, *(x.numel() for x in tree_leaves(result) if torch.is_tensor(x))])
+        return result
+
+
+def test_the_logits_of_all_tokens_never_exist_at_once(monkeypatch, hidden_head_targets):
+    hidden, head, targets = hidden_head_targets
+    monkeypatch.setattr(dpo, "LOGITS", 500)
+    with Largest() as largest:
+        TokenLogps.apply(hidden, head, targets).sum().backward()
+    assert largest.elements == head.numel() < hidden.shape[0] * head.shape[0]
+
+
+def test_logits_exist_for_response_positions_only(policy_and_batch, monkeypatch):
     policy, batch = policy_and_batch
-    head, seen = policy.model.get_output_embeddings(), []
-    monkeypatch.setattr(dpo, "LOGITS", at_a_time * head.weight.shape[0])
-    head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[:-1].numel()))
+    seen, apply = [], TokenLogps.apply
+    monkeypatch.setattr(TokenLogps, "apply", lambda *inputs: seen.append(len(inputs[0])) or apply(*inputs))
     policy(batch)
-    assert sum(seen) == len(batch["targets"]) < batch["inputs"]["input_ids"].numel()
-    assert max(seen) <= at_a_time
+    assert seen == [len(batch["targets"])] and seen[0] < batch["inputs"]["input_ids"].numel()
 
 
 # ---------------------------------------------------------------- golden
