@@ -6,7 +6,7 @@ must know where a chat begins and ends: it takes the chats apart again, attends 
 results back. Models know it by the name "packed", which parallel.py gives them.
 tests/test_packing.py holds all of it to separate sequences.
 
-Left out on purpose: packing in the sampler's decoding steps, where every row has a cache of its own.
+Left out on purpose: kernels of our own; attention windows, sinks and caps.
 """
 from typing import NamedTuple
 
@@ -87,13 +87,17 @@ def collate(rows, device="cpu"):
                 last=tensor([chat[-1] for chat in chats]))
 
 
-def attention(module, query, key, value, attention_mask, scaling=None, chats=None, places=None, **options):
-    """Causal attention within each chat of a packed sequence, or transformers' own if there is none.
+def attention(module, query, key, value, attention_mask, scaling=None, chats=None, places=None, slots=None,
+              **options):
+    """Causal attention within each chat of a packed sequence. The sampler's steps come with `slots`
+    (sampler.Slots) instead, and calls with neither get transformers' own attention.
 
     query (1, heads, T, D); key, value (1, kv_heads, T, D).
     chats: per group (C, L), the indices into T of the tokens of C chats. places (T,): where each token finds
     its result among those of all groups (a trunk's are the same in all its chats). Returns (1, T, heads, D).
     """
+    if slots is not None:
+        return slots.attend(module.layer_idx, query, key, value, scaling), None
     if chats is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     results = []

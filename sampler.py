@@ -48,7 +48,7 @@ from parallel import (
 )
 
 TRIES = 8     # rejected draws before the nucleus is cut by sorting; with top-p 0.95 one in 10^10 gets there
-PREFILL = 16  # prompts prefilled together
+PREFILL = 8   # prompts prefilled together
 CACHE_TOKENS = 2**18  # in the cache at most: 34 GB for Llama-3-8B; long prompts make fewer rows
 
 
@@ -110,44 +110,49 @@ def nucleus(probs, top_p):
 
 # ---------------------------------------------------------------- the cache
 class Slots:
-    """Keys and values of R rows in flight: per layer (R, kv_heads, capacity, head_dim).
-    A model sees it as its cache.
+    """Keys (R, kv_heads, D, capacity) and values (R, kv_heads, capacity, D) of R rows in flight, per layer;
+    these are the layouts in which the two products of attention run fastest.
 
     Row r's tokens lie at 0 … at[r], whatever the others' lengths: no padding, positions are indices.
     """
     def __init__(self, rows, capacity):
         self.rows, self.capacity, self.layers = rows, capacity, []
-        self.at = None  # (R,) where this step's token goes
 
     def put(self, slots, prompt):
-        """Copy a prefilled prompt's keys and values into slots."""
+        """Copy a prefilled prompt's keys and values, per layer (kv_heads, length, D), into slots."""
         if not self.layers:
-            self.layers = [tuple(x.new_zeros(self.rows, x.shape[0], self.capacity, x.shape[2]) for x in kv)
-                           for kv in prompt]
-        for ours, theirs in zip(self.layers, prompt):
-            for x, y in zip(ours, theirs):
-                x[slots, :, :y.shape[1]] = y
+            for k, _ in prompt:
+                heads, _, d = k.shape
+                self.layers.append((k.new_zeros(self.rows, heads, d, self.capacity),
+                                    k.new_zeros(self.rows, heads, self.capacity, d)))
+        for (keys, values), (k, v) in zip(self.layers, prompt):
+            keys[slots, :, :, :k.shape[1]] = k.transpose(1, 2)
+            values[slots, :, :k.shape[1]] = v
 
     def keep(self, slots):
-        self.layers = [tuple(x[slots] for x in kv) for kv in self.layers]
+        for i, (keys, values) in enumerate(self.layers):  # a layer at a time: two caches never exist at once
+            self.layers[i] = keys[slots], values[slots]
         self.rows = len(slots)
-
-    def update(self, keys, values, layer, *_, **__):  # called by the model's attention
-        k, v = self.layers[layer]
-        every = torch.arange(self.rows, device=k.device)
-        k[every, :, self.at], v[every, :, self.at] = keys[:, :, 0], values[:, :, 0]
-        return k[:, :, :self.width], v[:, :, :self.width]
-
-    def get_seq_length(self, *_):
-        return self.width - 1
 
     def step(self, model, tokens, at):
         """(R,) tokens at (R,) positions -> (R, V) logits of the next."""
         self.at, self.width = at, int(at.max()) + 1
-        mask = (torch.arange(self.width, device=at.device) <= at[:, None])[:, None, None]
-        hidden = model.base_model(input_ids=tokens[:, None], position_ids=at[:, None], attention_mask=mask,
-                                  past_key_values=self, use_cache=True).last_hidden_state
+        later = torch.arange(self.width, device=at.device) > at[:, None]
+        self.bias = torch.zeros_like(later, dtype=model.dtype).masked_fill_(later, -torch.inf)[:, None, None]
+        hidden = model.base_model(input_ids=tokens[:, None], position_ids=at[:, None],
+                                  attention_mask=self.bias, slots=self, use_cache=False).last_hidden_state
         return model.get_output_embeddings()(hidden[:, -1])
+
+    def attend(self, layer, query, key, value, scaling):
+        """Attention of this step's tokens (R, heads, 1, D) to their rows so far -> (R, 1, heads, D).
+        The model calls it in every layer, by way of `packing.attention`."""
+        keys, values = self.layers[layer]
+        every = torch.arange(self.rows, device=query.device)
+        keys[every, :, :, self.at], values[every, :, self.at] = key[:, :, 0], value[:, :, 0]
+        grouped = query.view(self.rows, keys.shape[1], -1, query.shape[-1])  # heads that share keys
+        scores = (grouped * scaling) @ keys[..., :self.width] + self.bias
+        result = scores.softmax(-1) @ values[:, :, :self.width]
+        return result.view(self.rows, 1, -1, query.shape[-1])
 
 
 def prefill(model, prompts):
