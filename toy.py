@@ -35,7 +35,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import parallel
 import reward
@@ -242,7 +242,7 @@ def write_demonstrator(prompts, seed, folder):
     words, rng = tokenizer(), random.Random(seed)
     config = LlamaConfig(**SHAPE, vocab_size=len(words), pad_token_id=0, bos_token_id=1, eos_token_id=2)
     words.save_pretrained(folder)
-    model = LlamaForCausalLM(config).eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="packed").eval()
     model.stored_dtype = torch.float32
     model = ResponseLogps(model)
     rows = [pack([encode_chat(words, prompt, demonstration(prompt, rng))]) for prompt in prompts]
