@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-TOGETHER = 4  # chats of like lengths that attend in one call, padded to the longest of them
+TOGETHER = 8  # chats of like lengths that attend in one call, padded to the longest of them
 
 
 class Row(NamedTuple):

@@ -105,7 +105,7 @@ def launch(main, *arguments):
     """Run a script's main() in its process group; what a user can mend is one line and exit code 2."""
     try:
         _start()
-        gc.freeze()  # what the imports made stays: looking through it again takes 0.2 s for every model loaded
+        gc.freeze()  # what imports made stays; looking through it costs 0.2 s for every model loaded
         main(*arguments)
         if dist.is_initialized():
             dist.destroy_process_group()

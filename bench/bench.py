@@ -1,0 +1,478 @@
+"""How fast and how lean each part is beside what one would use instead, measured in turn in one sitting.
+
+    python bench/bench.py sampler    # beside Hugging Face generate, in three ways
+    python bench/bench.py dpo        # beside TRL's DPOTrainer
+    python bench/bench.py reward     # beside TRL's RewardTrainer; scoring beside plain transformers
+    python bench/bench.py round      # where the time of the embedded task goes
+
+One thread, fp32, random weights (made on first use in runs/bench). Every measurement is a process of its own
+and the sides take turns, `--repeats` times; medians are shown. Rates are per CPU second of the process, which
+other programs on the machine disturb little. Peak memory is the resident set of the process while it works,
+libraries and all. Training rates count real tokens, a prompt once per answer, on both sides alike.
+
+Left out on purpose: GPUs, other libraries' settings beyond those named here, several processes.
+"""
+import argparse
+import importlib.util
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+               "TRANSFORMERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+# name: hidden, layers, heads, kv_heads, intermediate, vocabulary
+SHAPES = {"m10": (256, 6, 4, 2, 1024, 8192), "m60": (640, 10, 10, 5, 2048, 8192),
+          "v128k": (256, 4, 4, 2, 1024, 128256)}  # Llama-3's vocabulary
+SPECIAL = ("<pad>", "<s>", "</s>")
+NEW, ROWS, SAMPLES, BATCH, STEPS = 128, 80, 5, 8, 5
+TRL = "pip install trl==1.16.0 peft accelerate datasets"
+
+
+# ---------------------------------------------------------------- models and data
+def folder_of(name):
+    """A random Llama with a word-level tokenizer, as a plain folder; its logits spread like a language
+    model's (standard deviation 2.5)."""
+    folder = ROOT / "runs" / "bench" / name
+    if not (folder / "tokenizer.json").exists():
+        import torch
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+        hidden, layers, heads, kv_heads, intermediate, vocabulary = SHAPES[name]
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(
+            vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate,
+            num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+            max_position_embeddings=2048, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+        torch.nn.init.normal_(model.lm_head.weight, std=2.5 / hidden**0.5)  # on outputs of size 1
+        model.save_pretrained(folder)
+        vocabulary = [*SPECIAL, *map(word, range(len(SPECIAL), vocabulary))]
+        words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<pad>"))
+        words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        template = ("{{ bos_token }}{% for m in messages %} {{ m['content'] }}"
+                    "{% if m['role'] == 'assistant' %} {{ eos_token }}{% endif %}{% endfor %}")
+        PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
+                                chat_template=template).save_pretrained(folder)
+    return str(folder)
+
+
+def word(i):
+    return f"w{i}"
+
+
+def text(rng, tokens, name):
+    return " ".join(word(rng.randrange(3, SHAPES[name][5])) for _ in range(tokens))
+
+
+def prompts_of(name, count):
+    """Lists of 8 to 96 tokens."""
+    rng, vocabulary = random.Random(1), SHAPES[name][5]
+    return [[1] + [rng.randrange(3, vocabulary) for _ in range(rng.randint(7, 95))] for _ in range(count)]
+
+
+def pairs_of(name, count, longer=1):
+    """Pairs of texts: prompts of 64 tokens, answers of 32 to 192 (times `longer`) with their stop token."""
+    rng = random.Random(2)
+    return [{"prompt": text(rng, 63, name), **{side: text(rng, longer * rng.randint(32, 192) - 1, name)
+                                               for side in ("chosen", "rejected")}} for _ in range(count)]
+
+
+def answers_of(name, count):
+    """(prompt, five answers) in the same lengths."""
+    rng = random.Random(3)
+    return [(text(rng, 63, name), [text(rng, rng.randint(31, 191), name) for _ in range(SAMPLES)])
+            for _ in range(count)]
+
+
+# ---------------------------------------------------------------- measuring
+class Measured:
+    """CPU seconds and the peak of the resident memory of a `with` block."""
+    def __enter__(self):
+        Path("/proc/self/clear_refs").write_text("5")
+        self.cpu = time.process_time()
+        return self
+
+    def __exit__(self, *_):
+        self.cpu = time.process_time() - self.cpu
+        status = Path("/proc/self/status").read_text()
+        self.peak = int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def matmul_rate():
+    """Floating-point operations per CPU second of an fp32 product of 1024 x 1024 matrices, at best."""
+    import torch
+    a, best = torch.randn(1024, 1024), float("inf")
+    for _ in range(20):
+        start = time.process_time()
+        a @ a
+        best = min(best, time.process_time() - start)
+    return 2 * 1024**3 / best
+
+
+def training_work(name, rows, with_head):
+    """Floating-point operations of one forward and backward pass, as few as mathematics allows."""
+    hidden, layers, heads, kv_heads, intermediate, vocabulary = SHAPES[name]
+    body = layers * hidden * (2 * hidden * (1 + kv_heads / heads) + 3 * intermediate)
+    attention = sum((len(r.trunk) + len(b))**2 for r in rows for b in r.branches) * layers * hidden
+    responses = sum(len(b) - start for r in rows for b, start in zip(r.branches, r.starts))
+    head = with_head * responses * hidden * vocabulary
+    return 3 * (2 * body * sum(map(len, rows)) + 2 * attention + 2 * head)
+
+
+class Steps:
+    """CPU seconds and real tokens per optimiser step; the first step, which warms up, is left out."""
+    def __init__(self):
+        self.at, self.seconds = time.process_time(), []
+
+    def start(self):
+        self.at = time.process_time()
+
+    def stop(self):
+        self.seconds.append(time.process_time() - self.at)
+        self.start()
+
+    def rate(self, amount):
+        """Amount per CPU second, where `amount` is of all steps."""
+        return amount / len(self.seconds) / statistics.mean(self.seconds[1:])
+
+
+# ---------------------------------------------------------------- one measurement: {rate, peak, …}
+def sampler_project(name, prompts=64, new=NEW, stop=True):
+    import numpy as np
+
+    import parallel
+    import sampler
+    model = parallel.replicate(parallel.load_policy(folder_of(name)))
+    keys = np.random.default_rng(0).integers(0, 2**63, (prompts, SAMPLES)).astype(np.uint64)
+    with Measured() as measured:
+        responses = sampler.generate(model, prompts_of(name, prompts), keys, temperature=0.8, top_p=0.95,
+                                     stop_ids=stop_ids(name) if stop else [], max_new_tokens=new, batch=ROWS)
+    return sampled([len(tokens) for row in responses for tokens in row], measured)
+
+
+def stop_ids(name):
+    """One token in 64 ends a response: lengths are nearly geometric, with a mean of about 55."""
+    return list(range(3, SHAPES[name][5], 64))
+
+
+def sampled(lengths, measured):
+    assert max(lengths) > 1
+    return dict(rate=sum(lengths) / measured.cpu, unit="tok/s", peak=measured.peak,
+                mean_length=statistics.mean(lengths))
+
+
+def sampler_peer(name, kind):
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(folder_of(name), dtype=torch.float32).eval()
+    config = GenerationConfig(do_sample=True, temperature=0.8, top_p=0.95, top_k=0, max_new_tokens=NEW,
+                              pad_token_id=0, bos_token_id=1, eos_token_id=stop_ids(name),
+                              num_return_sequences=SAMPLES)
+    prompts, stops, lengths = prompts_of(name, 64), torch.tensor(stop_ids(name)), []
+    if kind == "sorted":
+        prompts.sort(key=len)
+    with Measured() as measured, torch.inference_mode():
+        if kind == "continuous":
+            from transformers import ContinuousBatchingConfig
+            room = ContinuousBatchingConfig(page_size=32, num_blocks=4096, max_batch_tokens=1024,
+                                            max_requests_per_batch=ROWS)
+            results = model.generate_batch(prompts, config, continuous_batching_config=room, warmup=False)
+            lengths = [len(result.generated_tokens) for result in results.values()]
+        else:
+            for at in range(0, len(prompts), ROWS // SAMPLES):
+                some = prompts[at:at + ROWS // SAMPLES]
+                width = max(map(len, some))
+                ids = torch.tensor([[0] * (width - len(p)) + p for p in some])
+                mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in some])
+                new = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:]
+                ended = torch.isin(new, stops).int().cumsum(1)
+                lengths += ((ended == 0).sum(1) + 1).clamp(max=NEW).tolist()
+    assert len(lengths) == 64 * SAMPLES
+    return sampled(lengths, measured)
+
+
+def training_project(kind, name, steps=STEPS + 1, longer=1):
+    import data
+    import dpo
+    import reward
+    folder, pairs, clock = folder_of(name), pairs_of(name, steps * BATCH, longer), Steps()
+    options = dict(batch=BATCH, micro_batch=2, max_length=2048)
+    rows, _ = data.pair_rows(data.load_tokenizer(folder), pairs, 2048, unfinished=kind == "dpo")
+
+    def log(shown="", step=None, **_):
+        clock.stop() if step else clock.start()  # the first line comes before the reference is computed
+
+    with tempfile.TemporaryDirectory() as out, Measured() as measured:
+        if kind == "dpo":
+            dpo.train(folder, pairs, out, beta=0.01, lr=5e-7, log=log, **options)
+        else:
+            reward.train(folder, pairs, Path(out) / "rm", lr=1e-5, fresh_head=True, log=log, **options)
+    result = trained(kind, clock, rows, measured)
+    result["share"] = clock.rate(training_work(name, rows, kind == "dpo")) / matmul_rate()
+    if kind == "dpo":  # its reference was computed before the first step
+        all_steps = steps * statistics.mean(clock.seconds[1:])
+        result["with_reference"] = result["rate"] * all_steps / sum(clock.seconds)
+    return result
+
+
+def trained(kind, clock, rows, measured):
+    amount = sum(len(r.trunk) + len(b) for r in rows for b in r.branches) if kind == "dpo" else len(rows)
+    return dict(rate=clock.rate(amount), peak=measured.peak, unit="tok/s" if kind == "dpo" else "pairs/s")
+
+
+def classifier(folder):
+    import torch
+    from transformers import AutoModelForSequenceClassification
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32).eval()
+
+
+def training_peer(kind, name, precompute=True):
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+
+    import data
+    folder, clock = folder_of(name), Steps()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows, _ = data.pair_rows(tokenizer, pairs_of(name, (STEPS + 1) * BATCH), 2048)
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            clock.start()
+
+        def on_step_end(self, *_, **__):
+            clock.stop()
+
+    with tempfile.TemporaryDirectory() as out, Measured() as measured:
+        common = dict(output_dir=out, per_device_train_batch_size=BATCH, max_steps=STEPS + 1, report_to=[],
+                      gradient_checkpointing=False, bf16=False, use_cpu=True, save_strategy="no",
+                      max_length=None, logging_steps=1000, disable_tqdm=True)
+        if kind == "dpo":
+            class Trainer(DPOTrainer):
+                def _prepare_dataset(self, dataset, *_):  # it is tokens already
+                    return dataset
+            some = Dataset.from_list([dict(prompt_ids=row.trunk, chosen_ids=row.branches[0],
+                                           rejected_ids=row.branches[1]) for row in rows])
+            Trainer(model=folder, train_dataset=some, processing_class=tokenizer, callbacks=[Clock()],
+                    args=DPOConfig(beta=0.01, learning_rate=5e-7, precompute_ref_log_probs=precompute,
+                                   model_init_kwargs={"attn_implementation": "sdpa"}, **common)).train()
+        else:
+            model = classifier(folder)
+            some = Dataset.from_list([dict(chosen_ids=row.trunk + row.branches[0],
+                                           rejected_ids=row.trunk + row.branches[1]) for row in rows])
+            RewardTrainer(model=model, args=RewardConfig(learning_rate=1e-5, **common), train_dataset=some,
+                          processing_class=tokenizer, callbacks=[Clock()]).train()
+    return trained(kind, clock, rows, measured)
+
+
+def scoring_project(name):
+    import data
+    import parallel
+    import reward
+    folder = folder_of(name)
+    model = reward.Rewards(parallel.replicate(parallel.load_reward(folder, fresh_head=True)))
+    with Measured() as measured:
+        reward.score_answers(model, data.load_tokenizer(folder), answers_of(name, 64), 8)
+    return dict(rate=64 * SAMPLES / measured.cpu, unit="answers/s", peak=measured.peak)
+
+
+def scoring_peer(name, kind):
+    import torch
+
+    import data
+    model, tokenizer = classifier(folder_of(name)), data.load_tokenizer(folder_of(name))
+    chats = [data.encode_chat(tokenizer, p, a).ids for p, answers in answers_of(name, 64) for a in answers]
+    if kind == "sorted":
+        chats.sort(key=len)
+    with Measured() as measured, torch.inference_mode():
+        for at in range(0, len(chats), 16):
+            some = chats[at:at + 16]
+            width = max(map(len, some))
+            ids = torch.tensor([c + [0] * (width - len(c)) for c in some])
+            mask = torch.tensor([[1] * len(c) + [0] * (width - len(c)) for c in some])
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
+    return dict(rate=len(chats) / measured.cpu, unit="answers/s", peak=measured.peak)
+
+
+def round_project(rounds, began):
+    """Seconds of wall time by what they are spent on; a part inside another counts for itself only."""
+    import dpo
+    import mt
+    import parallel
+    import reward
+    import sampler
+    import toy
+    spent, open_parts = {}, []
+
+    def timed(holder, function, part):
+        inner = getattr(holder, function)
+
+        def outer(*arguments, **options):
+            open_parts.append([part, 0.0])
+            start = time.perf_counter()
+            try:
+                return inner(*arguments, **options)
+            finally:
+                total = time.perf_counter() - start
+                _, inside = open_parts.pop()
+                spent[part] = spent.get(part, 0.0) + total - inside
+                if open_parts:
+                    open_parts[-1][1] += total
+        setattr(holder, function, outer)
+
+    for holder, function, part in (
+            (parallel, "_load", "loading"), (parallel.AutoConfig, "from_pretrained", "loading"),
+            (sampler, "load_tokenizer", "loading"), (reward, "load_tokenizer", "loading"),
+            (dpo, "load_tokenizer", "loading"), (parallel, "save", "saving"),
+            (sampler, "generate", "sampling"), (reward, "score_answers", "scoring"),
+            (dpo, "train", "training the policy"), (reward, "train", "training the reward model"),
+            (mt, "report", "report"), (toy, "measure", "the rest"), (mt, "main", "the rest")):
+        timed(holder, function, part)
+    out = tempfile.mkdtemp()
+    sys.argv = ["mt.py", "--rounds", str(rounds), "--out", f"{out}/run"]
+    spent["start-up"] = time.time() - began
+    try:
+        parallel.launch(mt.main)
+    finally:
+        shutil.rmtree(out)
+    return dict(spent=spent, ended=time.time())
+
+
+# ---------------------------------------------------------------- the tables
+def measure(call, *launcher):
+    """Run `call` (a function of this file with its arguments) in a process of its own."""
+    command = [*(launcher or [sys.executable]), __file__, "--call", json.dumps(call)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        sys.exit(f"bench.py: {call} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(title, project, peers, repeats):
+    """Print a table of the project and its peers ({label: call}), which take turns."""
+    calls = {"this project": project, **peers}
+    results = {label: [] for label in calls}
+    for _ in range(repeats):
+        for label, call in calls.items():
+            results[label].append(measure(call))
+            print(f"{title}  {label}: {results[label][-1]}", file=sys.stderr, flush=True)
+    middle = {label: {key: statistics.median_low(run[key] for run in runs) for key in runs[0]}
+              for label, runs in results.items()}
+    ours, others = middle["this project"], [middle[label] for label in peers]
+    best = max(others, key=lambda m: m["rate"], default=None)
+    print(f"\n| {title} | per CPU second | x faster | peak memory | x memory |\n|---|---|---|---|---|")
+    for label, m in middle.items():
+        more = (f"| {ours['rate'] / m['rate']:.2f} | {m['peak']:,.0f} MB | {ours['peak'] / m['peak']:.2f} |"
+                if m is not ours else f"| | {m['peak']:,.0f} MB | |")
+        print(f"| {label}{' (fastest peer)' if m is best and len(others) > 1 else ''} "
+              f"| {m['rate']:,.{0 if m['rate'] > 99 else 2}f} {m['unit']} {more}")
+    if "share" in ours:
+        print(f"\nThe project's training reaches {ours['share']:.0%} of the rate of a plain matrix product.")
+    if "with_reference" in ours:
+        print(f"With its reference, computed before the first step: {ours['with_reference']:,.0f} tok/s.")
+    print(flush=True)
+
+
+def growth(title, calls):
+    """Print what each call costs per unit of work beside the first: a straight line is 1.00."""
+    results = {label: measure(call) for label, call in calls.items()}
+    first = next(iter(results.values()))
+    print(f"| {title} | {' | '.join(results)} |\n|---|{'---|' * len(results)}")
+    print("| CPU seconds per unit of work | " + " | ".join(
+        f"{first['rate'] / r['rate']:.2f}" for r in results.values()) + " |")
+    print("| peak memory | " + " | ".join(f"{r['peak']:,.0f} MB" for r in results.values()) + " |\n",
+          flush=True)
+
+
+def trl_installed():
+    found = all(importlib.util.find_spec(name) for name in ("trl", "datasets"))
+    if not found:
+        print(f"TRL is not installed ({TRL}): the project is measured alone\n")
+    return found
+
+
+def sampling(repeats):
+    for name in ("m10", "m60"):
+        compare(f"sampling, {name}, 64 prompts x {SAMPLES}, {ROWS} rows", ["sampler_project", name], {
+            "generate": ["sampler_peer", name, "plain"],
+            "generate, prompts sorted by length": ["sampler_peer", name, "sorted"],
+            "generate_batch (continuous batching)": ["sampler_peer", name, "continuous"]}, repeats)
+    growth("m10: prompts", {str(n): ["sampler_project", "m10", n] for n in (64, 128, 256)})
+    growth("m10: tokens in every response", {str(n): ["sampler_project", "m10", 64, n, False]
+                                             for n in (128, 256, 512)})
+
+
+def policy_training(repeats):
+    peers = trl_installed()
+    for name in ("m10", "v128k"):
+        compare(f"DPO, {name}, batches of {BATCH} pairs", ["training_project", "dpo", name], {
+            "TRL, reference precomputed": ["training_peer", "dpo", name],
+            "TRL, reference in every step": ["training_peer", "dpo", name, False]} if peers else {}, repeats)
+    growth_of_training("dpo")
+
+
+def reward_models(repeats):
+    peers = {"TRL": ["training_peer", "reward", "m10"]} if trl_installed() else {}
+    compare(f"reward model training, m10, batches of {BATCH} pairs", ["training_project", "reward", "m10"],
+            peers, repeats)
+    compare(f"scoring {SAMPLES} answers to each of 64 prompts, m10", ["scoring_project", "m10"], {
+        "transformers, padded": ["scoring_peer", "m10", "plain"],
+        "transformers, padded, sorted by length": ["scoring_peer", "m10", "sorted"]}, repeats)
+    growth_of_training("reward")
+
+
+def growth_of_training(kind):
+    growth("m10: pairs", {str(n * BATCH): ["training_project", kind, "m10", n] for n in (3, 6, 12)})
+    growth("m10: tokens in an answer", {f"{32 * n} to {192 * n}": ["training_project", kind, "m10", 4, n]
+                                        for n in (1, 2, 4)})
+
+
+def whole_rounds(repeats):
+    import toy
+    toy.build(0)
+    torchrun = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "1"]
+    for rounds in (1, 3):
+        runs = []
+        for _ in range(repeats):
+            began = time.time()
+            result = measure(["round_project", rounds, began], *torchrun)
+            result["spent"]["start-up"] += time.time() - result["ended"]
+            runs.append((time.time() - began, result["spent"]))
+        wall, spent = sorted(runs, key=lambda run: run[0])[len(runs) // 2]
+        print(f"\n| torchrun mt.py --rounds {rounds} | seconds | share |\n|---|---|---|")
+        for part, seconds in sorted(spent.items(), key=lambda item: -item[1]):
+            print(f"| {part} | {seconds:.1f} | {seconds / wall:.0%} |")
+        overhead = sum(spent[part] for part in ("start-up", "loading", "saving"))
+        print(f"| all | {wall:.1f} | |\n\nstart-up, loading and saving: {overhead / wall:.0%}", flush=True)
+
+
+PARTS = {"sampler": sampling, "dpo": policy_training, "reward": reward_models, "round": whole_rounds}
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", choices=PARTS)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--call", help=argparse.SUPPRESS)
+    o = parser.parse_args()
+    if o.call:
+        function, *arguments = json.loads(o.call)
+        import torch
+        torch.set_num_threads(1)
+        print(json.dumps(globals()[function](*arguments)))
+    elif o.part:
+        os.chdir(ROOT)
+        PARTS[o.part](o.repeats)
+    else:
+        parser.error("which part?")
