@@ -234,7 +234,8 @@ def classifier(folder):
     import torch
     from transformers import AutoModelForSequenceClassification
     torch.manual_seed(0)
-    return AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32).eval()
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
+    return model.eval()
 
 
 def training_peer(kind, name, precompute=True):
