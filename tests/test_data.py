@@ -8,9 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import toy
 from data import (
@@ -22,10 +20,7 @@ from data import (
     read_pairs,
     read_prompts,
 )
-from dpo import ResponseLogps
-from packing import collate, pack
-from parallel import load_policy, load_reward
-from reward import Rewards
+from parallel import load_policy
 
 BOS, EOS = 1, 2  # of the embedded task's tokenizer
 ANSWER = "grey waves weep . the end ."
@@ -133,49 +128,7 @@ def test_where_bos_and_eos_are_one_token_it_stands_at_both_ends(shared, answer):
     assert tokenizer.decode(done.ids[done.start:-1]).strip() == answer.strip()
 
 
-# ---------------------------------------------------------------- rows to batches
-@pytest.fixture(scope="module")
-def answers(pairs):
-    """Prompts with one to four answers, some alike in their first words, one of them empty."""
-    tokenizer = toy.tokenizer()
-    texts = [(p["prompt"], [p["chosen"], p["rejected"], p["chosen"] + " the end .", ""][:number % 4 + 1])
-             for number, p in enumerate(pairs[:9])]
-    return [[encode_chat(tokenizer, prompt, text, finished=i != 1) for i, text in enumerate(group)]
-            for prompt, group in texts]
-
-
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gpt2"])
-def test_logps_do_not_depend_on_packing_and_padding(tiny, answers, kind):
-    policy = AutoModelForCausalLM.from_pretrained(tiny(kind)).eval()
-    alone = []
-    for chat in (chat for chats in answers for chat in chats):
-        ids = torch.tensor([chat.ids])
-        every = policy(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-        alone.append(every[chat.start - 1:].sum().item())
-    together = ResponseLogps(load_policy(tiny(kind)))(collate([pack(chats) for chats in answers]))
-    assert together.tolist() == pytest.approx(alone, rel=1e-5, abs=1e-4)
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_rewards_do_not_depend_on_packing_and_padding(tiny, answers, kind):
-    folder = tiny(kind, reward=True)
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    alone = [model(torch.tensor([chat.ids])).logits[0, 0].item() for chats in answers for chat in chats]
-    together = Rewards(load_reward(folder))(collate([pack(chats) for chats in answers]))
-    assert together.tolist() == pytest.approx(alone, rel=1e-5, abs=1e-5)
-
-
-def test_packing_loses_no_token_and_shares_nothing_of_a_response(answers):
-    for chats in answers:
-        row = pack(chats)
-        for chat, branch, start in zip(chats, row.branches, row.starts):
-            assert row.trunk + branch == chat.ids
-            assert len(row.trunk) + start == chat.start
-            assert start >= 0
-    targets = collate([pack(chats) for chats in answers])["targets"].tolist()
-    assert targets == [token for chats in answers for chat in chats for token in chat.ids[chat.start:]]
-
-
+# ---------------------------------------------------------------- rows
 def test_over_long_pairs_are_left_out_and_counted_and_the_others_are_whole(pairs):
     tokenizer = toy.tokenizer()
     everything, none = pair_rows(tokenizer, pairs, 1000)

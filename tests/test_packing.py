@@ -1,0 +1,116 @@
+"""Packed batches are held to separate sequences, and their attention to a dense mask.
+
+    pytest tests/test_packing.py
+"""
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    Gemma2Config,
+    PhiConfig,
+)
+
+import packing
+import toy
+from data import Problem, encode_chat
+from dpo import ResponseLogps
+from packing import Row, alone, attention, collate, pack
+from parallel import load_policy, load_reward
+from reward import Rewards
+
+
+# ---------------------------------------------------------------- whole models
+@pytest.fixture(scope="module")
+def answers(pairs):
+    """Prompts with one to four answers, some alike in their first words, one of them empty."""
+    tokenizer = toy.tokenizer()
+    texts = [(p["prompt"], [p["chosen"], p["rejected"], p["chosen"] + " the end .", ""][:number % 4 + 1])
+             for number, p in enumerate(pairs[:9])]
+    return [[encode_chat(tokenizer, prompt, text, finished=i != 1) for i, text in enumerate(group)]
+            for prompt, group in texts]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gpt2"])
+def test_logps_are_those_of_separate_sequences(tiny, answers, kind):
+    policy = AutoModelForCausalLM.from_pretrained(tiny(kind)).eval()
+    alone = []
+    for chat in (chat for chats in answers for chat in chats):
+        ids = torch.tensor([chat.ids])
+        every = policy(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        alone.append(every[chat.start - 1:].sum().item())
+    together = ResponseLogps(load_policy(tiny(kind)))(collate([pack(chats) for chats in answers]))
+    assert together.tolist() == pytest.approx(alone, rel=1e-5, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_rewards_are_those_of_separate_sequences(tiny, answers, kind):
+    folder = tiny(kind, reward=True)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    alone = [model(torch.tensor([chat.ids])).logits[0, 0].item() for chats in answers for chat in chats]
+    together = Rewards(load_reward(folder))(collate([pack(chats) for chats in answers]))
+    assert together.tolist() == pytest.approx(alone, rel=1e-5, abs=1e-5)
+
+
+def test_packing_loses_no_token_and_shares_nothing_of_a_response(answers):
+    for chats in answers:
+        row = pack(chats)
+        for chat, branch, start in zip(chats, row.branches, row.starts):
+            assert row.trunk + branch == chat.ids
+            assert len(row.trunk) + start == chat.start
+            assert start >= 0
+    targets = collate([pack(chats) for chats in answers])["targets"].tolist()
+    assert targets == [token for chats in answers for chat in chats for token in chat.ids[chat.start:]]
+
+
+# ---------------------------------------------------------------- attention
+def dense_mask(rows):
+    """(T, T), bool: a token sees its row's trunk and its own branch, backwards."""
+    owner = [(r, b) for r, row in enumerate(rows)
+             for b, length in enumerate([len(row.trunk), *map(len, row.branches)]) for _ in range(length)]
+    return torch.tensor([[k <= q and owner[k] in (owner[q], (owner[q][0], 0)) for k in range(len(owner))]
+                         for q in range(len(owner))])
+
+
+@pytest.mark.parametrize("together", [1, 2, 8])
+def test_attention_and_its_gradients_are_those_of_a_dense_mask(monkeypatch, together):
+    monkeypatch.setattr(packing, "TOGETHER", together)
+    rows = [Row([5] * 4, [[6] * 3, [7], []], [0, 0, 0]), alone([8] * 2), Row([5], [[9] * 7, [9] * 2], [0, 0])]
+    inputs = collate(rows)["inputs"]
+    length = inputs["input_ids"].shape[1]
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, length, 8, requires_grad=True) for heads in (4, 2, 2))
+    packed, _ = attention(None, query, key, value, None, 0.3, chats=inputs["chats"], places=inputs["places"])
+    scores = 0.3 * query @ key.repeat_interleave(2, 1).transpose(2, 3)
+    dense = scores.masked_fill(~dense_mask(rows), -torch.inf).softmax(-1) @ value.repeat_interleave(2, 1)
+    torch.testing.assert_close(packed, dense.transpose(1, 2))
+    weights = torch.randn_like(packed)
+    ours, theirs = (torch.autograd.grad((result * weights).sum(), (query, key, value))
+                    for result in (packed, dense.transpose(1, 2)))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_call_without_chats_gets_the_usual_attention_padding_mask_and_all(tiny):
+    ids = torch.tensor([[0, 0, 7, 8, 9], [4, 5, 6, 7, 8]])
+    mask = (ids > 0).long()
+    usual = AutoModelForCausalLM.from_pretrained(tiny()).eval()
+    torch.testing.assert_close(load_policy(tiny())(ids, attention_mask=mask).logits[:, 2:],
+                               usual(ids, attention_mask=mask).logits[:, 2:])
+
+
+def test_a_model_with_another_attention_fails_instead_of_mixing_chats(tiny, answers):
+    model = AutoModelForCausalLM.from_pretrained(tiny()).eval()
+    with pytest.raises(RuntimeError):
+        ResponseLogps(model)(collate([pack(chats) for chats in answers]))
+
+
+def test_models_whose_attention_or_head_is_another_are_refused(tmp_path):
+    shape = dict(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                 num_attention_heads=2, num_key_value_heads=1, pad_token_id=0)
+    config = Gemma2Config(**shape, head_dim=8, num_labels=1)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "capped")
+    with pytest.raises(Problem, match="gemma2 models cap their attention's logits"):
+        load_reward(tmp_path / "capped")
+    AutoModelForCausalLM.from_config(PhiConfig(**shape)).save_pretrained(tmp_path / "biased")
+    with pytest.raises(Problem, match="head has a bias"):
+        load_policy(tmp_path / "biased", training=True)
