@@ -10,7 +10,9 @@ and the sides take turns, `--repeats` times; medians are shown. Rates are per CP
 other programs on the machine disturb little. Peak memory is the resident set of the process while it works,
 libraries and all. Training rates count real tokens, a prompt once per answer, on both sides alike.
 
-Left out on purpose: GPUs, other libraries' settings beyond those named here, several processes.
+What it gave, and what was tried, stands in bench/RESULTS.md. Memory is read from /proc, so this needs Linux.
+
+Left out on purpose: GPUs, several processes, settings of the other libraries beyond those in the tables.
 """
 import argparse
 import importlib.util
@@ -32,7 +34,9 @@ sys.path.insert(0, str(ROOT))
 
 # name: hidden, layers, heads, kv_heads, intermediate, vocabulary
 SHAPES = {"m10": (256, 6, 4, 2, 1024, 8192), "m60": (640, 10, 10, 5, 2048, 8192),
-          "v128k": (256, 4, 4, 2, 1024, 128256)}  # Llama-3's vocabulary
+          "v128k": (256, 4, 4, 2, 1024, 128256),  # Llama-3's vocabulary
+          "tiny": (64, 2, 4, 2, 128, 512)}        # for tests
+FOLDER = ROOT / "runs" / "bench"
 SPECIAL = ("<pad>", "<s>", "</s>")
 NEW, ROWS, SAMPLES, BATCH, STEPS = 128, 80, 5, 8, 5
 TRL = "pip install trl==1.16.0 peft accelerate datasets"
@@ -42,7 +46,7 @@ TRL = "pip install trl==1.16.0 peft accelerate datasets"
 def folder_of(name):
     """A random Llama with a word-level tokenizer, as a plain folder; its logits spread like a language
     model's (standard deviation 2.5)."""
-    folder = ROOT / "runs" / "bench" / name
+    folder = FOLDER / name
     if not (folder / "tokenizer.json").exists():
         import torch
         from tokenizers import Tokenizer, models, pre_tokenizers
@@ -405,6 +409,7 @@ def trl_installed():
 
 def sampling(repeats):
     for name in ("m10", "m60"):
+        folder_of(name)  # so that it is not made within a measurement
         compare(f"sampling, {name}, 64 prompts x {SAMPLES}, {ROWS} rows", ["sampler_project", name], {
             "generate": ["sampler_peer", name, "plain"],
             "generate, prompts sorted by length": ["sampler_peer", name, "sorted"],
@@ -417,6 +422,7 @@ def sampling(repeats):
 def policy_training(repeats):
     peers = trl_installed()
     for name in ("m10", "v128k"):
+        folder_of(name)
         compare(f"DPO, {name}, batches of {BATCH} pairs", ["training_project", "dpo", name], {
             "TRL, reference precomputed": ["training_peer", "dpo", name],
             "TRL, reference in every step": ["training_peer", "dpo", name, False]} if peers else {}, repeats)
@@ -424,6 +430,7 @@ def policy_training(repeats):
 
 
 def reward_models(repeats):
+    folder_of("m10")
     peers = {"TRL": ["training_peer", "reward", "m10"]} if trl_installed() else {}
     compare(f"reward model training, m10, batches of {BATCH} pairs", ["training_project", "reward", "m10"],
             peers, repeats)
@@ -472,6 +479,8 @@ if __name__ == "__main__":
         import torch
         torch.set_num_threads(1)
         print(json.dumps(globals()[function](*arguments)))
+    elif not Path("/proc/self/clear_refs").exists():
+        sys.exit("bench.py: memory is read from /proc, which this system lacks")
     elif o.part:
         os.chdir(ROOT)
         PARTS[o.part](o.repeats)

@@ -1,0 +1,38 @@
+"""Every side of the benchmark runs, and the sides do the same work.
+
+    pytest tests/test_bench.py
+"""
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
+CALLS = [["sampler_project", "tiny"], *(["sampler_peer", "tiny", kind] for kind in ("sorted", "continuous")),
+         ["training_project", "dpo", "tiny"], ["training_project", "reward", "tiny"],
+         ["scoring_project", "tiny"], ["scoring_peer", "tiny", "plain"]]
+if importlib.util.find_spec("trl"):
+    CALLS += [["training_peer", "dpo", "tiny"], ["training_peer", "reward", "tiny"]]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from /proc")
+def test_every_side_gives_a_rate_and_a_peak(tmp_path):
+    code = (f"import json, sys, pathlib; sys.path.insert(0, {str(BENCH)!r}); import bench; "
+            f"bench.FOLDER = pathlib.Path({str(tmp_path)!r}); "
+            f"[print(json.dumps(getattr(bench, f)(*a))) for f, *a in {CALLS!r}]")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"rate"')]
+    assert len(results) == len(CALLS)
+    assert all(result["rate"] > 0 and result["peak"] > 50 for result in results)
+    # the sides draw in ways of their own, from one distribution
+    lengths = [result["mean_length"] for result in results if "mean_length" in result]
+    assert len(lengths) == 3 and max(lengths) < 1.3 * min(lengths)
+
+
+def test_a_part_must_be_named():
+    done = subprocess.run([sys.executable, BENCH / "bench.py", "everything"], capture_output=True, text=True)
+    assert done.returncode == 2 and "invalid choice: 'everything'" in done.stderr
