@@ -1,9 +1,10 @@
-"""Many answers in one forward pass, every prompt once and nothing padded.
+"""Many answers in one forward pass, every prompt once and without padding tokens.
 
 A Row is a prompt (the trunk) with its answers (the branches); `collate` lays the tokens of many rows end to
 end as one sequence. Everything in a transformer but attention treats tokens one by one, so attention alone
 must know where a chat begins and ends: it takes the chats apart again, attends in each as usual and puts the
-results back. Models know it by the name "packed", which parallel.py gives them.
+results back. Models know it by the name "packed", which parallel.py gives them; it refuses models in which
+tokens meet in other ways, such as state-space layers.
 tests/test_packing.py holds all of it to separate sequences.
 
 Left out on purpose: kernels of our own; attention windows, sinks and caps.
@@ -70,9 +71,8 @@ def collate(rows, device="cpu"):
     groups, places, filled = [], np.zeros(len(ids), np.int64), 0
     for at in range(0, len(order), TOGETHER):
         group = [chats[c] for c in order[at:at + TOGETHER]]
-        index = np.zeros((len(group), len(group[-1])), np.int64)  # padded with any token: none looks ahead
-        for number, chat in enumerate(group):
-            index[number, :len(chat)] = chat
+        index = np.stack([np.resize(chat, len(group[-1])) for chat in group])  # a short one begins again:
+        for number, chat in enumerate(group):                                  # nobody looks ahead at that
             places[chat] = filled + number * index.shape[1] + np.arange(len(chat))
         groups.append(torch.as_tensor(index, device=device))
         filled += index.size
@@ -96,10 +96,13 @@ def attention(module, query, key, value, attention_mask, scaling=None, chats=Non
     chats: per group (C, L), the indices into T of the tokens of C chats. places (T,): where each token finds
     its result among those of all groups (a trunk's are the same in all its chats). Returns (1, T, heads, D).
     """
+    if chats is None and slots is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    for name in ("softcap", "s_aux", "sinks", "position_bias", "indices"):
+        if options.get(name) is not None:
+            raise NotImplementedError(f"attention with {name} is not supported")
     if slots is not None:
         return slots.attend(module.layer_idx, query, key, value, scaling), None
-    if chats is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     results = []
     for chat in chats:
         q, k, v = (x[0].transpose(0, 1)[chat].transpose(1, 2) for x in (query, key, value))  # (C, …, L, D)

@@ -273,8 +273,8 @@ def load_policy(folder, training=False):
             raise Problem(f"{folder}: {config.model_type} models change their logits ({name}), "
                           "which is not supported")
     model = _load(AutoModelForCausalLM, folder, training)
-    if training and getattr(model.get_output_embeddings(), "bias", None) is not None:
-        raise Problem(f"{folder}: its head has a bias, which training does not support")
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise Problem(f"{folder}: its head has a bias, which is not supported")
     return model
 
 
@@ -303,13 +303,17 @@ def load_reward(folder, training=False, fresh_head=False, seed=0):
 
 def _config(folder):
     try:
-        return AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
     except Exception as error:
         raise Problem(f"{folder}: not a model folder ({first_line(error)})") from None
+    if getattr(config, "attn_logit_softcapping", None):
+        raise Problem(f"{folder}: {config.model_type} models cap their attention's logits, "
+                      "which is not supported")
+    return config
 
 
 def context_of(folder):
-    """The longest sequence in tokens: all positions, or one attention window (our masks know none)."""
+    """The longest sequence in tokens: all positions, or one attention window (our attention knows none)."""
     config = _config(folder)
     if not hasattr(config, "max_position_embeddings"):
         raise Problem(f"{folder}: {config.model_type} models are not supported (no max_position_embeddings)")
@@ -322,9 +326,6 @@ def _load(kind, folder, training, **changes):
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     config = _config(folder)
-    if getattr(config, "attn_logit_softcapping", None):
-        raise Problem(f"{folder}: {config.model_type} models cap their attention's logits, "
-                      "which is not supported")
     config.update(changes)
     stored = config.dtype or torch.float32
     dtype = torch.float32 if training or device().type == "cpu" else torch.bfloat16
@@ -341,7 +342,12 @@ def _load(kind, folder, training, **changes):
                 model = kind.from_config(config, dtype=dtype, attn_implementation="sdpa")
     except Exception as error:
         raise Problem(f"{folder}: can't be loaded as a model ({first_line(error)})") from None
-    model.set_attn_implementation("packed")  # of packing.py
+    model.set_attn_implementation("packed")  # of packing.py; loading it by that name would not ask for SDPA
+    foreign = [name for name, _ in model.named_modules()
+               if any(word in name for word in ("mamba", "linear_attn", "conv", "recurrent", "ssm"))]
+    if foreign or model.config._attn_implementation != "packed":
+        raise Problem(f"{folder}: {config.model_type} models are not supported "
+                      f"({foreign[0] if foreign else 'an attention of their own'})")
     model.stored_dtype, model.context = stored, context_of(folder)
     return model.eval()  # and so it stays: dropout would make a policy differ from itself as reference
 

@@ -3,8 +3,8 @@
     python reward.py --model MODEL --pairs train.jsonl --test test.jsonl --out runs/rm
     python reward.py --model runs/rm --samples samples.jsonl --out scored.jsonl
 
-The reward is the raw logit at the last real token of the chat, found by its mask and never by the pad id. A
-causal LM is taken too and gets a fresh head. Twin of dpo.py.
+The reward is the raw logit at the last token of the chat. A causal LM is taken too and gets a fresh head.
+Twin of dpo.py.
 
 Left out on purpose: margins and centring in the loss, heads with several labels, resuming inside an epoch.
 """

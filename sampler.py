@@ -121,10 +121,9 @@ class Slots:
     def put(self, slots, prompt):
         """Copy a prefilled prompt's keys and values, per layer (kv_heads, length, D), into slots."""
         if not self.layers:
-            for k, _ in prompt:
-                heads, _, d = k.shape
-                self.layers.append((k.new_zeros(self.rows, heads, d, self.capacity),
-                                    k.new_zeros(self.rows, heads, self.capacity, d)))
+            for k, v in prompt:
+                self.layers.append((k.new_zeros(self.rows, len(k), k.shape[2], self.capacity),
+                                    v.new_zeros(self.rows, len(v), self.capacity, v.shape[2])))
         for (keys, values), (k, v) in zip(self.layers, prompt):
             keys[slots, :, :, :k.shape[1]] = k.transpose(1, 2)
             values[slots, :, :k.shape[1]] = v
@@ -138,7 +137,7 @@ class Slots:
         """(R,) tokens at (R,) positions -> (R, V) logits of the next."""
         self.at, self.width = at, int(at.max()) + 1
         later = torch.arange(self.width, device=at.device) > at[:, None]
-        self.bias = torch.zeros_like(later, dtype=model.dtype).masked_fill_(later, -torch.inf)[:, None, None]
+        self.bias = torch.zeros(later.shape, device=at.device).masked_fill_(later, -torch.inf)[:, None, None]
         hidden = model.base_model(input_ids=tokens[:, None], position_ids=at[:, None],
                                   attention_mask=self.bias, slots=self, use_cache=False).last_hidden_state
         return model.get_output_embeddings()(hidden[:, -1])
@@ -150,9 +149,16 @@ class Slots:
         every = torch.arange(self.rows, device=query.device)
         keys[every, :, :, self.at], values[every, :, self.at] = key[:, :, 0], value[:, :, 0]
         grouped = query.view(self.rows, keys.shape[1], -1, query.shape[-1])  # heads that share keys
-        scores = (grouped * scaling) @ keys[..., :self.width] + self.bias
-        result = scores.softmax(-1) @ values[:, :, :self.width]
-        return result.view(self.rows, 1, -1, query.shape[-1])
+        scores = _fp32_product(grouped, keys[..., :self.width]) * scaling + self.bias
+        result = scores.softmax(-1).to(values.dtype) @ values[:, :, :self.width]
+        return result.view(self.rows, 1, -1, values.shape[-1])
+
+
+def _fp32_product(a, b):
+    """(R, H, M, D) @ (R, H, D, N) in fp32, also where the factors are bf16 (on GPUs only)."""
+    if a.dtype == torch.float32:
+        return a @ b
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32).unflatten(0, a.shape[:2])
 
 
 def prefill(model, prompts):

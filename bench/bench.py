@@ -6,9 +6,9 @@
     python bench/bench.py round      # where the time of the embedded task goes
 
 One thread, fp32, random weights (made on first use in runs/bench). Every measurement is a process of its own
-and the sides take turns, `--repeats` times; medians are shown. Rates are per CPU second of the process, which
-other programs on the machine disturb little. Peak memory is the resident set of the process while it works,
-libraries and all. Training rates count real tokens, a prompt once per answer, on both sides alike.
+and the sides take turns, `--repeats` times (large models once); medians are shown. Rates are per CPU second of
+the process, which other programs on the machine disturb little. Peak memory is the resident set of the process
+while it works, libraries and all. Training rates count real tokens, a prompt once per answer, on both sides.
 
 What it gave, and what was tried, stands in bench/RESULTS.md. Memory is read from /proc, so this needs Linux.
 
@@ -38,7 +38,8 @@ SHAPES = {"m10": (256, 6, 4, 2, 1024, 8192), "m60": (640, 10, 10, 5, 2048, 8192)
           "tiny": (64, 2, 4, 2, 128, 512)}        # for tests
 FOLDER = ROOT / "runs" / "bench"
 SPECIAL = ("<pad>", "<s>", "</s>")
-NEW, ROWS, SAMPLES, BATCH, STEPS = 128, 80, 5, 8, 5
+NEW, ROWS, SAMPLES, BATCH = 128, 80, 5, 8
+STEPS = {"m10": 6, "v128k": 4, "tiny": 3}  # of training; the first, which warms up, is not counted
 TRL = "pip install trl==1.16.0 peft accelerate datasets"
 
 
@@ -188,7 +189,7 @@ def sampler_peer(name, kind):
     with Measured() as measured, torch.inference_mode():
         if kind == "continuous":
             from transformers import ContinuousBatchingConfig
-            room = ContinuousBatchingConfig(page_size=32, num_blocks=4096, max_batch_tokens=1024,
+            room = ContinuousBatchingConfig(page_size=32, num_blocks=1024, max_batch_tokens=1024,
                                             max_requests_per_batch=ROWS)
             results = model.generate_batch(prompts, config, continuous_batching_config=room, warmup=False)
             lengths = [len(result.generated_tokens) for result in results.values()]
@@ -205,10 +206,11 @@ def sampler_peer(name, kind):
     return sampled(lengths, measured)
 
 
-def training_project(kind, name, steps=STEPS + 1, longer=1):
+def training_project(kind, name, steps=None, longer=1):
     import data
     import dpo
     import reward
+    steps = steps or STEPS[name]
     folder, pairs, clock = folder_of(name), pairs_of(name, steps * BATCH, longer), Steps()
     options = dict(batch=BATCH, micro_batch=2, max_length=2048)
     rows, _ = data.pair_rows(data.load_tokenizer(folder), pairs, 2048, unfinished=kind == "dpo")
@@ -231,7 +233,8 @@ def training_project(kind, name, steps=STEPS + 1, longer=1):
 
 def trained(kind, clock, rows, measured):
     amount = sum(len(r.trunk) + len(b) for r in rows for b in r.branches) if kind == "dpo" else len(rows)
-    return dict(rate=clock.rate(amount), peak=measured.peak, unit="tok/s" if kind == "dpo" else "pairs/s")
+    return dict(rate=clock.rate(amount), peak=measured.peak, unit="tok/s" if kind == "dpo" else "pairs/s",
+                tokens=clock.rate(sum(len(r.trunk) + len(b) for r in rows for b in r.branches)))
 
 
 def classifier(folder):
@@ -242,7 +245,7 @@ def classifier(folder):
     return model.eval()
 
 
-def training_peer(kind, name, precompute=True):
+def training_peer(kind, name, precompute=True, micro_batch=BATCH):
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
@@ -250,7 +253,7 @@ def training_peer(kind, name, precompute=True):
     import data
     folder, clock = folder_of(name), Steps()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows, _ = data.pair_rows(tokenizer, pairs_of(name, (STEPS + 1) * BATCH), 2048)
+    rows, _ = data.pair_rows(tokenizer, pairs_of(name, STEPS[name] * BATCH), 2048)
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
@@ -260,7 +263,8 @@ def training_peer(kind, name, precompute=True):
             clock.stop()
 
     with tempfile.TemporaryDirectory() as out, Measured() as measured:
-        common = dict(output_dir=out, per_device_train_batch_size=BATCH, max_steps=STEPS + 1, report_to=[],
+        common = dict(output_dir=out, per_device_train_batch_size=micro_batch, max_steps=STEPS[name],
+                      gradient_accumulation_steps=BATCH // micro_batch, report_to=[],
                       gradient_checkpointing=False, bf16=False, use_cpu=True, save_strategy="no",
                       max_length=None, logging_steps=1000, disable_tqdm=True)
         if kind == "dpo":
@@ -390,12 +394,11 @@ def compare(title, project, peers, repeats):
 
 
 def growth(title, calls):
-    """Print what each call costs per unit of work beside the first: a straight line is 1.00."""
+    """Print what a token costs in each call beside the first: on a straight line, 1.00."""
     results = {label: measure(call) for label, call in calls.items()}
-    first = next(iter(results.values()))
+    rates = [r.get("tokens", r["rate"]) for r in results.values()]
     print(f"| {title} | {' | '.join(results)} |\n|---|{'---|' * len(results)}")
-    print("| CPU seconds per unit of work | " + " | ".join(
-        f"{first['rate'] / r['rate']:.2f}" for r in results.values()) + " |")
+    print("| CPU seconds per token | " + " | ".join(f"{rates[0] / rate:.2f}" for rate in rates) + " |")
     print("| peak memory | " + " | ".join(f"{r['peak']:,.0f} MB" for r in results.values()) + " |\n",
           flush=True)
 
@@ -413,7 +416,8 @@ def sampling(repeats):
         compare(f"sampling, {name}, 64 prompts x {SAMPLES}, {ROWS} rows", ["sampler_project", name], {
             "generate": ["sampler_peer", name, "plain"],
             "generate, prompts sorted by length": ["sampler_peer", name, "sorted"],
-            "generate_batch (continuous batching)": ["sampler_peer", name, "continuous"]}, repeats)
+            "generate_batch (continuous batching)": ["sampler_peer", name, "continuous"]},
+            repeats if name == "m10" else 1)
     growth("m10: prompts", {str(n): ["sampler_project", "m10", n] for n in (64, 128, 256)})
     growth("m10: tokens in every response", {str(n): ["sampler_project", "m10", 64, n, False]
                                              for n in (128, 256, 512)})
@@ -423,15 +427,19 @@ def policy_training(repeats):
     peers = trl_installed()
     for name in ("m10", "v128k"):
         folder_of(name)
-        compare(f"DPO, {name}, batches of {BATCH} pairs", ["training_project", "dpo", name], {
-            "TRL, reference precomputed": ["training_peer", "dpo", name],
-            "TRL, reference in every step": ["training_peer", "dpo", name, False]} if peers else {}, repeats)
+        calls = {"TRL, reference precomputed": ["training_peer", "dpo", name],
+                 "TRL, reference in every step": ["training_peer", "dpo", name, False]}
+        if name == "m10":
+            calls["TRL, reference precomputed, micro-batches of 2"] = ["training_peer", "dpo", name, True, 2]
+        compare(f"DPO, {name}, batches of {BATCH} pairs", ["training_project", "dpo", name],
+                calls if peers else {}, repeats if name == "m10" else 1)
     growth_of_training("dpo")
 
 
 def reward_models(repeats):
     folder_of("m10")
-    peers = {"TRL": ["training_peer", "reward", "m10"]} if trl_installed() else {}
+    peers = {"TRL": ["training_peer", "reward", "m10"], "TRL, micro-batches of 2":
+             ["training_peer", "reward", "m10", True, 2]} if trl_installed() else {}
     compare(f"reward model training, m10, batches of {BATCH} pairs", ["training_project", "reward", "m10"],
             peers, repeats)
     compare(f"scoring {SAMPLES} answers to each of 64 prompts, m10", ["scoring_project", "m10"], {
