@@ -6,9 +6,10 @@
     python bench/bench.py round      # where the time of the embedded task goes
 
 One thread, fp32, random weights (made on first use in runs/bench). Every measurement is a process of its own
-and the sides take turns, `--repeats` times (large models once); medians are shown. Rates are per CPU second of
-the process, which other programs on the machine disturb little. Peak memory is the resident set of the process
-while it works, libraries and all. Training rates count real tokens, a prompt once per answer, on both sides.
+and the sides take turns, `--repeats` times (large models once); medians are shown. Rates are per CPU second
+of the process, which other programs on the machine disturb little. Peak memory is the resident set of the
+process while it works, libraries and all. Training rates count real tokens, a prompt once per answer, on both
+sides.
 
 What it gave, and what was tried, stands in bench/RESULTS.md. Memory is read from /proc, so this needs Linux.
 

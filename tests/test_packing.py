@@ -8,6 +8,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     Gemma2Config,
+    Lfm2Config,
     PhiConfig,
 )
 
@@ -104,13 +105,16 @@ def test_a_model_with_another_attention_fails_instead_of_mixing_chats(tiny, answ
         ResponseLogps(model)(collate([pack(chats) for chats in answers]))
 
 
-def test_models_whose_attention_or_head_is_another_are_refused(tmp_path):
+def test_models_whose_attention_head_or_layers_are_of_another_kind_are_refused(tmp_path):
     shape = dict(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                  num_attention_heads=2, num_key_value_heads=1, pad_token_id=0)
     config = Gemma2Config(**shape, head_dim=8, num_labels=1)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "capped")
     with pytest.raises(Problem, match="gemma2 models cap their attention's logits"):
         load_reward(tmp_path / "capped")
-    AutoModelForCausalLM.from_config(PhiConfig(**shape)).save_pretrained(tmp_path / "biased")
-    with pytest.raises(Problem, match="head has a bias"):
-        load_policy(tmp_path / "biased", training=True)
+    for config, message in (
+            (PhiConfig(**shape), "head has a bias"),
+            (Lfm2Config(**shape, layer_types=["conv"]), r"lfm2 models .* \(model.layers.0.conv")):
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / config.model_type)
+        with pytest.raises(Problem, match=message):
+            load_policy(tmp_path / config.model_type)
