@@ -3,8 +3,7 @@
 Everything on disk is text or messages. Policy and reward model have templates and vocabularies of their own,
 so ids never travel between them: `encode_chat` is the one place where a chat becomes tokens, for both.
 
-A prompt and its answers become one `Row` (packing.py): a DPO pair is a prompt with two branches, five samples
-to be scored are one with five.
+A prompt and its answers then become one `Row`, see packing.py.
 
 Left out on purpose: multi-turn training on earlier assistant turns, images, tools, system prompts of our own.
 """
@@ -16,10 +15,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from tqdm import tqdm
 from transformers import AutoTokenizer
-
-from packing import pack
 
 
 class Problem(Exception):
@@ -245,25 +241,6 @@ def _special_ids(tokenizer):
 def _adds_bos(tokenizer):
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("")["input_ids"][:1] == [bos]
-
-
-def pair_rows(tokenizer, pairs, max_length, unfinished=False):
-    """Rows of two branches, chosen first; pairs of which either side is longer than `max_length` tokens
-    are left out.
-
-    `unfinished`: a response that was cut off carries no stop token (policy training); else every answer ends
-    properly, with the whole of the template, as reward models expect.
-    Returns (rows, number left out).
-    """
-    rows = []
-    for pair in tqdm(pairs, desc="tokens", leave=False, disable=quiet()):
-        chats = [encode_chat(tokenizer, pair["prompt"], pair[side],
-                             pair.get(f"{side}_finished", True) or not unfinished, whole=not unfinished)
-                 for side in ("chosen", "rejected")]
-        if max(len(chat.ids) for chat in chats) <= max_length \
-                and all(chat.start < len(chat.ids) for chat in chats):
-            rows.append(pack(chats))
-    return rows, len(pairs) - len(rows)
 
 
 def check_context(rows, model, folder):

@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import parallel
-from data import Problem, check_context, load_tokenizer, pair_rows, read_pairs
-from packing import collate
+from data import Problem, check_context, load_tokenizer, read_pairs
+from packing import collate, pair_rows
 from parallel import device, exists, launch, parse, say, world, writing
 
 LOGITS = 2**23  # logits in memory at a time (32 MB in fp32)

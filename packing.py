@@ -1,10 +1,10 @@
 """Many answers in one forward pass, every prompt once and without padding tokens.
 
-A Row is a prompt (the trunk) with its answers (the branches); `collate` lays the tokens of many rows end to
-end as one sequence. Everything in a transformer but attention treats tokens one by one, so attention alone
-must know where a chat begins and ends: it takes the chats apart again, attends in each as usual and puts the
-results back. Models know it by the name "packed", which parallel.py gives them; it refuses models in which
-tokens meet in other ways, such as state-space layers.
+A Row is a prompt (the trunk) with its answers (the branches): the two of a pair, or five samples. `collate`
+lays the tokens of many rows end to end as one sequence. Everything in a transformer but attention treats
+tokens one by one, so attention alone must know where a chat begins and ends: it takes the chats apart again,
+attends in each as usual and puts the results back. Models know it by the name "packed", which parallel.py
+gives them; models in which tokens meet in other ways, such as state-space layers, are refused there.
 tests/test_packing.py holds all of it to separate sequences.
 
 Left out on purpose: kernels of our own; attention windows, sinks and caps.
@@ -14,9 +14,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from data import Problem, encode_chat, quiet
 
 TOGETHER = 8  # chats of like lengths that attend in one call, padded to the longest of them
 
@@ -43,6 +46,25 @@ def pack(chats):
 def alone(ids):
     """A chat without siblings as a Row."""
     return Row(ids, [[]], [0])
+
+
+def pair_rows(tokenizer, pairs, max_length, unfinished=False):
+    """Rows of two branches, chosen first; pairs of which either side is longer than `max_length` tokens
+    are left out.
+
+    `unfinished`: a response that was cut off carries no stop token (policy training); else every answer ends
+    properly, with the whole of the template, as reward models expect.
+    Returns (rows, number left out).
+    """
+    rows = []
+    for pair in tqdm(pairs, desc="tokens", leave=False, disable=quiet()):
+        chats = [encode_chat(tokenizer, pair["prompt"], pair[side],
+                             pair.get(f"{side}_finished", True) or not unfinished, whole=not unfinished)
+                 for side in ("chosen", "rejected")]
+        if max(len(chat.ids) for chat in chats) <= max_length \
+                and all(chat.start < len(chat.ids) for chat in chats):
+            rows.append(pack(chats))
+    return rows, len(pairs) - len(rows)
 
 
 def collate(rows, device="cpu"):
@@ -100,7 +122,8 @@ def attention(module, query, key, value, attention_mask, scaling=None, chats=Non
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     for name in ("softcap", "s_aux", "sinks", "position_bias", "indices"):
         if options.get(name) is not None:
-            raise NotImplementedError(f"attention with {name} is not supported")
+            raise Problem(f"{module.config.model_type} models have {name} in their attention, "
+                          "which is not supported")
     if slots is not None:
         return slots.attend(module.layer_idx, query, key, value, scaling), None
     results = []

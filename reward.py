@@ -24,13 +24,12 @@ from data import (
     check_prompt,
     encode_chat,
     load_tokenizer,
-    pair_rows,
     prompt_id,
     quiet,
     read_pairs,
     read_rows,
 )
-from packing import collate, pack
+from packing import collate, pack, pair_rows
 from parallel import device, exists, in_blocks, launch, parse, say, world, writing
 
 

@@ -125,7 +125,7 @@ def matmul_rate():
 
 
 def training_work(name, rows, with_head):
-    """Floating-point operations of one forward and backward pass, as few as mathematics allows."""
+    """Operations of a forward and a backward pass on floats: every token once, every chat's attention."""
     hidden, layers, heads, kv_heads, intermediate, vocabulary = SHAPES[name]
     body = layers * hidden * (2 * hidden * (1 + kv_heads / heads) + 3 * intermediate)
     attention = sum((len(r.trunk) + len(b))**2 for r in rows for b in r.branches) * layers * hidden
@@ -135,9 +135,9 @@ def training_work(name, rows, with_head):
 
 
 class Steps:
-    """CPU seconds and real tokens per optimiser step; the first step, which warms up, is left out."""
+    """CPU seconds of every optimiser step."""
     def __init__(self):
-        self.at, self.seconds = time.process_time(), []
+        self.seconds = []
 
     def start(self):
         self.at = time.process_time()
@@ -147,7 +147,7 @@ class Steps:
         self.start()
 
     def rate(self, amount):
-        """Amount per CPU second, where `amount` is of all steps."""
+        """Per CPU second, where `amount` is of all steps; the first, which warms up, is not counted."""
         return amount / len(self.seconds) / statistics.mean(self.seconds[1:])
 
 
@@ -171,7 +171,6 @@ def stop_ids(name):
 
 
 def sampled(lengths, measured):
-    assert max(lengths) > 1
     return dict(rate=sum(lengths) / measured.cpu, unit="tok/s", peak=measured.peak,
                 mean_length=statistics.mean(lengths))
 
@@ -210,11 +209,12 @@ def sampler_peer(name, kind):
 def training_project(kind, name, steps=None, longer=1):
     import data
     import dpo
+    import packing
     import reward
     steps = steps or STEPS[name]
     folder, pairs, clock = folder_of(name), pairs_of(name, steps * BATCH, longer), Steps()
     options = dict(batch=BATCH, micro_batch=2, max_length=2048)
-    rows, _ = data.pair_rows(data.load_tokenizer(folder), pairs, 2048, unfinished=kind == "dpo")
+    rows, _ = packing.pair_rows(data.load_tokenizer(folder), pairs, 2048, unfinished=kind == "dpo")
 
     def log(shown="", step=None, **_):
         clock.stop() if step else clock.start()  # the first line comes before the reference is computed
@@ -233,9 +233,9 @@ def training_project(kind, name, steps=None, longer=1):
 
 
 def trained(kind, clock, rows, measured):
-    amount = sum(len(r.trunk) + len(b) for r in rows for b in r.branches) if kind == "dpo" else len(rows)
-    return dict(rate=clock.rate(amount), peak=measured.peak, unit="tok/s" if kind == "dpo" else "pairs/s",
-                tokens=clock.rate(sum(len(r.trunk) + len(b) for r in rows for b in r.branches)))
+    tokens = clock.rate(sum(len(r.trunk) + len(b) for r in rows for b in r.branches))
+    rate, unit = (tokens, "tok/s") if kind == "dpo" else (clock.rate(len(rows)), "pairs/s")
+    return dict(rate=rate, unit=unit, tokens=tokens, peak=measured.peak)
 
 
 def classifier(folder):
@@ -251,10 +251,10 @@ def training_peer(kind, name, precompute=True, micro_batch=BATCH):
     from transformers import AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
-    import data
+    import packing
     folder, clock = folder_of(name), Steps()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows, _ = data.pair_rows(tokenizer, pairs_of(name, STEPS[name] * BATCH), 2048)
+    rows, _ = packing.pair_rows(tokenizer, pairs_of(name, STEPS[name] * BATCH), 2048)
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_, **__):
@@ -283,7 +283,7 @@ def training_peer(kind, name, precompute=True, micro_batch=BATCH):
                                            rejected_ids=row.trunk + row.branches[1]) for row in rows])
             RewardTrainer(model=model, args=RewardConfig(learning_rate=1e-5, **common), train_dataset=some,
                           processing_class=tokenizer, callbacks=[Clock()]).train()
-    return trained(kind, clock, rows, measured)
+    return trained(kind, clock, rows, measured) | {"reference_in_steps": kind == "dpo" and not precompute}
 
 
 def scoring_project(name):
@@ -370,7 +370,8 @@ def measure(call, *launcher):
 
 
 def compare(title, project, peers, repeats):
-    """Print a table of the project and its peers ({label: call}), which take turns."""
+    """Print a table of the project and its peers ({label: call}), which take turns. Beside a peer that
+    computes its reference in every step, the project's reference counts, too."""
     calls = {"this project": project, **peers}
     results = {label: [] for label in calls}
     for _ in range(repeats):
@@ -383,7 +384,8 @@ def compare(title, project, peers, repeats):
     best = max(others, key=lambda m: m["rate"], default=None)
     print(f"\n| {title} | per CPU second | x faster | peak memory | x memory |\n|---|---|---|---|---|")
     for label, m in middle.items():
-        more = (f"| {ours['rate'] / m['rate']:.2f} | {m['peak']:,.0f} MB | {ours['peak'] / m['peak']:.2f} |"
+        mine = ours["with_reference" if m.get("reference_in_steps") else "rate"]
+        more = (f"| {mine / m['rate']:.2f} | {m['peak']:,.0f} MB | {ours['peak'] / m['peak']:.2f} |"
                 if m is not ours else f"| | {m['peak']:,.0f} MB | |")
         print(f"| {label}{' (fastest peer)' if m is best and len(others) > 1 else ''} "
               f"| {m['rate']:,.{0 if m['rate'] > 99 else 2}f} {m['unit']} {more}")
@@ -483,6 +485,8 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--call", help=argparse.SUPPRESS)
     o = parser.parse_args()
+    if o.repeats < 1:
+        parser.error("--repeats must be at least 1")
     if o.call:
         function, *arguments = json.loads(o.call)
         import torch

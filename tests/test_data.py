@@ -16,10 +16,10 @@ from data import (
     check_context,
     encode_chat,
     load_tokenizer,
-    pair_rows,
     read_pairs,
     read_prompts,
 )
+from packing import pair_rows
 from parallel import load_policy
 
 BOS, EOS = 1, 2  # of the embedded task's tokenizer

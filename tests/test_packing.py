@@ -105,6 +105,15 @@ def test_a_model_with_another_attention_fails_instead_of_mixing_chats(tiny, answ
         ResponseLogps(model)(collate([pack(chats) for chats in answers]))
 
 
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias"])
+def test_what_attention_would_ignore_is_refused(tiny, name):
+    layer = load_policy(tiny()).model.layers[0].self_attn
+    inputs = collate([alone([5] * 3)])["inputs"]
+    with pytest.raises(Problem, match=f"llama models have {name} in their attention"):
+        attention(layer, *[torch.zeros(1, 2, 3, 8)] * 3, None, chats=inputs["chats"], places=inputs["places"],
+                  **{name: 1.0})
+
+
 def test_models_whose_attention_head_or_layers_are_of_another_kind_are_refused(tmp_path):
     shape = dict(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
                  num_attention_heads=2, num_key_value_heads=1, pad_token_id=0)

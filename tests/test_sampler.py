@@ -97,6 +97,13 @@ def test_greedy_tokens_are_the_peers(golden):
         assert padded == peers[name]
 
 
+@pytest.mark.parametrize("device, dtype", [("cpu", torch.float32), ("meta", torch.bfloat16)])
+def test_scores_are_fp32_in_either_precision(device, dtype):
+    keys = torch.zeros(3, 2, 8, 10, dtype=dtype, device=device)[..., :7]
+    scores = sampler._fp32_product(torch.zeros(3, 2, 4, 8, dtype=dtype, device=device), keys)
+    assert scores.dtype == torch.float32 and scores.shape == (3, 2, 4, 7)
+
+
 # ---------------------------------------------------------------- the distribution
 def kept_mass(probs, kept):
     return (probs * (kept > 0)).sum(-1)

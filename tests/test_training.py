@@ -21,9 +21,9 @@ from transformers import (
 import dpo
 import parallel
 import reward
-from data import Problem, load_tokenizer, pair_rows, read_jsonl
+from data import Problem, load_tokenizer, read_jsonl
 from dpo import ResponseLogps
-from packing import collate
+from packing import collate, pair_rows
 from reward import Rewards
 
 
