@@ -119,6 +119,9 @@ def attention(module, query, key, value, attention_mask, scaling=None, chats=Non
     its result among those of all groups (a trunk's are the same in all its chats). Returns (1, T, heads, D).
     """
     if chats is None and slots is None:
+        if attention_mask is not None and not attention_mask.numel():  # it is collate's: chats were given
+            raise Problem(f"{module.config.model_type} models tell their attention nothing of who shares a "
+                          "sequence, so they are not supported")
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     for name in ("softcap", "s_aux", "sinks", "position_bias", "indices"):
         if options.get(name) is not None:
@@ -132,6 +135,23 @@ def attention(module, query, key, value, attention_mask, scaling=None, chats=Non
         result = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
         results.append(result.transpose(1, 2).flatten(0, 1))
     return torch.cat(results)[places][None], None
+
+
+def skip_unread(layer):
+    """Let the MLP of the last decoder layer work on the tokens `read` alone (indices into T), if a call of
+    the model gives them: what it would make of others is never looked at."""
+    def before(layer, _, options):
+        mlp, read = layer.mlp, options.get("read")
+
+        def forward(hidden):
+            if read is None:
+                return type(mlp).forward(mlp, hidden)
+            result = type(mlp).forward(mlp, hidden[:, read])
+            return result.new_zeros(hidden.shape).index_copy(1, read, result)
+        mlp.forward = forward  # anew in every call, so that a deep copy of the model has its own
+
+    if hasattr(layer, "mlp"):
+        layer.register_forward_pre_hook(before, with_kwargs=True)
 
 
 AttentionInterface.register("packed", attention)

@@ -25,6 +25,7 @@ from transformers import (  # noqa: E402
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
     Qwen2Config,
 )
 
@@ -38,7 +39,8 @@ transformers.logging.disable_progress_bar()
 SHAPE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=96)
 KINDS = {"llama": (LlamaConfig, SHAPE), "qwen2": (Qwen2Config, SHAPE), "mistral": (MistralConfig, SHAPE),
-         "gpt2": (GPT2Config, dict(n_embd=32, n_layer=2, n_head=4, n_positions=96))}
+         "gpt2": (GPT2Config, dict(n_embd=32, n_layer=2, n_head=4, n_positions=96)),
+         "opt": (OPTConfig, SHAPE | dict(ffn_dim=64, word_embed_proj_dim=32))}
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,8 @@ from transformers import (
     Gemma2Config,
     Lfm2Config,
     PhiConfig,
+    StableLmConfig,
+    StableLmForCausalLM,
 )
 
 import packing
@@ -44,13 +46,30 @@ def test_logps_are_those_of_separate_sequences(tiny, answers, kind):
     assert together.tolist() == pytest.approx(alone, rel=1e-5, abs=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_rewards_are_those_of_separate_sequences(tiny, answers, kind):
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
+def test_rewards_and_their_gradients_are_those_of_separate_sequences(tiny, answers, kind):
     folder = tiny(kind, reward=True)
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    alone = [model(torch.tensor([chat.ids])).logits[0, 0].item() for chats in answers for chat in chats]
-    together = Rewards(load_reward(folder))(collate([pack(chats) for chats in answers]))
-    assert together.tolist() == pytest.approx(alone, rel=1e-5, abs=1e-5)
+    usual = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    alone = torch.stack([usual(torch.tensor([chat.ids])).logits[0, 0] for chats in answers for chat in chats])
+    model = load_reward(folder, training=True)
+    together = Rewards(model)(collate([pack(chats) for chats in answers]))
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+    for rewards in (alone, together):
+        (rewards * torch.arange(1, len(rewards) + 1) / len(rewards)).sum().backward()
+    for (name, expected), got in zip(usual.named_parameters(), model.parameters()):
+        torch.testing.assert_close(got.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_the_last_mlp_of_a_reward_model_works_on_last_tokens_alone(tiny, answers):
+    model, seen = load_reward(tiny(reward=True)), []
+    rewards, batch = Rewards(model), collate([pack(chats) for chats in answers])
+    for layer in model.model.layers:
+        layer.mlp.up_proj.register_forward_hook(lambda _, hidden, __: seen.append(hidden[0].shape[1]))
+    rewards(batch)
+    assert seen == [batch["inputs"]["input_ids"].shape[1], sum(map(len, answers))]
+    usual = AutoModelForSequenceClassification.from_pretrained(tiny(reward=True)).eval()
+    ids = torch.tensor([answers[0][0].ids])  # and a usual call goes on seeing every token
+    torch.testing.assert_close(model.model(ids).last_hidden_state, usual.model(ids).last_hidden_state)
 
 
 def test_packing_loses_no_token_and_shares_nothing_of_a_response(answers):
@@ -103,6 +122,14 @@ def test_a_model_with_another_attention_fails_instead_of_mixing_chats(tiny, answ
     model = AutoModelForCausalLM.from_pretrained(tiny()).eval()
     with pytest.raises(RuntimeError):
         ResponseLogps(model)(collate([pack(chats) for chats in answers]))
+
+
+def test_a_model_that_tells_its_attention_nothing_is_refused(tmp_path, answers):
+    StableLmForCausalLM(StableLmConfig(
+        vocab_size=200, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2)).save_pretrained(tmp_path)
+    with pytest.raises(Problem, match="stablelm models tell their attention nothing"):
+        ResponseLogps(load_policy(tmp_path))(collate([pack(chats) for chats in answers]))
 
 
 @pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias"])
