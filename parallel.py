@@ -23,6 +23,9 @@ from datetime import timedelta
 from itertools import chain
 from pathlib import Path
 
+# ruff: noqa: E402
+gc.disable()  # what imports make stays: looking through it again and again would take 0.6 s
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -46,6 +49,8 @@ from transformers import (
 
 import packing  # noqa: F401  (registers the attention)
 from data import Problem, first_line, load_tokenizer, read_jsonl, write_jsonl
+
+gc.enable()
 
 
 # ---------------------------------------------------------------- processes
@@ -272,14 +277,15 @@ def load_policy(folder, training=False):
         if getattr(config, name, None) not in (None, 1, 1.0):
             raise Problem(f"{folder}: {config.model_type} models change their logits ({name}), "
                           "which is not supported")
-    model = _load(AutoModelForCausalLM, folder, training)
+    model = _load(AutoModelForCausalLM, folder, config, training)
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise Problem(f"{folder}: its head has a bias, which is not supported")
     return model
 
 
 def check_reward(folder, fresh_head=False):
-    """Refuse, by its config, a model with a head of several labels, or with none unless `fresh_head`."""
+    """Refuse, by its config, a model with a head of several labels, or with none unless `fresh_head`;
+    returns the config."""
     config = _config(folder)
     kind = (config.architectures or ["?"])[0]
     if not kind.endswith("ForSequenceClassification"):
@@ -289,13 +295,15 @@ def check_reward(folder, fresh_head=False):
         say(f"{folder} is a {kind}: training starts with a fresh reward head")
     elif config.num_labels != 1:
         raise Problem(f"{folder}: its head has {config.num_labels} labels; a reward model has one")
+    return config
 
 
 def load_reward(folder, training=False, fresh_head=False, seed=0):
     """A sequence classifier with one logit. `fresh_head`: a causal LM is taken too and gets a new head."""
-    check_reward(folder, fresh_head)
+    config = check_reward(folder, fresh_head)
+    config.num_labels = 1
     torch.manual_seed(seed)  # the fresh head's
-    model = _load(AutoModelForSequenceClassification, folder, training, num_labels=1)
+    model = _load(AutoModelForSequenceClassification, folder, config, training)
     if not hasattr(model, "score"):
         raise Problem(f"{folder}: {type(model).__name__} has no linear head `score`, which is not supported")
     return model
@@ -312,28 +320,26 @@ def _config(folder):
     return config
 
 
-def context_of(folder):
+def context_of(folder, config=None):
     """The longest sequence in tokens: all positions, or one attention window (our attention knows none)."""
-    config = _config(folder)
+    config = config or _config(folder)
     if not hasattr(config, "max_position_embeddings"):
         raise Problem(f"{folder}: {config.model_type} models are not supported (no max_position_embeddings)")
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     return min(config.max_position_embeddings, window or math.inf)
 
 
-def _load(kind, folder, training, **changes):
+def _load(kind, folder, config, training):
     gc.collect()  # sharded models hold on to themselves: make room for the next one
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    config = _config(folder)
-    config.update(changes)
     stored = config.dtype or torch.float32
     dtype = torch.float32 if training or device().type == "cpu" else torch.bfloat16
     try:
         if rank() == 0:
             model, info = kind.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="sdpa",
                                                use_safetensors=True, output_loading_info=True)
-            missing = [name for name in info["missing_keys"] if not (changes and name.startswith("score."))
+            missing = [name for name in info["missing_keys"] if not name.startswith("score.")
                        or (config.architectures or [""])[0].endswith("ForSequenceClassification")]
             if missing:
                 raise ValueError(f"weights are missing: {', '.join(sorted(missing)[:3])}")
@@ -348,7 +354,7 @@ def _load(kind, folder, training, **changes):
     if foreign or model.config._attn_implementation != "packed":
         raise Problem(f"{folder}: {config.model_type} models are not supported "
                       f"({foreign[0] if foreign else 'an attention of their own'})")
-    model.stored_dtype, model.context = stored, context_of(folder)
+    model.stored_dtype, model.context = stored, context_of(folder, config)
     return model.eval()  # and so it stays: dropout would make a policy differ from itself as reference
 
 
