@@ -137,22 +137,5 @@ def attention(module, query, key, value, attention_mask, scaling=None, chats=Non
     return torch.cat(results)[places][None], None
 
 
-def skip_unread(layer):
-    """Let the MLP of the last decoder layer work on the tokens `read` alone (indices into T), if a call of
-    the model gives them: what it would make of others is never looked at."""
-    def before(layer, _, options):
-        mlp, read = layer.mlp, options.get("read")
-
-        def forward(hidden):
-            if read is None:
-                return type(mlp).forward(mlp, hidden)
-            result = type(mlp).forward(mlp, hidden[:, read])
-            return result.new_zeros(hidden.shape).index_copy(1, read, result)
-        mlp.forward = forward  # anew in every call, so that a deep copy of the model has its own
-
-    if hasattr(layer, "mlp"):
-        layer.register_forward_pre_hook(before, with_kwargs=True)
-
-
 AttentionInterface.register("packed", attention)
 AttentionMaskInterface.register("packed", sdpa_mask)  # for calls without chats

@@ -29,7 +29,7 @@ from data import (
     read_pairs,
     read_rows,
 )
-from packing import collate, pack, pair_rows, skip_unread
+from packing import collate, pack, pair_rows
 from parallel import device, exists, in_blocks, launch, parse, say, world, writing
 
 
@@ -41,16 +41,15 @@ def bradley_terry_loss(chosen_rewards, rejected_rewards):
 
 class Rewards(torch.nn.Module):
     """A sequence classifier as a function from a batch of rows (packing.collate)
-    to the reward of each answer, fp32. Only last tokens are read."""
+    to the reward of each answer, fp32."""
     def __init__(self, model):
         super().__init__()
         self.model = model
-        skip_unread(parallel.decoder_layers(model)[-1])
 
     def forward(self, batch):
-        last = batch["last"]
-        hidden = self.model.base_model(**batch["inputs"], read=last, use_cache=False).last_hidden_state
-        return F.linear(hidden[0][last].float(), self.model.score.weight.float())[:, 0]  # (answers,)
+        hidden = self.model.base_model(**batch["inputs"], use_cache=False).last_hidden_state
+        last = hidden[0][batch["last"]].float()  # (answers, H)
+        return F.linear(last, self.model.score.weight.float())[:, 0]
 
 
 def train(folder, pairs, out, *, lr, batch, micro_batch, max_length, epochs=1, seed=0, recompute=False,

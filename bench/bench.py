@@ -125,16 +125,13 @@ def matmul_rate():
 
 
 def training_work(name, rows, with_head):
-    """Operations of a forward and a backward pass on floats: every token once, every chat's attention. A
-    model without a head over the vocabulary is a reward model, whose last MLP works on last tokens alone."""
+    """Operations of a forward and a backward pass on floats: every token once, every chat's attention."""
     hidden, layers, heads, kv_heads, intermediate, vocabulary = SHAPES[name]
     body = layers * hidden * (2 * hidden * (1 + kv_heads / heads) + 3 * intermediate)
     attention = sum((len(r.trunk) + len(b))**2 for r in rows for b in r.branches) * layers * hidden
     responses = sum(len(b) - start for r in rows for b, start in zip(r.branches, r.starts))
     head = with_head * responses * hidden * vocabulary
-    tokens, answers = sum(map(len, rows)), sum(len(r.branches) for r in rows)
-    unread = (not with_head) * (tokens - answers) * 3 * hidden * intermediate
-    return 3 * 2 * (body * tokens + attention + head - unread)
+    return 3 * 2 * (body * sum(map(len, rows)) + attention + head)
 
 
 class Steps:

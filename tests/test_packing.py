@@ -60,18 +60,6 @@ def test_rewards_and_their_gradients_are_those_of_separate_sequences(tiny, answe
         torch.testing.assert_close(got.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_the_last_mlp_of_a_reward_model_works_on_last_tokens_alone(tiny, answers):
-    model, seen = load_reward(tiny(reward=True)), []
-    rewards, batch = Rewards(model), collate([pack(chats) for chats in answers])
-    for layer in model.model.layers:
-        layer.mlp.up_proj.register_forward_hook(lambda _, hidden, __: seen.append(hidden[0].shape[1]))
-    rewards(batch)
-    assert seen == [batch["inputs"]["input_ids"].shape[1], sum(map(len, answers))]
-    usual = AutoModelForSequenceClassification.from_pretrained(tiny(reward=True)).eval()
-    ids = torch.tensor([answers[0][0].ids])  # and a usual call goes on seeing every token
-    torch.testing.assert_close(model.model(ids).last_hidden_state, usual.model(ids).last_hidden_state)
-
-
 def test_packing_loses_no_token_and_shares_nothing_of_a_response(answers):
     for chats in answers:
         row = pack(chats)
