@@ -44,21 +44,10 @@ from data import (
     seed_of,
     write_jsonl,
 )
-from parallel import (
-    claim,
-    exists,
-    launch,
-    load_reward,
-    local_folder,
-    parse,
-    parts_of,
-    rank,
-    remove,
-    replicate,
-    say,
-    writing,
-)
+from models import load_reward, local_folder
+from parallel import rank, replicate, say
 from report import report
+from run import claim, exists, launch, parse, parts_of, remove, writing
 from sampler import sample
 
 JSON = dict(default="", metadata={"help": "also write the figures to this file"})

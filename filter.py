@@ -15,7 +15,8 @@ from itertools import groupby
 import numpy as np
 
 from data import Problem, check_prompt, prompt_id, read_rows, write_jsonl
-from parallel import claim, exists, launch, parse, rank, say
+from parallel import rank, say
+from run import claim, exists, launch, parse
 
 
 # ---------------------------------------------------------------- E-step

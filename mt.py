@@ -23,14 +23,18 @@ import numpy as np
 import torch
 
 import dpo
+import models
 import parallel
 import reward
+import run
 import toy
 from data import Problem, load_tokenizer, read_jsonl, read_prompts, write_jsonl
 from eval import sample_and_score, win_rate, write_json
 from filter import compare, preference_pairs
-from parallel import Log, exists, launch, local_folder, rank, say, writing
+from models import local_folder
+from parallel import rank, say
 from report import report
+from run import Log, exists, launch, writing
 from sampler import encode_prompts
 
 
@@ -106,7 +110,7 @@ def e_step(o, out, policy, rm, prompts, folder):
     if rank() == 0 and (folder / "checkpoints").exists():  # the losers go
         if choice["chosen"] and not (folder / "policy").exists():
             os.replace(folder / "checkpoints" / choice["chosen"], folder / "policy")
-        parallel.remove(folder / "checkpoints")
+        run.remove(folder / "checkpoints")
     parallel.barrier()
     return str(folder / "policy") if choice["chosen"] else None
 
@@ -277,7 +281,7 @@ def link(out, policy, rm):
 
 def main():
     embedded = not any(word.split("=")[0] == "--policy" for word in sys.argv[1:])
-    o = parallel.parse(Options, **(toy.SETTINGS if embedded else {}))
+    o = run.parse(Options, **(toy.SETTINGS if embedded else {}))
     out = Path(o.out)
     if embedded:
         if o.rm or o.prompts:
@@ -292,8 +296,8 @@ def main():
         raise Problem("--select_prompts 0 needs --select false")
     o = replace(o, policy=local_folder(o.policy), rm=local_folder(o.rm))
     templates = {side: load_tokenizer(getattr(o, side)).chat_template for side in ("policy", "rm")}
-    parallel.check_reward(o.rm)
-    parallel.claim(out, o, templates=templates)
+    models.check_reward(o.rm)
+    run.claim(out, o, templates=templates)
     mutual_taught(o, out)
     if embedded:
         toy.measure(out, o)

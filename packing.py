@@ -3,7 +3,7 @@
 A Row is a prompt (the trunk) with its answers (the branches): the two of a pair, or five samples. `collate`
 lays the tokens of many rows end to end as one sequence. Everything in a transformer but attention treats
 tokens one by one, so attention alone must know where a chat begins and ends: it takes the chats apart again,
-attends in each as usual and puts the results back. Models know it by the name "packed", which parallel.py
+attends in each as usual and puts the results back. Models know it by the name "packed", which models.py
 gives them; models in which tokens meet in other ways, such as state-space layers, are refused there.
 tests/test_packing.py holds all of it to separate sequences.
 
@@ -21,6 +21,7 @@ from transformers.masking_utils import sdpa_mask
 
 from data import Problem, encode_chat, quiet
 
+LOGITS = 2**23  # logits in memory at a time (32 MB in fp32)
 TOGETHER = 8  # chats of like lengths that attend in one call, padded to the longest of them
 
 
@@ -139,3 +140,59 @@ def attention(module, query, key, value, attention_mask, scaling=None, chats=Non
 
 AttentionInterface.register("packed", attention)
 AttentionMaskInterface.register("packed", sdpa_mask)  # for calls without chats
+
+
+# ---------------------------------------------------------------- log-probabilities
+class ResponseLogps(torch.nn.Module):
+    """A causal LM as a function from a batch of rows (packing.collate) to log π(y|x) of each answer, fp32."""
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch):
+        hidden = self.model.base_model(**batch["inputs"], use_cache=False).last_hidden_state
+        hidden = hidden[0][batch["sources"]]  # (N, H): positions that predict a response token
+        logps = TokenLogps.apply(hidden, self.model.get_output_embeddings().weight, batch["targets"])  # (N,)
+        return torch.zeros(len(batch["last"]), device=logps.device).index_add(0, batch["owners"], logps)
+
+
+class TokenLogps(torch.autograd.Function):
+    """(N, H) hidden states, (V, H) head, (N,) targets -> (N,) fp32 log-probabilities: log_softmax and gather,
+    a tile of the vocabulary at a time. The logits of all tokens never exist at once; the backward pass
+    computes them again, unless they fitted into one tile."""
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        size = max(1, LOGITS // len(hidden))
+        total = torch.full(targets.shape, -torch.inf, device=hidden.device)  # log Σ exp(logits) so far
+        chosen = torch.zeros_like(total)                                     # logits of the targets
+        for at in range(0, len(weight), size):
+            logits = (hidden @ weight[at:at + size].T).float()
+            total = torch.logaddexp(total, logits.logsumexp(-1))
+            column, inside = _column(targets, at, logits)
+            chosen = torch.where(inside, logits.gather(1, column)[:, 0], chosen)
+        ctx.save_for_backward(hidden, weight, targets, total, logits if size >= len(weight) else None)
+        ctx.size = size
+        return chosen - total
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, targets, total, kept = ctx.saved_tensors
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+        grad_weight = torch.empty_like(weight)
+        for at in range(0, len(weight), ctx.size):
+            tile = weight[at:at + ctx.size]
+            logits = (hidden @ tile.T).float() if kept is None else kept
+            column, inside = _column(targets, at, logits)
+            # ∂ log p(target) / ∂ logits = 1[target] − softmax(logits)
+            grad_logits = (logits - total[:, None]).exp_().mul_(-grad[:, None])
+            grad_logits = grad_logits.scatter_add_(1, column, (grad * inside)[:, None]).to(hidden.dtype)
+            torch.mm(grad_logits.T, hidden, out=grad_weight[at:at + ctx.size])
+            grad_hidden += grad_logits @ tile
+        return grad_hidden.to(hidden.dtype), grad_weight, None
+
+
+def _column(targets, at, logits):
+    """Columns (N, 1) of the targets in the tile that begins with token `at`; whether they are in it (N,)."""
+    column = targets - at
+    inside = (column >= 0) & (column < logits.shape[1])
+    return (column * inside)[:, None], inside

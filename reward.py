@@ -17,7 +17,10 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import models
 import parallel
+import run
+import training
 from data import (
     Problem,
     check_context,
@@ -30,7 +33,8 @@ from data import (
     read_rows,
 )
 from packing import collate, pack, pair_rows
-from parallel import device, exists, in_blocks, launch, parse, say, world, writing
+from parallel import device, say, world
+from run import exists, in_blocks, launch, parse, writing
 
 
 def bradley_terry_loss(chosen_rewards, rejected_rewards):
@@ -59,11 +63,11 @@ def train(folder, pairs, out, *, lr, batch, micro_batch, max_length, epochs=1, s
     rows, dropped = pair_rows(tokenizer, pairs, max_length)
     if not rows:
         raise Problem(f"none of {len(pairs)} pairs is short enough for --max_length {max_length}")
-    model = parallel.load_reward(folder, True, fresh_head, seed)
+    model = models.load_reward(folder, True, fresh_head, seed)
     check_context(rows, model, folder)
     model = parallel.shard(Rewards(model), recompute)
-    optimizer = parallel.adamw(model, lr)
-    steps = parallel.batches([len(row) for row in rows], batch, micro_batch, seed, epochs)
+    optimizer = training.adamw(model, lr)
+    steps = training.batches([len(row) for row in rows], batch, micro_batch, seed, epochs)
     say(f"reward model: {len(rows)} pairs ({dropped} too long), {len(steps)} steps of {batch}")
     log(**{"pairs": len(rows), "pairs_dropped": dropped})
     for number, step in enumerate(steps, 1):
@@ -77,14 +81,14 @@ def train(folder, pairs, out, *, lr, batch, micro_batch, max_length, epochs=1, s
             for name, value in {"loss": losses, "accuracy": (chosen > rejected).float(),
                                 "margin": chosen - rejected, "mean_reward": (chosen + rejected) / 2}.items():
                 sums[name] = sums.get(name, 0.0) + (value.detach() @ weight).item()
-        metrics = parallel.total(sums)
-        parallel.check_finite(number, loss=metrics["loss"])
-        now = lr * parallel.cosine(number - 1, len(steps))
-        metrics |= {"learning_rate": now, "grad_norm": parallel.clip_and_step(model, optimizer, now)}
-        parallel.check_finite(number, grad_norm=metrics["grad_norm"])
+        metrics = training.total(sums)
+        training.check_finite(number, loss=metrics["loss"])
+        now = lr * training.cosine(number - 1, len(steps))
+        metrics |= {"learning_rate": now, "grad_norm": training.clip_and_step(model, optimizer, now)}
+        training.check_finite(number, grad_norm=metrics["grad_norm"])
         log("step {step}/{steps}  loss {loss:.4f}  margin {margin:+.4f}  accuracy {accuracy:.3f}  "
             "grad_norm {grad_norm:.2f}  lr {learning_rate:.2e}", step=number, steps=len(steps), **metrics)
-    parallel.save(model, folder, Path(out))
+    models.save(model, folder, Path(out))
 
 
 @torch.inference_mode()
@@ -106,7 +110,7 @@ def score_answers(model, tokenizer, prompt_answers, batch):
 def score(folder, samples, out, batch):
     """samples: rows with prompt and response -> the same rows with `score` and `rm`, in `out`."""
     tokenizer = load_tokenizer(folder)
-    model = Rewards(parallel.replicate(parallel.load_reward(folder)))
+    model = Rewards(parallel.replicate(models.load_reward(folder)))
 
     def work(block):
         groups = [list(group) for _, group in groupby(block, key=lambda row: prompt_id(row["prompt"]))]
@@ -125,7 +129,7 @@ def score(folder, samples, out, batch):
 def ordered(folder, pairs, batch):
     """Per pair, whether its chosen answer gets the higher reward; equal rewards are wrong
     (RewardBench's rule, arXiv 2403.13787)."""
-    model, tokenizer = Rewards(parallel.replicate(parallel.load_reward(folder))), load_tokenizer(folder)
+    model, tokenizer = Rewards(parallel.replicate(models.load_reward(folder))), load_tokenizer(folder)
     right = []
     for at in tqdm(range(0, len(pairs), 32 * batch), desc="scoring pairs", leave=False, disable=quiet()):
         some = pairs[at:at + 32 * batch]
@@ -168,17 +172,17 @@ def main():
     o = parse(Options)
     if bool(o.pairs) == bool(o.samples):
         raise Problem("give --pairs to train or --samples to score")
-    folder, out = parallel.local_folder(o.model), Path(o.out)
+    folder, out = models.local_folder(o.model), Path(o.out)
     if o.samples:
         return score_file(folder, o)
     pairs, test = read_pairs(o.pairs), read_pairs(o.test) if o.test else []
-    parallel.claim(out, o)
+    run.claim(out, o)
     if not exists(out / "config.json"):
         with writing(out / "checkpoint") as temporary:
             train(folder, pairs, temporary, lr=o.lr, batch=o.batch, micro_batch=o.micro_batch,
                   max_length=o.max_length, epochs=o.epochs, seed=o.seed, recompute=o.recompute,
-                  fresh_head=True, log=parallel.Log(out / "metrics.jsonl", "reward"))
-        parallel.move_up(out / "checkpoint", out)
+                  fresh_head=True, log=run.Log(out / "metrics.jsonl", "reward"))
+        run.move_up(out / "checkpoint", out)
     if test:
         say(f"accuracy on {o.test}: {accuracy(str(out), test, o.micro_batch):.4f} of {len(test)} pairs")
     say(f"{out} is complete")
@@ -190,7 +194,7 @@ def score_file(folder, o):
         check_prompt(where, row.get("prompt"))
         if not isinstance(row.get("response"), str):
             raise Problem(f"{where}: no response (a field `response` with text)")
-    parallel.claim(o.out, o, file=True)
+    run.claim(o.out, o, file=True)
     if not exists(o.out):
         score(folder, [row for _, row in rows], o.out, o.micro_batch)
     say(f"{o.out} is complete")

@@ -33,19 +33,10 @@ from data import (
     read_prompts,
     seed_of,
 )
+from models import context_of, load_policy, local_folder
 from packing import alone, collate
-from parallel import (
-    claim,
-    context_of,
-    exists,
-    in_blocks,
-    launch,
-    load_policy,
-    local_folder,
-    parse,
-    replicate,
-    say,
-)
+from parallel import replicate, say
+from run import claim, exists, in_blocks, launch, parse
 
 TRIES = 8     # rejected draws before the nucleus is cut by sorting; with top-p 0.95 one in 10^10 gets there
 PREFILL = 8   # prompts prefilled together

@@ -37,13 +37,15 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-import parallel
+import models
 import reward
+import run
+import training
 from data import Problem, encode_chat, read_jsonl, read_pairs, write_jsonl
-from dpo import ResponseLogps
 from eval import ordered_alike, sample_and_score, standard_error, win_rate
-from packing import collate, pack
-from parallel import Log, barrier, exists, launch, rank, say
+from packing import ResponseLogps, collate, pack
+from parallel import barrier, rank, say
+from run import Log, exists, launch
 from sampler import sample
 
 # options of mt.py that fit models of 0.1 M parameters
@@ -225,7 +227,7 @@ def build(seed):
     if not exists(folder / "rm" / "config.json"):
         say(f"making the base models of the embedded task in {folder} (about a minute, once)")
         if rank() == 0:
-            parallel.remove(folder)
+            run.remove(folder)
             clean = {k: v for k, v in os.environ.items() if k not in (
                 "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
             command = [sys.executable, __file__, "--seed", str(seed), "--out", str(folder)]
@@ -246,14 +248,14 @@ def write_demonstrator(prompts, seed, folder):
     model.stored_dtype = torch.float32
     model = ResponseLogps(model)
     rows = [pack([encode_chat(words, prompt, demonstration(prompt, rng))]) for prompt in prompts]
-    optimizer = parallel.adamw(model, SFT["lr"])
-    steps = parallel.batches([len(r) for r in rows], SFT["batch"], SFT["batch"], seed, SFT["epochs"])
+    optimizer = training.adamw(model, SFT["lr"])
+    steps = training.batches([len(r) for r in rows], SFT["batch"], SFT["batch"], seed, SFT["epochs"])
     for number, [micro] in enumerate(tqdm(steps, desc="base policy", leave=False)):
         batch = collate([rows[i] for i, _ in micro])
         loss = -model(batch).sum() / len(batch["targets"])
         loss.backward()
-        parallel.clip_and_step(model, optimizer, SFT["lr"] * parallel.cosine(number, len(steps)))
-    parallel.save(model, folder, folder)
+        training.clip_and_step(model, optimizer, SFT["lr"] * training.cosine(number, len(steps)))
+    models.save(model, folder, folder)
     say(f"base policy: {len(rows)} demonstrations, last loss {loss.item():.3f} nats per token")
 
 
@@ -347,7 +349,7 @@ class Options:
 
 
 def main():
-    o = parallel.parse(Options)
+    o = run.parse(Options)
     out, cut = Path(o.out), parts(o.seed)
     write_demonstrator(cut["demonstrations"], o.seed, out / "policy")
     write_preferences(out / "policy", cut["labels"], o.seed, out / "preferences.jsonl")

@@ -155,9 +155,10 @@ class Steps:
 def sampler_project(name, prompts=64, new=NEW, stop=True):
     import numpy as np
 
+    import models
     import parallel
     import sampler
-    model = parallel.replicate(parallel.load_policy(folder_of(name)))
+    model = parallel.replicate(models.load_policy(folder_of(name)))
     keys = np.random.default_rng(0).integers(0, 2**63, (prompts, SAMPLES)).astype(np.uint64)
     with Measured() as measured:
         responses = sampler.generate(model, prompts_of(name, prompts), keys, temperature=0.8, top_p=0.95,
@@ -288,10 +289,11 @@ def training_peer(kind, name, precompute=True, micro_batch=BATCH):
 
 def scoring_project(name):
     import data
+    import models
     import parallel
     import reward
     folder = folder_of(name)
-    model = reward.Rewards(parallel.replicate(parallel.load_reward(folder, fresh_head=True)))
+    model = reward.Rewards(parallel.replicate(models.load_reward(folder, fresh_head=True)))
     with Measured() as measured:
         reward.score_answers(model, data.load_tokenizer(folder), answers_of(name, 64), 4)  # 20 at a time
     return dict(rate=64 * SAMPLES / measured.cpu, unit="answers/s", peak=measured.peak)
@@ -318,9 +320,10 @@ def scoring_peer(name, kind):
 def round_project(rounds, began):
     """Seconds of wall time by what they are spent on; a part inside another counts for itself only."""
     import dpo
+    import models
     import mt
-    import parallel
     import reward
+    import run
     import sampler
     import toy
     spent, open_parts = {}, []
@@ -342,9 +345,9 @@ def round_project(rounds, began):
         setattr(holder, function, outer)
 
     for holder, function, part in (
-            (parallel, "_load", "loading"), (parallel.AutoConfig, "from_pretrained", "loading"),
+            (models, "_load", "loading"), (models.AutoConfig, "from_pretrained", "loading"),
             (sampler, "load_tokenizer", "loading"), (reward, "load_tokenizer", "loading"),
-            (dpo, "load_tokenizer", "loading"), (parallel, "save", "saving"),
+            (dpo, "load_tokenizer", "loading"), (models, "save", "saving"),
             (sampler, "generate", "sampling"), (reward, "score_answers", "scoring"),
             (dpo, "train", "training the policy"), (reward, "train", "training the reward model"),
             (mt, "report", "report"), (toy, "measure", "the rest"), (mt, "main", "the rest")):
@@ -353,7 +356,7 @@ def round_project(rounds, began):
     sys.argv = ["mt.py", "--rounds", str(rounds), "--out", f"{out}/run"]
     spent["start-up"] = time.time() - began
     try:
-        parallel.launch(mt.main)
+        run.launch(mt.main)
     finally:
         shutil.rmtree(out)
     return dict(spent=spent, ended=time.time())

@@ -19,8 +19,8 @@ from data import (
     read_pairs,
     read_prompts,
 )
+from models import load_policy
 from packing import pair_rows
-from parallel import load_policy
 
 BOS, EOS = 1, 2  # of the embedded task's tokenizer
 ANSWER = "grey waves weep . the end ."

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import dpo
+import packing
 from data import Chat, encode_chat, load_tokenizer
-from dpo import ResponseLogps, TokenLogps, dpo_loss
-from packing import Row, collate, pack
-from parallel import load_policy, load_reward
+from dpo import dpo_loss
+from models import load_policy, load_reward
+from packing import ResponseLogps, Row, TokenLogps, collate, pack
 from reward import Rewards, bradley_terry_loss
 
 
@@ -74,7 +74,7 @@ def hidden_head_targets():
 @pytest.mark.parametrize("width", [400, 1000, 150, 133, 1])
 def test_token_logps_and_their_gradients_are_those_of_log_softmax(monkeypatch, hidden_head_targets, width):
     hidden, head, targets = hidden_head_targets
-    monkeypatch.setattr(dpo, "LOGITS", width * len(hidden))  # a tile's share of the 400 tokens
+    monkeypatch.setattr(packing, "LOGITS", width * len(hidden))  # a tile's share of the 400 tokens
     expected = (hidden @ head.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     logps = TokenLogps.apply(hidden, head, targets)
     torch.testing.assert_close(logps, expected)
@@ -97,7 +97,7 @@ class Largest(TorchDispatchMode):
 
 def test_the_logits_of_all_tokens_never_exist_at_once(monkeypatch, hidden_head_targets):
     hidden, head, targets = hidden_head_targets
-    monkeypatch.setattr(dpo, "LOGITS", 500)
+    monkeypatch.setattr(packing, "LOGITS", 500)
     with Largest() as largest:
         TokenLogps.apply(hidden, head, targets).sum().backward()
     assert largest.elements == head.numel() < hidden.shape[0] * head.shape[0]

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import filter as filter_script
 import mt
-import parallel
 import reward
+import run
 import sampler
 from data import Problem, read_jsonl, write_jsonl
 from eval import win_rate
@@ -84,7 +84,7 @@ def test_selection_prompts_and_subsets_are_disjoint_and_complete(undisturbed, pr
 
 def test_the_split_depends_on_the_seed_and_nothing_else(words, here, undisturbed):
     def split(seed, name):
-        o = parallel.parse(mt.Options, words(seed=seed))
+        o = run.parse(mt.Options, words(seed=seed))
         mt.split(o, here / name)
         return [prompts_of(here / name / "prompts" / f"{part}.jsonl") for part in PARTS]
     assert split(0, "a") == [prompts_of(undisturbed / "prompts" / f"{part}.jsonl") for part in PARTS]
@@ -294,7 +294,7 @@ def test_every_training_pair_of_the_rm_leads_back_to_its_two_policies(undisturbe
 def test_win_rates_settings_versions_and_metrics_are_on_record(undisturbed, words):
     note = json.loads((undisturbed / "run.json").read_text())
     assert note["settings"]["tau"] == 0.0 and note["settings"]["update_rm"] is True
-    assert note["settings"].keys() | {"out"} == vars(parallel.parse(mt.Options, words())).keys()
+    assert note["settings"].keys() | {"out"} == vars(run.parse(mt.Options, words())).keys()
     assert {"python", "torch", "transformers", "numpy", "processes", "commit"} <= note["versions"].keys()
     lines = read_jsonl(undisturbed / "metrics.jsonl")
     for n in (1, 2):
@@ -379,13 +379,13 @@ def test_a_run_that_was_killed_leaves_nothing_behind_in_the_end(disturbed, undis
 
 def test_a_kill_while_the_losers_are_deleted_does_not_stop_the_run(call, words, here):
     with pytest.MonkeyPatch.context() as patch:
-        remove = parallel.remove
+        remove = run.remove
 
         def killed(path):
             if Path(path).name == "checkpoints":
                 raise Killed
             remove(path)
-        patch.setattr(parallel, "remove", killed)
+        patch.setattr(run, "remove", killed)
         with pytest.raises(Killed):
             call(mt, *words(update_rm=False))
     call(mt, *words(update_rm=False))

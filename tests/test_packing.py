@@ -17,9 +17,8 @@ from transformers import (
 import packing
 import toy
 from data import Problem, encode_chat
-from dpo import ResponseLogps
-from packing import Row, alone, attention, collate, pack
-from parallel import load_policy, load_reward
+from models import load_policy, load_reward
+from packing import ResponseLogps, Row, alone, attention, collate, pack
 from reward import Rewards
 
 

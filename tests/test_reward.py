@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 import mt
 import reward
 from data import Problem, load_tokenizer, read_jsonl
-from parallel import load_reward
+from models import load_reward
 from reward import Rewards, score_answers
 
 

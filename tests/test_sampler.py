@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import sampler
 from data import Problem, encode_chat, load_tokenizer, prompt_id, read_jsonl, seed_of
-from parallel import load_policy
+from models import load_policy
 from sampler import draw, generate, generate_reference, mass_above, nucleus, stop_tokens
 
 STOPS = [2, *range(30, 38)]  # about one token in twelve ends a response: rows leave and enter all the time

@@ -19,11 +19,12 @@ from transformers import (
 )
 
 import dpo
+import models
 import parallel
 import reward
+import training
 from data import Problem, load_tokenizer, read_jsonl
-from dpo import ResponseLogps
-from packing import collate, pair_rows
+from packing import ResponseLogps, collate, pair_rows
 from reward import Rewards
 
 
@@ -37,11 +38,11 @@ def metrics(out, key="loss"):
 def test_every_row_counts_once_with_weights_that_add_up_to_1_over_all_processes(
         monkeypatch, rows, batch, micro_batch, world):
     lengths = [(7 * i) % 31 + 1 for i in range(rows)]
-    monkeypatch.setattr(parallel, "world", lambda: world)
+    monkeypatch.setattr(training, "world", lambda: world)
     ranks = []
     for rank in range(world):
-        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
-        ranks.append(parallel.batches(lengths, batch, micro_batch, seed=3, epochs=2))
+        monkeypatch.setattr(training, "rank", lambda rank=rank: rank)
+        ranks.append(training.batches(lengths, batch, micro_batch, seed=3, epochs=2))
     steps = math.ceil(rows / batch)
     assert [len(mine) for mine in ranks] == [2 * steps] * world
     for step in zip(*ranks):
@@ -58,7 +59,7 @@ def test_every_row_counts_once_with_weights_that_add_up_to_1_over_all_processes(
 
 @pytest.mark.parametrize("steps", [1, 7, 20, 100])
 def test_the_learning_rate_warms_up_over_a_tenth_and_falls_towards_0(steps):
-    factors = [parallel.cosine(i, steps) for i in range(steps)]
+    factors = [training.cosine(i, steps) for i in range(steps)]
     top = math.ceil(steps / 10) - 1
     assert factors[top] == max(factors) == 1
     assert factors[:top + 1] == pytest.approx([(i + 1) / (top + 1) for i in range(top + 1)])
@@ -115,7 +116,7 @@ def test_tied_models_train_alike_in_two_processes(tiny, call, script, written, p
 @pytest.mark.parametrize("reward_model", [False, True])
 def test_recomputing_activations_changes_no_gradient(tiny, pairs, reward_model):
     folder = tiny(reward=reward_model)
-    load, wrap = (parallel.load_reward, Rewards) if reward_model else (parallel.load_policy, ResponseLogps)
+    load, wrap = (models.load_reward, Rewards) if reward_model else (models.load_policy, ResponseLogps)
     rows, *_ = pair_rows(load_tokenizer(folder), pairs[:4], 96)
     plain = wrap(load(folder, training=True))
     recomputed = parallel.shard(copy.deepcopy(plain), recompute=True)
@@ -138,8 +139,8 @@ def test_the_first_loss_is_ln_2_even_for_a_model_with_dropout(tiny, call, writte
 
 def test_a_policy_that_differs_from_its_own_reference_is_refused(
         tiny, call, written, pairs, tmp_path, monkeypatch):
-    load = parallel.load_policy
-    monkeypatch.setattr(parallel, "load_policy", lambda *a, **b: load(*a, **b).train())  # dropout
+    load = models.load_policy
+    monkeypatch.setattr(models, "load_policy", lambda *a, **b: load(*a, **b).train())  # dropout
     with pytest.raises(Problem, match="loss of step 1 is .* not ln 2"):
         call(dpo, "--model", tiny("gpt2"), "--pairs", written("pairs.jsonl", pairs[:8]), "--beta", 1,
              "--out", tmp_path / "out")

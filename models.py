@@ -1,0 +1,150 @@
+"""Checkpoints in and out: folders and hub ids, what is supported, loading and saving."""
+import gc
+import math
+import shutil
+from pathlib import Path
+
+# ruff: noqa: E402
+gc.disable()  # what imports make stays: looking through it again and again would take 0.7 s
+
+import torch
+import torch.distributed as dist
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import packing  # noqa: F401  (registers the attention)
+from data import Problem, first_line, load_tokenizer
+from parallel import barrier, device, rank, say
+
+gc.enable()
+
+
+def local_folder(name):
+    """The folder of a model: `name` itself, or the snapshot of a hub id (safetensors only)."""
+    if Path(name).is_dir():
+        return str(Path(name).resolve())
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise Problem(f"{name}: no such folder")
+    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
+    try:
+        if rank() == 0:
+            snapshot_download(name, allow_patterns=patterns)
+        barrier()
+        return snapshot_download(name, allow_patterns=patterns)
+    except Exception as error:
+        raise Problem(f"{name}: no such folder, and not to be had from the hub "
+                      f"({first_line(error)})") from None
+
+
+def load_policy(folder, training=False):
+    """A causal LM; in every process, but only rank 0's copy has weights until `replicate` or `shard`."""
+    config = _config(folder)
+    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise Problem(f"{folder}: {config.model_type} models change their logits ({name}), "
+                          "which is not supported")
+    model = _load(AutoModelForCausalLM, folder, config, training)
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise Problem(f"{folder}: its head has a bias, which is not supported")
+    return model
+
+
+def check_reward(folder, fresh_head=False):
+    """Refuse, by its config, a model with a head of several labels, or with none unless `fresh_head`;
+    returns the config."""
+    config = _config(folder)
+    kind = (config.architectures or ["?"])[0]
+    if not kind.endswith("ForSequenceClassification"):
+        if not fresh_head:
+            raise Problem(f"{folder}: {kind} has no reward head; "
+                          f"train one: python reward.py --model {folder} --pairs …")
+        say(f"{folder} is a {kind}: training starts with a fresh reward head")
+    elif config.num_labels != 1:
+        raise Problem(f"{folder}: its head has {config.num_labels} labels; a reward model has one")
+    return config
+
+
+def load_reward(folder, training=False, fresh_head=False, seed=0):
+    """A sequence classifier with one logit. `fresh_head`: a causal LM is taken too and gets a new head."""
+    config = check_reward(folder, fresh_head)
+    config.num_labels = 1
+    torch.manual_seed(seed)  # the fresh head's
+    model = _load(AutoModelForSequenceClassification, folder, config, training)
+    if not hasattr(model, "score"):
+        raise Problem(f"{folder}: {type(model).__name__} has no linear head `score`, which is not supported")
+    return model
+
+
+def _config(folder):
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:
+        raise Problem(f"{folder}: not a model folder ({first_line(error)})") from None
+    if getattr(config, "attn_logit_softcapping", None):
+        raise Problem(f"{folder}: {config.model_type} models cap their attention's logits, "
+                      "which is not supported")
+    return config
+
+
+def context_of(folder, config=None):
+    """The longest sequence in tokens: all positions, or one attention window (our attention knows none)."""
+    config = config or _config(folder)
+    if not hasattr(config, "max_position_embeddings"):
+        raise Problem(f"{folder}: {config.model_type} models are not supported (no max_position_embeddings)")
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    return min(config.max_position_embeddings, window or math.inf)
+
+
+def _load(kind, folder, config, training):
+    gc.collect()  # sharded models hold on to themselves: make room for the next one
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    stored = config.dtype or torch.float32
+    dtype = torch.float32 if training or device().type == "cpu" else torch.bfloat16
+    try:
+        if rank() == 0:
+            model, info = kind.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="sdpa",
+                                               use_safetensors=True, output_loading_info=True)
+            missing = [name for name in info["missing_keys"] if not name.startswith("score.")
+                       or (config.architectures or [""])[0].endswith("ForSequenceClassification")]
+            if missing:
+                raise ValueError(f"weights are missing: {', '.join(sorted(missing)[:3])}")
+        else:
+            with torch.device("meta"):
+                model = kind.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    except Exception as error:
+        raise Problem(f"{folder}: can't be loaded as a model ({first_line(error)})") from None
+    model.set_attn_implementation("packed")  # of packing.py; loading it by that name would not ask for SDPA
+    foreign = [name for name, _ in model.named_modules()
+               if any(word in name for word in ("mamba", "linear_attn", "conv", "recurrent", "ssm"))]
+    if foreign or model.config._attn_implementation != "packed":
+        raise Problem(f"{folder}: {config.model_type} models are not supported "
+                      f"({foreign[0] if foreign else 'an attention of their own'})")
+    model.stored_dtype, model.context = stored, context_of(folder, config)
+    return model.eval()  # and so it stays: dropout would make a policy differ from itself as reference
+
+
+def save(root, source, folder):
+    """A folder that from_pretrained and vLLM load; tokenizer and template come from the folder `source`.
+
+    Weights are rounded to the precision that `source` had: the next phase starts from what this one used.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(root, options=options) if dist.is_initialized() else root.state_dict()
+    model = root.model
+    if rank() == 0:
+        weights = {name.removeprefix("model."): w.to(model.stored_dtype, copy=True)
+                   for name, w in weights.items()}
+        if model.config.tie_word_embeddings:
+            weights = {name: w for name, w in weights.items() if name not in (model._tied_weights_keys or {})}
+        folder.mkdir(parents=True, exist_ok=True)
+        save_torch_state_dict(weights, folder, max_shard_size="5GB")
+        model.config.architectures = [type(model).__name__]
+        config = model.config.to_dict() | {"dtype": str(model.stored_dtype).removeprefix("torch.")}
+        type(model.config).from_dict(config).save_pretrained(folder)
+        generation = Path(source) / "generation_config.json"
+        if generation.exists() and model.can_generate():
+            shutil.copy(generation, folder)
+        load_tokenizer(source).save_pretrained(folder)
+    barrier()
