@@ -44,10 +44,12 @@ from data import (
     seed_of,
     write_jsonl,
 )
+from filter import wins
 from models import load_reward, local_folder
 from parallel import rank, replicate, say
 from report import report
-from run import claim, exists, launch, parse, parts_of, remove, writing
+from rollout import sample_and_score
+from run import claim, exists, launch, parse, write_json
 from sampler import sample
 
 JSON = dict(default="", metadata={"help": "also write the figures to this file"})
@@ -67,13 +69,6 @@ def need(path, what):
     return path
 
 
-def write_json(path, value):
-    with writing(path) as temporary:
-        if rank() == 0:
-            text = json.dumps(value, indent=1, ensure_ascii=False)
-            temporary.write_text(text + "\n", encoding="utf-8")
-
-
 def publish(figures, path):
     """Print {name: figure, or a dict of figures} as a table; write it to the JSON file `path`, if given."""
     show(figures)
@@ -90,17 +85,6 @@ def show(figures, indent=""):
             show(value, indent + "  ")
         else:
             say(f"{indent}{name:26}" + "  ".join(f"{key} {x:.6g}" for key, x in value.items()))
-
-
-def wins(new_scores, old_scores):
-    """(N,), (N,) -> (N,): 1 where the new score is higher, 1/2 where they tie."""
-    new, old = np.asarray(new_scores, float), np.asarray(old_scores, float)
-    return (new > old) + 0.5 * (new == old)
-
-
-def win_rate(new_scores, old_scores):
-    """Share of prompts on which the new score is higher; a tie counts half. (N,), (N,) -> [0, 1]."""
-    return float(wins(new_scores, old_scores).mean())
 
 
 # ---------------------------------------------------------------- winrate
@@ -143,23 +127,6 @@ def columns(rows):
             "tokens": np.array([row["tokens"] for row in rows]),
             "characters": np.array([len(row["response"]) for row in rows]),
             "finished": np.array([row["finished"] for row in rows])}
-
-
-def sample_and_score(o, policy, rm, prompts, samples, seed, path):
-    """`samples` responses of `policy` to every prompt, scored by `rm`, in the file `path`; returns its rows.
-
-    o: options with temperature, top_p, max_new_tokens, sample_batch and score_batch.
-    """
-    raw = path.with_name(f"{path.stem}.unscored.jsonl")
-    if not exists(path):
-        if not exists(raw):
-            sample(policy, prompts, raw, samples=samples, temperature=o.temperature, top_p=o.top_p,
-                   max_new_tokens=o.max_new_tokens, batch=o.sample_batch, seed=seed)
-        reward.score(rm, read_jsonl(raw), path, o.score_batch)
-    if rank() == 0:
-        for leftover in (raw, parts_of(raw), parts_of(path)):
-            remove(leftover)
-    return read_jsonl(path)
 
 
 # ---------------------------------------------------------------- accuracy, RewardBench

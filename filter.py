@@ -108,6 +108,18 @@ def compare(new, old, use_filter=True):
     return rows
 
 
+# ---------------------------------------------------------------- model selection
+def wins(new_scores, old_scores):
+    """(N,), (N,) -> (N,): 1 where the new score is higher, 1/2 where they tie."""
+    new, old = np.asarray(new_scores, float), np.asarray(old_scores, float)
+    return (new > old) + 0.5 * (new == old)
+
+
+def win_rate(new_scores, old_scores):
+    """Share of prompts on which the new score is higher; a tie counts half. (N,), (N,) -> [0, 1]."""
+    return float(wins(new_scores, old_scores).mean())
+
+
 @dataclass
 class Options:
     out: str = field(metadata={"help": "pairs.jsonl or comparisons.jsonl"})

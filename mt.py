@@ -29,12 +29,12 @@ import reward
 import run
 import toy
 from data import Problem, load_tokenizer, read_jsonl, read_prompts, write_jsonl
-from eval import sample_and_score, win_rate, write_json
-from filter import compare, preference_pairs
+from filter import compare, preference_pairs, win_rate
 from models import local_folder
 from parallel import rank, say
 from report import report
-from run import Log, exists, launch, writing
+from rollout import sample_and_score
+from run import Log, exists, launch, write_json, writing
 from sampler import encode_prompts
 
 

@@ -88,6 +88,13 @@ def writing(path):
     barrier()
 
 
+def write_json(path, value):
+    with writing(path) as temporary:
+        if rank() == 0:
+            text = json.dumps(value, indent=1, ensure_ascii=False)
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+
 def remove(path):
     path = Path(path)
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)

@@ -42,9 +42,11 @@ import reward
 import run
 import training
 from data import Problem, encode_chat, read_jsonl, read_pairs, write_jsonl
-from eval import ordered_alike, sample_and_score, standard_error, win_rate
+from eval import ordered_alike, standard_error
+from filter import win_rate
 from packing import ResponseLogps, collate, pack
 from parallel import barrier, rank, say
+from rollout import sample_and_score
 from run import Log, exists, launch
 from sampler import sample
 

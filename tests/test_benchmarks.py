@@ -15,7 +15,8 @@ import eval as eval_script
 import reward
 from benchmarks import arena, length_controlled, logistic, preferences, rewardbench, shares, wilson, win_rates
 from data import Problem, read_jsonl
-from eval import read_annotations, read_gamed, win_rate
+from eval import read_annotations, read_gamed
+from filter import win_rate
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 
 import eval as eval_script
 from data import Problem, read_jsonl
-from eval import win_rate
+from filter import win_rate
 
 
 @pytest.mark.parametrize("new, old, rate", [

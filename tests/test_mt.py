@@ -19,7 +19,7 @@ import reward
 import run
 import sampler
 from data import Problem, read_jsonl, write_jsonl
-from eval import win_rate
+from filter import win_rate
 
 WORDS = dict(rounds=1, samples=3, max_new_tokens=12, max_length=64, policy_batch=4, rm_batch=4, beta=0.1,
              policy_lr=1e-3, rm_lr=1e-3, save_every=1, select_prompts=6, tau=0.0, sample_batch=16)
