@@ -15,8 +15,8 @@ labelled pairs; both also where the two answers are of similar length. rewardben
 of RewardBench. alpaca-generate, arena-generate: a policy's answers as AlpacaEval's model_outputs.json and as
 Arena-Hard v0.1's answer file, for a judge that is not ours; alpaca, arena: the scores from what it said.
 agreement: how often a run's reward models agree with gold, or with each other, on answers of its policies.
-report: the table of a run, its picture (report.png) and its page (report.html), see report.py. How each
-figure is defined stands in benchmarks.py. `import eval` hides a builtin: write `from eval import …`.
+report: the table of a run, its picture (report.png) and its page (report.html), see evals/report.py. How
+each figure is defined stands in benchmarks.py. `import eval` hides a builtin: write `from eval import …`.
 """
 import csv
 import json
@@ -29,7 +29,6 @@ from pathlib import Path
 import numpy as np
 
 import benchmarks
-import figures
 import reward
 from benchmarks import standard_error
 from data import (
@@ -44,10 +43,11 @@ from data import (
     seed_of,
     write_jsonl,
 )
+from evals import figures
+from evals.report import report
 from filter import wins
 from models import load_reward, local_folder
 from parallel import rank, replicate, say
-from report import report
 from rollout import sample_and_score
 from run import claim, exists, launch, parse, write_json
 from sampler import sample

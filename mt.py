@@ -29,10 +29,10 @@ import reward
 import run
 import toy
 from data import Problem, load_tokenizer, read_jsonl, read_prompts, write_jsonl
+from evals.report import report
 from filter import compare, preference_pairs, win_rate
 from models import local_folder
 from parallel import rank, say
-from report import report
 from rollout import sample_and_score
 from run import Log, exists, launch, write_json, writing
 from sampler import encode_prompts

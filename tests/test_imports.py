@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
-SCRIPTS = [name for name in MODULES if "launch(main)" in (ROOT / f"{name}.py").read_text()]
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path
+           for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("evals/*.py")])}
+SCRIPTS = [name for name, path in MODULES.items() if "launch(main)" in path.read_text()]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -19,15 +19,15 @@ import numpy as np
 import pytest
 
 import eval as eval_script
-import figures
-import report as report_script
+import evals.report as report_script
 import reward
 import toy
 from data import Problem, read_jsonl, write_jsonl
 from eval import ordered_alike
-from figures import Sample, arm, load, steps_of, table
+from evals import figures
+from evals.figures import Sample, arm, load, steps_of, table
+from evals.report import report
 from filter import compare, preference_pairs
-from report import report
 
 RATES = {"e1": {"step-1": 0.5, "step-2": 0.75}, "e2": {"step-1": 0.25}}
 HOSTILE = ['<script>window.pwned=1</script>', '</script><img src=x onerror="window.pwned=1">', '"\'>&amp;<b>',

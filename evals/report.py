@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-import figures
 from data import as_messages
-from figures import e_steps, lengths_of, m_steps, stopped, svg, title, training
+from evals import figures
+from evals.figures import e_steps, lengths_of, m_steps, stopped, svg, title, training
 from parallel import rank, say
 
 SHOWN, SHOWN_IN_ALL = 100, 1500  # prompts of a step, of a page
