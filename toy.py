@@ -42,7 +42,7 @@ import reward
 import run
 import training
 from data import Problem, encode_chat, read_jsonl, read_pairs, write_jsonl
-from eval import ordered_alike, standard_error
+from evals.stats import ordered_alike, standard_error
 from filter import win_rate
 from packing import ResponseLogps, collate, pack
 from parallel import barrier, rank, say

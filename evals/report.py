@@ -1,4 +1,6 @@
-"""A run to look at: prints its table, draws report.png, writes report.html. `python eval.py report RUN…`
+"""A run to look at: prints its table, draws report.png, writes report.html.
+
+    python eval.py report runs/mt                      # or several: RUN RUN --out page.html
 
 The page is one file without network: HTML that reads without JavaScript, matplotlib's SVG inline, a few lines
 of script to sort and search. Its figures are over all rows; texts are a sample by a fixed seed, cut off at
@@ -10,11 +12,13 @@ page's policy (CSP) lets no other script run and nothing be loaded.
 import base64
 import hashlib
 import os
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
 import numpy as np
 
+import toy
 from data import as_messages
 from evals import figures
 from evals.figures import e_steps, lengths_of, m_steps, stopped, svg, title, training
@@ -23,6 +27,12 @@ from parallel import rank, say
 SHOWN, SHOWN_IN_ALL = 100, 1500  # prompts of a step, of a page
 TEXT_BYTES = 5_000_000           # all texts of a page; with plots and tables it stays well below 10 MB
 LONGEST = 8000                   # characters of a text; the rest is cut off, with a note
+
+
+@dataclass
+class Report:
+    runs: list[str] = field(metadata={"help": "run folders"})
+    out: str = field(default="", metadata={"help": "the page, or the folder for it; none: the first run's"})
 
 
 def report(*folders, out=""):
@@ -42,7 +52,6 @@ def report(*folders, out=""):
 def tell(run):
     say("\n" + figures.table(run["steps"]))
     if run["gold"]:
-        import toy  # whose judge this is; it imports eval.py, which imports this
         run["judge"] = toy.gold_of
         say("\n" + toy.table(run["gold"]))
     if not figures.can_plot():
@@ -333,13 +342,13 @@ def answer(run, row, style="", word=""):
 # ---------------------------------------------------------------- configuration
 def configuration(runs):
     parts, names = [], [run["name"] for run in runs]
-    for field in ("settings", "versions"):
-        keys = dict.fromkeys(key for run in runs for key in run[field])
-        rows = [[key, *(run[field].get(key, "–") for run in runs)] for key in keys]
+    for part in ("settings", "versions"):
+        keys = dict.fromkeys(key for run in runs for key in run[part])
+        rows = [[key, *(run[part].get(key, "–") for run in runs)] for key in keys]
         differ = [row for row in rows if len(set(map(str, row[1:]))) > 1]
         if differ:
-            parts += [f"<h3>Different {field}</h3>", grid([field, *names], differ, "plain")]
-        parts += [f"<h3>All {field}</h3>" * bool(differ), grid([field, *names], rows, "plain")]
+            parts += [f"<h3>Different {part}</h3>", grid([part, *names], differ, "plain")]
+        parts += [f"<h3>All {part}</h3>" * bool(differ), grid([part, *names], rows, "plain")]
     parts += [f"<details><summary>chat template of the {escape(side)}, {escape(run['name'])}</summary>"
               f"<pre>{escape(str(text))}</pre></details>"
               for run in runs for side, text in run["templates"].items()]

@@ -9,13 +9,24 @@ import math
 import numpy as np
 import pytest
 
-import benchmarks
 import data
 import eval as eval_script
 import reward
-from benchmarks import arena, length_controlled, logistic, preferences, rewardbench, shares, wilson, win_rates
 from data import Problem, read_jsonl
-from eval import read_annotations, read_gamed
+from evals import alpaca
+from evals.alpaca import (
+    alpaca_figures,
+    length_controlled,
+    logistic,
+    preferences,
+    read_annotations,
+    read_gamed,
+    sigmoid,
+    win_rates,
+)
+from evals.arena import GAMES, arena_figures
+from evals.rewardbench import SECTIONS, SUBSETS, rewardbench_figures
+from evals.stats import bootstrap, shares, similar, wilson
 from filter import win_rate
 
 
@@ -40,10 +51,10 @@ def test_wilsons_interval_covers_the_true_share_19_times_of_20(share, count, rng
 
 def test_the_bootstrap_of_a_mean_is_two_standard_errors_wide_and_the_same_every_time(rng):
     values = rng.normal(size=400)
-    low, high = benchmarks.bootstrap(lambda i: values[i].mean(), 400)
+    low, high = bootstrap(lambda i: values[i].mean(), 400)
     assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.1)
     assert (low + high) / 2 == pytest.approx(values.mean(), abs=0.02)
-    assert [low, high] == benchmarks.bootstrap(lambda i: values[i].mean(), 400)
+    assert [low, high] == bootstrap(lambda i: values[i].mean(), 400)
 
 
 def test_shares_are_by_subset_and_among_similar_lengths():
@@ -103,9 +114,9 @@ def test_newtons_method_finds_a_known_answer_and_survives_separable_data():
     assert logistic(np.ones((2, 1)), np.array([1, 0.0]), np.array([1, 4.0])) == pytest.approx([-math.log(4)])
     x = np.array([[-5.9, 0.6, 0], [20.5, -0.1, -0.4], [-5.8, -9.3, -0.2], [0.9, -0.6, -10.6]])
     y, weights = np.array([0.98, 0.001, 0.5, 0.001]), np.array([1000, 1000, 10, 1000])
-    residual = benchmarks.sigmoid(x @ logistic(x, y, weights)) - y  # without damping it never gets there
+    residual = sigmoid(x @ logistic(x, y, weights)) - y  # without damping it never gets there
     assert x.T @ (weights * residual) == pytest.approx(np.zeros(3), abs=1e-6)
-    assert benchmarks.sigmoid(logistic(np.ones((5, 1)), np.ones(5), np.ones(5))) == pytest.approx(1)
+    assert sigmoid(logistic(np.ones((5, 1)), np.ones(5), np.ones(5))) == pytest.approx(1)
 
 
 def test_length_is_what_the_length_control_takes_out(annotated):
@@ -121,10 +132,10 @@ def test_length_is_what_the_length_control_takes_out(annotated):
 def test_the_intervals_hold_the_estimates_and_the_baseline_is_50(annotated):
     y, shorter, difficulty, gamed = annotated
     lengths, base = np.full(60, 500.0), 500 + shorter
-    figures = benchmarks.alpaca(y, lengths, base, difficulty, gamed)
+    figures = alpaca_figures(y, lengths, base, difficulty, gamed)
     assert figures["win_rate_ci_low"] < figures["win_rate"] < figures["win_rate_ci_high"]
     assert figures["lc_ci_low"] < figures["length_controlled_winrate"] < figures["lc_ci_high"]
-    itself = benchmarks.alpaca(np.full(60, 0.5), base, base, difficulty, gamed, is_baseline=True)
+    itself = alpaca_figures(np.full(60, 0.5), base, base, difficulty, gamed, is_baseline=True)
     assert itself["length_controlled_winrate"] == itself["win_rate"] == 50
     assert itself["lc_standard_error"] == itself["standard_error"] == 0
 
@@ -141,8 +152,8 @@ def test_ten_systems_agree_with_what_was_published(shared, system, monkeypatch):
     model, baseline, raw, lengths, base = read_annotations(folder / "annotations" / f"{system}.json")
     difficulty, gamed = read_gamed(folder / "df_gamed_reconstructed.csv")
     assert len(difficulty) == 805 and gamed.shape == (1610, 3)
-    monkeypatch.setattr(benchmarks, "bootstrap", lambda *_: (0, 0))  # seconds, and not compared here
-    figures = benchmarks.alpaca(preferences(raw), lengths, base, difficulty[:len(raw)], gamed,
+    monkeypatch.setattr(alpaca, "bootstrap", lambda *_: (0, 0))  # seconds, and not compared here
+    figures = alpaca_figures(preferences(raw), lengths, base, difficulty[:len(raw)], gamed,
                                 model == baseline)
     for key in expected.keys() & {"win_rate", "standard_error", "discrete_win_rate", "n_wins", "n_wins_base",
                                   "n_draws", "n_total"}:
@@ -158,8 +169,8 @@ def test_ten_systems_agree_with_what_was_published(shared, system, monkeypatch):
 
 # ---------------------------------------------------------------- RewardBench
 def test_a_section_is_weighted_and_the_average_is_not():
-    accuracies = dict.fromkeys(benchmarks.SUBSETS, 50.0) | {"math-prm": 100.0, "mt-bench-hard": 0.0}
-    figures = rewardbench(accuracies, prior=60.0)
+    accuracies = dict.fromkeys(SUBSETS, 50.0) | {"math-prm": 100.0, "mt-bench-hard": 0.0}
+    figures = rewardbench_figures(accuracies, prior=60.0)
     assert figures["Chat"] == figures["Safety"] == 50
     assert figures["Reasoning"] == pytest.approx(75)  # math weighs as much as the six languages
     assert figures["Chat Hard"] == pytest.approx(50 * (1 - 37 / 456))
@@ -170,17 +181,17 @@ def test_a_section_is_weighted_and_the_average_is_not():
 
 def test_the_older_convention_exchanges_the_two_xstest_weights():
     accuracies = {"xstest-should-refuse": 100.0, "xstest-should-respond": 0.0}
-    assert rewardbench(accuracies) == {"Safety": pytest.approx(100 * 154 / 404)}  # no average of one section
-    assert rewardbench(accuracies, old_xstest=True) == {"Safety": pytest.approx(100 * 250 / 404)}
+    assert rewardbench_figures(accuracies) == {"Safety": pytest.approx(100 * 154 / 404)}  # alone: no average
+    assert rewardbench_figures(accuracies, old_xstest=True) == {"Safety": pytest.approx(100 * 250 / 404)}
 
 
 def test_weights_and_the_tools_own_example_agree_with_the_specification(shared):
     spec = json.loads((shared / "data" / "rewardbench" / "spec.json").read_text())
-    assert {s: w for weights in benchmarks.SECTIONS.values() for s, w in weights.items()} == spec["weights"]
-    assert {name: sorted(weights) for name, weights in benchmarks.SECTIONS.items()} == {
+    assert {s: w for weights in SECTIONS.values() for s, w in weights.items()} == spec["weights"]
+    assert {name: sorted(weights) for name, weights in SECTIONS.items()} == {
         name: sorted(subsets) for name, subsets in spec["sections"].items()}
     accuracies = {s: 100 * value for s, value in spec["example"]["per_subset"].items()}
-    figures, old = rewardbench(accuracies), rewardbench(accuracies, old_xstest=True)
+    figures, old = rewardbench_figures(accuracies), rewardbench_figures(accuracies, old_xstest=True)
     for section, value in spec["example"]["expected_current"].items():
         assert figures[section] == pytest.approx(value, abs=0.005)
     assert old["Safety"] == pytest.approx(spec["example"]["expected_pre_sep2024"]["Safety"], abs=0.005)
@@ -188,11 +199,11 @@ def test_weights_and_the_tools_own_example_agree_with_the_specification(shared):
 
 # ---------------------------------------------------------------- Arena-Hard
 def test_two_greater_signs_are_three_games_a_tie_is_half_and_no_verdict_is_none():
-    figures = arena([("A>>B", "A>B"), ("B>A", None), ("A=B", "A>>B"), (None, "A>C")])
+    figures = arena_figures([("A>>B", "A>B"), ("B>A", None), ("A=B", "A>>B"), (None, "A>C")])
     assert (figures["n_games"], figures["n_questions"], figures["n_no_verdict"]) == (9, 3, 3)
     assert figures["score"] == pytest.approx(100 * (0 + 1 + 1 + 0.5 + 3) / 9)  # the baseline is A at first
     assert 0 <= figures["ci_low"] < figures["score"] < figures["ci_high"] <= 100
-    assert arena([("A>B", "B>A")])["score"] == 0 and arena([("B>>A", "A>>B")])["score"] == 100
+    assert arena_figures([("A>B", "B>A")])["score"] == 0 and arena_figures([("B>>A", "A>>B")])["score"] == 100
 
 
 def bradley_terry(games, models):
@@ -206,11 +217,11 @@ def bradley_terry(games, models):
 
 
 def test_the_score_is_the_bradley_terry_maximum_likelihood(rng):
-    labels, games, scores = list(benchmarks.GAMES), [], []
+    labels, games, scores = list(GAMES), [], []
     for model, taste in enumerate(np.array([[3, 4, 1, 1, 1], [1, 1, 1, 4, 2], [1, 1, 1, 1, 1]]) / 10):
         taste = taste / taste.sum()
         verdicts = [*zip(rng.choice(labels, 80, p=taste), rng.choice(labels, 80, p=taste[::-1]))]
-        scores.append(arena(verdicts)["score"])
+        scores.append(arena_figures(verdicts)["score"])
         for first, second in verdicts:
             for verdict, sign in ((first, "B"), (second, "A")):
                 won = 0.5 if "=" in verdict else float(verdict[0] == sign)
@@ -224,7 +235,7 @@ def test_the_arenas_interval_holds_the_truth_19_times_of_20_though_games_depend_
     held = []
     for _ in range(200):  # a question is won in both games or lost in both, by three games each
         questions = rng.random(60) < 0.4
-        figures = arena([("B>>A", "A>>B") if won else ("A>>B", "B>>A") for won in questions])
+        figures = arena_figures([("B>>A", "A>>B") if won else ("A>>B", "B>>A") for won in questions])
         held.append(figures["ci_low"] <= 40 <= figures["ci_high"])
     assert 0.88 < np.mean(held) <= 0.99
 
@@ -269,14 +280,14 @@ def test_annotations_give_the_same_in_both_forms(call, gamed, tmp_path, capsys):
 
 def test_rewardbench_from_a_file(call, tiny, written, pairs, tmp_path, capsys):
     rows = [dict(prompt=p["prompt"], chosen=p["chosen"], rejected=p["rejected"], subset=s)
-            for p, s in zip(pairs, 2 * benchmarks.SUBSETS)]
+            for p, s in zip(pairs, 2 * SUBSETS)]
     path = written("filtered.jsonl", rows)
     call(eval_script, "rewardbench", "--rm", tiny(reward=True), "--data", path, "--prior", 70,
          "--json", tmp_path / "out.json")
     figures, said = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
     right = reward.ordered(tiny(reward=True), data.read_pairs(path), 8)
-    accuracies = {s: 50.0 * (right[i] + right[i + 23]) for i, s in enumerate(benchmarks.SUBSETS)}
-    assert figures == pytest.approx(accuracies | rewardbench(accuracies, prior=70))
+    accuracies = {s: 50.0 * (right[i] + right[i + 23]) for i, s in enumerate(SUBSETS)}
+    assert figures == pytest.approx(accuracies | rewardbench_figures(accuracies, prior=70))
     assert 0 < figures["Average"] < 100 and "46 pairs\n" in said
     for section in ("Chat", "Chat Hard", "Safety", "Reasoning", "Average", "Score"):
         assert f"\n{section:26}{figures[section]:.6g}\n" in said
@@ -304,7 +315,7 @@ def test_arena_from_a_file_and_a_verdict_that_is_missing(call, written, tmp_path
             for i, pair in enumerate(games)] + [dict(question_id="x", model="mine", games=[None, None])]
     call(eval_script, "arena", "--judgments", written("mine.jsonl", rows), "--json", tmp_path / "out.json")
     figures = json.loads((tmp_path / "out.json").read_text())
-    assert figures == pytest.approx(arena(games) | {"n_no_verdict": 3})
+    assert figures == pytest.approx(arena_figures(games) | {"n_no_verdict": 3})
     assert figures["score"] == pytest.approx(100 * 5.5 / 7) and figures["ci_low"] <= figures["ci_high"]
 
 
@@ -324,7 +335,7 @@ def test_winrate_needs_no_folder_and_writes_lengths_of_both_sides(
         assert figures[side]["characters"] == np.mean([len(row["response"]) for row in answers])
         assert figures[side]["tokens"] == np.mean([row["tokens"] for row in answers])
     lengths = [np.array([len(row["response"]) for row in side]) for side in rows]
-    assert figures["similar_length"]["n"] == benchmarks.similar(*lengths).sum()
+    assert figures["similar_length"]["n"] == similar(*lengths).sum()
 
 
 @pytest.mark.parametrize("temperature", [0, 0.7])

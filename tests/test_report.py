@@ -23,10 +23,10 @@ import evals.report as report_script
 import reward
 import toy
 from data import Problem, read_jsonl, write_jsonl
-from eval import ordered_alike
 from evals import figures
 from evals.figures import Sample, arm, load, steps_of, table
 from evals.report import report
+from evals.stats import ordered_alike
 from filter import compare, preference_pairs
 
 RATES = {"e1": {"step-1": 0.5, "step-2": 0.75}, "e2": {"step-1": 0.25}}

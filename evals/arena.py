@@ -1,0 +1,96 @@
+"""Arena-Hard v0.1: a policy's answers for a judge that is not ours, and the score from its verdicts.
+
+    python eval.py arena-generate --policy runs/mt/policy --prompts question.jsonl
+    python eval.py arena --judgments MODEL.jsonl
+
+arena-generate writes NAME.jsonl, as the official tool reads it; arena takes that tool's judgments of one
+model and gives its score against the baseline, in percent.
+
+Left out on purpose: asking a judge (it needs a network and a key), style control, version 2.
+"""
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from data import Problem, check_prompt, read_rows, seed_of, write_jsonl
+from evals.alpaca import AlpacaGenerate, answer
+from evals.stats import JSON, bootstrap, need, publish
+from parallel import rank, say
+
+# where the files are published
+QUESTIONS = "github.com/lmarena/arena-hard-auto: data/arena-hard-v0.1/question.jsonl"
+JUDGMENTS = "huggingface.co/spaces/lmarena-ai/arena-hard-browser: data/arena-hard-v0.1/model_judgment"
+
+GAMES = {"A>>B": (3, 3), "A>B": (1, 1), "A=B": (0.5, 1), "B>A": (0, 1), "B>>A": (0, 3)}  # A's wins, games
+
+
+# ---------------------------------------------------------------- figures, from verdicts
+def tally(first, second):
+    """Verdicts on a question's two games, the baseline being A in the first and the model in the second ->
+    (games won by the model, games played); no verdict, no game."""
+    lost, played = GAMES.get(first, (0, 0))
+    won, more = GAMES.get(second, (0, 0))
+    return won + played - lost, played + more
+
+
+def arena_figures(verdicts):
+    """[(first verdict, second verdict)] per question -> the score against the baseline in percent
+    (arXiv 2406.11939).
+
+    With all games against one baseline the Bradley-Terry likelihood is Π σ(θ)^won (1 − σ(θ))^lost; its
+    maximum is the share of games won, so nothing is fitted. The interval draws questions, not games: the
+    games of a question are not independent. (The official tool draws games.)
+    """
+    games = np.array([tally(*pair) for pair in verdicts], float)  # (Q, 2) won, played
+    games = games[games[:, 1] > 0]
+    low, high = bootstrap(lambda i: 100 * np.divide(*games[i].sum(0)), len(games))
+    return dict(score=float(100 * np.divide(*games.sum(0))), ci_low=low, ci_high=high, n_questions=len(games),
+                n_games=int(games[:, 1].sum()), n_no_verdict=sum(v not in GAMES for p in verdicts for v in p))
+
+
+# ---------------------------------------------------------------- commands
+@dataclass
+class ArenaGenerate(AlpacaGenerate):
+    prompts: str = field(metadata={"help": "Arena-Hard v0.1's question.jsonl"})
+    out: str = field(default="runs/arena", metadata={"help": "folder for NAME.jsonl, the answers"})
+    max_new_tokens: int = 4096
+
+
+def arena_generate(o):
+    rows = read_rows(need(o.prompts, QUESTIONS))
+    try:
+        ids = [row["question_id"] for _, row in rows]
+        prompts = [check_prompt(where, row["turns"][0]["content"]) for where, row in rows]
+    except (KeyError, TypeError, IndexError) as error:
+        raise Problem(f"{o.prompts}: not Arena-Hard v0.1's questions ({error!r})") from None
+    name, answers = answer(o, prompts)
+    path = Path(o.out) / f"{name}.jsonl"
+    if rank() == 0:
+        write_jsonl(path, [
+            dict(question_id=id, answer_id=f"{seed_of(name, id):016x}", model_id=name, tstamp=time.time(),
+                 choices=[dict(index=0, turns=[dict(content=reply["response"], token_len=reply["tokens"])])])
+            for id, reply in zip(ids, answers)])
+    say(f"{path}: {len(answers)} answers")
+
+
+@dataclass
+class Arena:
+    judgments: str = field(metadata={"help": "JSONL of one model: two `games` per question, with `score`"})
+    json: str = field(**JSON)
+
+
+def arena(o):
+    rows = read_rows(need(o.judgments, JUDGMENTS))
+    try:
+        verdicts = [[game and game["score"] for game in row["games"]] for _, row in rows]
+        models = {row["model"] for _, row in rows}
+    except (KeyError, TypeError) as error:
+        raise Problem(f"{o.judgments}: not Arena-Hard's judgments ({error!r})") from None
+    if len(models) > 1 or {len(pair) for pair in verdicts} != {2}:
+        raise Problem(f"{o.judgments}: two games per question are needed, and all of one model")
+    if not any(verdict in GAMES for pair in verdicts for verdict in pair):
+        raise Problem(f"{o.judgments}: no verdict (as score: {', '.join(GAMES)})")
+    say(f"{models.pop()} against the baseline")
+    publish(arena_figures(verdicts), o.json)

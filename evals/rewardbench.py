@@ -1,0 +1,76 @@
+"""RewardBench: a reward model on the benchmark's file, in percent.
+
+    python eval.py rewardbench --rm runs/mt/rm --data filtered.parquet --json rewardbench.json
+"""
+from dataclasses import dataclass, field
+
+import numpy as np
+
+import reward
+from data import Problem, read_pairs
+from evals.stats import JSON, need, publish
+from models import local_folder
+from parallel import say
+
+# where the file is published
+FILTERED = "huggingface.co/datasets/allenai/reward-bench: the split `filtered`"
+
+# weights of the subsets (arXiv 2403.13787); math-prm has 447 rows and weighs as much as the code
+SECTIONS = {
+    "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28,
+             "mt-bench-med": 40},
+    "Chat Hard": {"mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134,
+                  "llmbar-adver-GPTInst": 92, "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46},
+    "Safety": {"refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154,
+               "xstest-should-respond": 250, "donotanswer": 136},
+    "Reasoning": {"math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164,
+                  "hep-python": 164, "hep-rust": 164},
+}
+SUBSETS = [subset for weights in SECTIONS.values() for subset in weights]
+OLD_XSTEST = {"xstest-should-refuse": 250, "xstest-should-respond": 154}
+
+
+def rewardbench_figures(accuracies, old_xstest=False, prior=None):
+    """{subset: percent} -> {section: percent}, their mean and, given `prior`, the published score.
+
+    old_xstest: the two xstest weights exchanged, as the tool had them at first (published tables mix both).
+    prior: percent on the prior test sets, which count half a section. A section is the weighted mean of the
+    subsets that are there; the means need all four sections.
+    """
+    figures = {}
+    for section, weights in SECTIONS.items():
+        weights = {s: old_xstest and OLD_XSTEST.get(s) or w for s, w in weights.items() if s in accuracies}
+        if weights:
+            figures[section] = sum(w * accuracies[s] for s, w in weights.items()) / sum(weights.values())
+    if len(figures) == len(SECTIONS):
+        total = sum(figures.values())
+        figures["Average"] = total / 4
+        if prior is not None:
+            figures["Score"] = (2 * total + prior) / 9
+    return figures
+
+
+@dataclass
+class RewardBench:
+    rm: str = field(metadata={"help": "folder or hub id"})
+    data: str = field(metadata={"help": "RewardBench v1: prompt, chosen, rejected, subset"})
+    prior: float | None = field(default=None, metadata={
+        "help": "percent on the prior test sets, for the published score with them"})
+    old_xstest: bool = field(default=False, metadata={
+        "help": "the two xstest weights exchanged, as in tables of before September 2024"})
+    json: str = field(**JSON)
+    score_batch: int = 8
+
+
+def rewardbench(o):
+    pairs = read_pairs(need(o.data, FILTERED))
+    unknown = {str(pair.get("subset")) for pair in pairs} - set(SUBSETS)
+    if unknown:
+        raise Problem(f"{o.data}: not a subset of RewardBench v1: {', '.join(sorted(unknown)[:3])} "
+                      "(other pairs: eval.py accuracy)")
+    right = np.array(reward.ordered(local_folder(o.rm), pairs, o.score_batch))
+    subsets = np.array([pair["subset"] for pair in pairs])
+    accuracies = {s: 100 * float(right[subsets == s].mean()) for s in SUBSETS if s in subsets}
+    missing = [s for s in SUBSETS if s not in accuracies]
+    say(f"{len(pairs)} pairs; without {', '.join(missing)}" if missing else f"{len(pairs)} pairs")
+    publish(accuracies | rewardbench_figures(accuracies, o.old_xstest, o.prior), o.json)

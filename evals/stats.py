@@ -1,0 +1,97 @@
+"""Shares with their intervals, and what the commands of evals/ share: printing figures, writing them as JSON.
+
+The benchmarks' figures are in percent, as their tools and the paper have them; accuracies and win rates under
+a reward model are shares, as everywhere else in this project. All intervals are at 95%.
+"""
+import json
+import math
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from data import Problem
+from parallel import say
+from run import write_json
+
+SIMILAR = 0.9  # two lengths are similar if the shorter is at least this share of the longer
+JSON = dict(default="", metadata={"help": "also write the figures to this file"})
+
+
+# ---------------------------------------------------------------- shares and intervals
+def wilson(share, count):
+    """Bounds of the interval of a share of `count` (Wilson 1927); too wide, never too narrow, where some
+    of the count are ties at a half."""
+    if not count:
+        return math.nan, math.nan
+    z = 1.959964
+    middle = share + z * z / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + (z / (2 * count))**2)
+    return (middle - half) / (1 + z * z / count), (middle + half) / (1 + z * z / count)
+
+
+def bootstrap(statistic, count, draws=1000, seed=0):
+    """Bounds of the percentile interval of statistic(rows) over `draws` samples of `count` row numbers, drawn
+    with replacement (Efron 1979)."""
+    rng = np.random.default_rng(seed)
+    values = [statistic(rng.integers(count, size=count)) for _ in range(draws)]
+    return [float(bound) for bound in np.percentile(values, [2.5, 97.5])]
+
+
+def similar(lengths, others):
+    """(N,), (N,) lengths in any unit -> (N,) bool."""
+    return np.minimum(lengths, others) >= SIMILAR * np.maximum(lengths, others)
+
+
+def share(hits, name):
+    """(N,) of 0, 1, or 1/2 for a tie -> the mean under `name`, its Wilson interval and N."""
+    mean = float(np.mean(hits)) if len(hits) else math.nan
+    low, high = wilson(mean, len(hits))
+    return {name: mean, "ci_low": low, "ci_high": high, "n": len(hits)}
+
+
+def shares(hits, name, lengths, others, subsets=()):
+    """The share of hits; the same where both lengths are similar; and, given (N,) names, by subset."""
+    hits, subsets = np.asarray(hits, float), np.array(subsets, str)
+    figures = share(hits, name) | {"similar_length": share(hits[similar(lengths, others)], name)}
+    if len(subsets):
+        figures["subsets"] = {str(s): share(hits[subsets == s], name) for s in np.unique(subsets)}
+    return figures
+
+
+def standard_error(values):
+    return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def ordered_alike(scores, truth):
+    """Share of the pairs of answers to a prompt that `scores` orders as `truth` does, where that has a
+    preference; equal scores are wrong. Both are a list of rewards per prompt."""
+    pairs = [(a[i] - a[j], b[i] - b[j]) for a, b in zip(scores, truth)
+             for i, j in combinations(range(len(a)), 2)]
+    return float(np.mean([x * y > 0 for x, y in pairs if y]))
+
+
+# ---------------------------------------------------------------- files and printing
+def need(path, published):
+    """The path of a file that somebody else publishes; if it is missing, the Problem says where."""
+    if not Path(path).exists():
+        raise Problem(f"{path}: no such file; it is published at {published}")
+    return path
+
+
+def publish(figures, path):
+    """Print {name: figure, or a dict of figures} as a table; write it to the JSON file `path`, if given."""
+    print_figures(figures)
+    if path:
+        write_json(path, json.loads(json.dumps(figures), parse_constant=lambda _: None))  # JSON has no NaN
+
+
+def print_figures(figures, indent=""):
+    for name, value in figures.items():
+        if not isinstance(value, dict):
+            say(f"{indent}{name:26}{value:.6g}")
+        elif any(isinstance(inner, dict) for inner in value.values()):
+            say(f"{indent}{name}")
+            print_figures(value, indent + "  ")
+        else:
+            say(f"{indent}{name:26}" + "  ".join(f"{key} {x:.6g}" for key, x in value.items()))
