@@ -29,6 +29,7 @@ import reward
 import run
 import toy
 from data import Problem, load_tokenizer, read_jsonl, read_prompts, write_jsonl
+from evals import gold
 from evals.report import report
 from filter import compare, preference_pairs, win_rate
 from models import local_folder
@@ -300,7 +301,7 @@ def main():
     run.claim(out, o, templates=templates)
     mutual_taught(o, out)
     if embedded:
-        toy.measure(out, o)
+        gold.measure(out, o)
     report(out)
 
 

@@ -18,6 +18,7 @@ HOME = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HOME))
 import toy  # noqa: E402
 from data import read_jsonl, write_jsonl  # noqa: E402
+from evals import gold  # noqa: E402
 from mt import Options  # noqa: E402
 
 ROUNDS = 3
@@ -65,7 +66,7 @@ def offline(out, seed):
             "--out", out / "round1/e1/policy", "--beta", s["beta"], "--lr", s["policy_lr"],
             "--batch", s["policy_batch"], "--micro_batch", s["micro_batch"],
             "--max_length", s["max_length"], "--seed", seed)
-    toy.measure(out, Options(**(s | base | dict(rounds=1, seed=seed, out=str(out)))))
+    gold.measure(out, Options(**(s | base | dict(rounds=1, seed=seed, out=str(out)))))
 
 
 def main():

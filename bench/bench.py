@@ -325,7 +325,7 @@ def round_project(rounds, began):
     import reward
     import run
     import sampler
-    import toy
+    from evals import gold
     spent, open_parts = {}, []
 
     def timed(holder, function, part):
@@ -350,7 +350,7 @@ def round_project(rounds, began):
             (dpo, "load_tokenizer", "loading"), (models, "save", "saving"),
             (sampler, "generate", "sampling"), (reward, "score_answers", "scoring"),
             (dpo, "train", "training the policy"), (reward, "train", "training the reward model"),
-            (mt, "report", "report"), (toy, "measure", "the rest"), (mt, "main", "the rest")):
+            (mt, "report", "report"), (gold, "measure", "the rest"), (mt, "main", "the rest")):
         timed(holder, function, part)
     out = tempfile.mkdtemp()
     sys.argv = ["mt.py", "--rounds", str(rounds), "--out", f"{out}/run"]

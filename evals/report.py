@@ -18,11 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-import toy
 from data import as_messages
 from evals import figures
 from evals.figures import e_steps, lengths_of, m_steps, stopped, svg, title, training
+from evals.gold import gold_table
 from parallel import rank, say
+from toy import gold_of
 
 SHOWN, SHOWN_IN_ALL = 100, 1500  # prompts of a step, of a page
 TEXT_BYTES = 5_000_000           # all texts of a page; with plots and tables it stays well below 10 MB
@@ -52,8 +53,8 @@ def report(*folders, out=""):
 def tell(run):
     say("\n" + figures.table(run["steps"]))
     if run["gold"]:
-        run["judge"] = toy.gold_of
-        say("\n" + toy.table(run["gold"]))
+        run["judge"] = gold_of
+        say("\n" + gold_table(run["gold"]))
     if not figures.can_plot():
         return say("\nno picture: pip install matplotlib")
     figures.draw(run, run["folder"] / "report.png")

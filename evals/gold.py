@@ -1,0 +1,76 @@
+"""What only the embedded task can show: whether its policies and reward models really get better.
+
+measure: the answers to the test prompts after each round of a run, by the gold judge, as gold.jsonl;
+gold_table: its lines as text.
+"""
+from pathlib import Path
+
+import numpy as np
+
+import reward
+from data import read_jsonl, write_jsonl
+from evals.stats import ordered_alike, standard_error
+from filter import win_rate
+from parallel import barrier, rank
+from rollout import sample_and_score
+from run import exists
+from toy import gold_of, parts
+
+
+def measure(out, o):
+    """gold.jsonl in the run folder: a line for the base and one per round,
+    on test prompts that nothing else has seen."""
+    states, policy, rm = [("base", o.policy, o.rm)], o.policy, o.rm
+    for number in range(1, o.rounds + 1):
+        for step, kind in (("e1", "policy"), ("m", "rm"), ("e2", "policy")):
+            if exists(out / f"round{number}" / step / kind):
+                made = str(out / f"round{number}" / step / kind)
+                policy, rm = (made, rm) if kind == "policy" else (policy, made)
+        states.append((f"round {number}", policy, rm))
+    lines, base = [], None
+    for label, policy, rm in states:
+        folder = out / "test" / label.replace(" ", "")
+        if lines and (policy, rm) == states[len(lines) - 1][1:]:
+            lines.append({**lines[-1], "policy": label})  # the run had stopped
+            continue
+        rows = sample_and_score(o, policy, o.rm, parts(o.seed)["test"], 2, f"{o.seed}/test/{label}",
+                                folder / "r0.jsonl")
+        base = base or rows
+        for name, answers in (("base", base), ("own", rows)):
+            if not exists(folder / f"{name}.jsonl"):
+                reward.score(rm, answers, folder / f"{name}.jsonl", o.score_batch)
+        values, base_values = [gold_of(row) for row in rows[::2]], [gold_of(row) for row in base[::2]]
+        lines.append(dict(
+            policy=label, rm=Path(rm).parts[-3] if rm != o.rm else "r0", gold=float(np.mean(values)),
+            gold_se=standard_error(values), win_rate=win_rate(values, base_values),
+            tokens=float(np.mean([row["tokens"] for row in rows])),
+            reward_r0=float(np.mean([row["score"] for row in rows])),
+            accuracy_base=agreement_with_gold(read_jsonl(folder / "base.jsonl")),
+            accuracy_current=agreement_with_gold(read_jsonl(folder / "own.jsonl")),
+            length_slope=length_slope(read_jsonl(folder / "base.jsonl"))))
+    if rank() == 0:
+        write_jsonl(out / "gold.jsonl", lines)
+    barrier()
+
+
+def agreement_with_gold(rows):
+    """How often an RM orders two answers to a prompt as gold does, where gold has a preference."""
+    pairs = list(zip(rows[::2], rows[1::2]))
+    return ordered_alike([[row["score"] for row in pair] for pair in pairs],
+                         [[gold_of(row) for row in pair] for pair in pairs])
+
+
+def length_slope(rows):
+    """Within a prompt, how much reward (in its standard deviations) goes with ten more tokens."""
+    reward = np.diff(np.reshape([row["score"] for row in rows], (-1, 2)))
+    tokens = np.diff(np.reshape([row["tokens"] for row in rows], (-1, 2)))
+    return float((reward * tokens).sum() / (tokens**2).sum() * 10 / np.std([row["score"] for row in rows]))
+
+
+def gold_table(lines):
+    head = (f"{'test prompts':12} {'gold':>14} {'win vs base':>11} {'tokens':>7} {'reward r0':>9}   {'RM':6} "
+            f"{'accuracy on base':>16} {'on own answers':>14} {'length slope':>12}")
+    return "\n".join([head] + [
+        f"{x['policy']:12} {x['gold']:6.3f} ± {x['gold_se']:.3f} {x['win_rate']:11.3f} {x['tokens']:7.1f} "
+        f"{x['reward_r0']:9.3f}   {x['rm']:6} {x['accuracy_base']:16.3f} {x['accuracy_current']:14.3f} "
+        f"{x['length_slope']:12.3f}" for x in lines])
