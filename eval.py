@@ -88,7 +88,7 @@ class Accuracy:
     score_batch: int = 8
 
 
-def accuracy(o):
+def pair_accuracy(o):
     pairs = read_pairs(o.pairs)
     right = reward.ordered(local_folder(o.rm), pairs, o.score_batch)
     say(f"accuracy {np.mean(right):.4f} on {len(pairs)} pairs")
@@ -97,7 +97,7 @@ def accuracy(o):
     publish(shares(right, "accuracy", *characters, subsets), o.json)
 
 
-COMMANDS = {"winrate": (WinRate, winrate), "accuracy": (Accuracy, accuracy),
+COMMANDS = {"winrate": (WinRate, winrate), "accuracy": (Accuracy, pair_accuracy),
             "rewardbench": (RewardBench, rewardbench), "alpaca": (Alpaca, alpaca), "arena": (Arena, arena),
             "alpaca-generate": (AlpacaGenerate, alpaca_generate),
             "arena-generate": (ArenaGenerate, arena_generate),

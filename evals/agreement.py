@@ -37,22 +37,23 @@ def agreement(o):
             for pm, groups in answers.items()}
     judge = {pm: [[row["gold"] for row in group] for group in groups] for pm, groups in answers.items()} \
         if run["gold"] else judged[list(rms)[-1]]
-    shares = {pm: {rm: ordered_alike(judged[rm][pm], judge[pm]) for rm in rms} for pm in answers}
+    alike = {pm: {rm: ordered_alike(judged[rm][pm], judge[pm]) for rm in rms} for pm in answers}
     say(f"agreement with {'gold' if run['gold'] else list(rms)[-1]}\n{'answers of':12}"
         + "".join(f"{rm:>8}" for rm in rms))
-    for pm, row in shares.items():
+    for pm, row in alike.items():
         say(f"{pm:12}" + "".join(f"{share:8.3f}" for share in row.values()))
     say("PM-RM disagreement")
-    for phase, share in disagreement(run).items():
+    apart = disagreement(run)
+    for phase, share in apart.items():
         say(f"{phase:12}{share:8.3f}")
     if o.json:
-        write_json(o.json, dict(agreement=shares, disagreement=disagreement(run)))
+        write_json(o.json, dict(agreement=alike, disagreement=apart))
 
 
 def disagreement(run):
     """{E-step: share of DPO pairs in the epoch's second half that β log π/π_{t−1} orders against the RM}."""
     return {phase: float(1 - np.mean([row["rewards/accuracies"] for row in rows[len(rows) // 2:]]))
-            for phase, rows in figures.training(run, "E")}
+            for phase, rows in figures.training_lines(run, "E")}
 
 
 def rms_of(run):

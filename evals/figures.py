@@ -108,14 +108,14 @@ def steps_of(run, shown=0):
     """The E- and M-steps of a run, in order, as dicts; `pm` and `rm`: the numbers of the models in use."""
     steps, pm, rm = [], 0, 0
     for phase, folder in phases(run):
-        step = (m_step if folder.name == "m" else e_step)(phase, folder, shown)
+        step = (read_m_step if folder.name == "m" else read_e_step)(phase, folder, shown)
         steps.append(step | dict(pm=pm, rm=rm))
         rm += step["kind"] == "M"
         pm += step["kind"] == "E" and bool(step["chosen"])
     return steps
 
 
-def e_step(phase, folder, shown):
+def read_e_step(phase, folder, shown):
     choice, sample, columns = read_json(folder / "selection.json"), Sample(shown), ([], [], [])
     pairs = stream(folder / "pairs.jsonl", "prompt", "chosen_index", "rejected_index", "reason")
     rows = stream(folder / "samples.jsonl", "prompt", "response", "score", "tokens", "finished")
@@ -150,7 +150,7 @@ def held_out(folder, rates):
     return {at: dict(reward=both[:, 0].mean(), lengths=both[:, 1]) for at, both in values.items()}
 
 
-def m_step(phase, folder, shown):
+def read_m_step(phase, folder, shown):
     sample, margins, kept, tokens, dropped = Sample(shown), [], [], 0, {}
     for row in stream(folder / "comparisons.jsonl", "prompt", "new", "old", "new_score", "old_score",
                       "margin", "epsilon", "kept", "reason", "new_tokens", "old_tokens"):
@@ -168,7 +168,7 @@ def m_step(phase, folder, shown):
                 dropped=dropped, sample=sample)
 
 
-def table(steps):
+def steps_table(steps):
     """The steps as text. Reward and length are those of the E-step's samples, before its update."""
     lines = [f"{'step':12} {'sampled reward':>14} {'tokens':>7} {'finished':>8} "
              f"{'pairs':>11} {'win rate':>8}  outcome"]
@@ -209,7 +209,7 @@ def short(step):
     return title(step).removeprefix("round ").replace(" · ", "\n")
 
 
-def training(run, kind):
+def training_lines(run, kind):
     """[(phase, log lines)] of the training of PMs ("E") or RMs ("M"), in order."""
     key, found = {"E": "rewards/margins", "M": "mean_reward"}[kind], {}
     for row in run["metrics"]:
@@ -298,7 +298,7 @@ def plot_held_out(axis, run):
 def plot_steps(axis, run, kind, key):
     """A metric over the optimiser steps of all E-steps (or all M-steps), one after the other."""
     at, middles = 0, {}
-    for phase, rows in training(run, kind):
+    for phase, rows in training_lines(run, kind):
         axis.plot(range(at, at + len(rows)), [row[key] for row in rows], color=SERIES[kind == "M"])
         axis.axvline(at, color=QUIET, linewidth=0.5, linestyle=":")
         middles[phase.removeprefix("round")] = at + len(rows) / 2
@@ -327,7 +327,7 @@ def plot_margins(axis, step, limits):
     axis.legend()
 
 
-def draw(run, path):
+def draw_picture(run, path):
     """report.png: win rates, gold and reward of each policy, accuracy of each reward model."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(11, 3.2), layout="constrained")

@@ -20,14 +20,7 @@ from toy import gold_of, parts
 def measure(out, o):
     """gold.jsonl in the run folder: a line for the base and one per round,
     on test prompts that nothing else has seen."""
-    states, policy, rm = [("base", o.policy, o.rm)], o.policy, o.rm
-    for number in range(1, o.rounds + 1):
-        for step, kind in (("e1", "policy"), ("m", "rm"), ("e2", "policy")):
-            if exists(out / f"round{number}" / step / kind):
-                made = str(out / f"round{number}" / step / kind)
-                policy, rm = (made, rm) if kind == "policy" else (policy, made)
-        states.append((f"round {number}", policy, rm))
-    lines, base = [], None
+    states, lines, base = states_of(out, o), [], None
     for label, policy, rm in states:
         folder = out / "test" / label.replace(" ", "")
         if lines and (policy, rm) == states[len(lines) - 1][1:]:
@@ -53,6 +46,18 @@ def measure(out, o):
     barrier()
 
 
+def states_of(out, o):
+    """[(label, policy, RM)] of the base models and after each round: folders."""
+    states, policy, rm = [("base", o.policy, o.rm)], o.policy, o.rm
+    for number in range(1, o.rounds + 1):
+        for step, kind in (("e1", "policy"), ("m", "rm"), ("e2", "policy")):
+            if exists(out / f"round{number}" / step / kind):
+                made = str(out / f"round{number}" / step / kind)
+                policy, rm = (made, rm) if kind == "policy" else (policy, made)
+        states.append((f"round {number}", policy, rm))
+    return states
+
+
 def agreement_with_gold(rows):
     """How often an RM orders two answers to a prompt as gold does, where gold has a preference."""
     pairs = list(zip(rows[::2], rows[1::2]))
@@ -62,9 +67,9 @@ def agreement_with_gold(rows):
 
 def length_slope(rows):
     """Within a prompt, how much reward (in its standard deviations) goes with ten more tokens."""
-    reward = np.diff(np.reshape([row["score"] for row in rows], (-1, 2)))
+    rewards = np.diff(np.reshape([row["score"] for row in rows], (-1, 2)))
     tokens = np.diff(np.reshape([row["tokens"] for row in rows], (-1, 2)))
-    return float((reward * tokens).sum() / (tokens**2).sum() * 10 / np.std([row["score"] for row in rows]))
+    return float((rewards * tokens).sum() / (tokens**2).sum() * 10 / np.std([row["score"] for row in rows]))
 
 
 def gold_table(lines):

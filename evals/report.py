@@ -20,7 +20,7 @@ import numpy as np
 
 from data import as_messages
 from evals import figures
-from evals.figures import e_steps, lengths_of, m_steps, stopped, svg, title, training
+from evals.figures import e_steps, lengths_of, m_steps, stopped, svg, title, training_lines
 from evals.gold import gold_table
 from parallel import rank, say
 from toy import gold_of
@@ -51,13 +51,13 @@ def report(*folders, out=""):
 
 
 def tell(run):
-    say("\n" + figures.table(run["steps"]))
+    say("\n" + figures.steps_table(run["steps"]))
     if run["gold"]:
         run["judge"] = gold_of
         say("\n" + gold_table(run["gold"]))
     if not figures.can_plot():
         return say("\nno picture: pip install matplotlib")
-    figures.draw(run, run["folder"] / "report.png")
+    figures.draw_picture(run, run["folder"] / "report.png")
     say(f"\npicture: {run['folder'] / 'report.png'}")
 
 
@@ -173,10 +173,10 @@ def outcome(run):
 
 def chain(run):
     end = f"<li{' class=stop' * stopped(run)}><b>{escape(outcome(run))}</b>"
-    return f"<ol class=chain>{''.join(map(link, run['steps']))}{end}</ol>"
+    return f"<ol class=chain>{''.join(map(chain_link, run['steps']))}{end}</ol>"
 
 
-def link(s):
+def chain_link(s):
     """A step as a link of the chain."""
     if s["kind"] == "M":
         what, share = f"RM {s['rm']} → RM {s['rm'] + 1}", s["kept"] / s["comparisons"]
@@ -219,7 +219,7 @@ METRICS = {"E": {"loss": "loss", "rewards/margins": "margins", "rewards/accuraci
 def losses(run):
     drawn, rows = [], []
     for kind, what in (("E", "DPO"), ("M", "RM")):
-        found = training(run, kind)
+        found = training_lines(run, kind)
         drawn += [svg(mark(run, f"{kind}{i}"), f"{what} {name}",
                       lambda x, kind=kind, key=key: figures.plot_steps(x, run, kind, key))
                   for i, (key, name) in enumerate(METRICS[kind].items()) if found]
@@ -312,7 +312,7 @@ def responses(run, drawn, number):
         chosen, rejected, why = pair["chosen_index"], pair["rejected_index"], pair["reason"]
         roles = {rejected: ("bad", "rejected"), chosen: ("good", "chosen")}
     gap = scores[chosen] - scores[rejected] if pair else 0.0
-    body = "".join(answer(run, group[i], *roles.get(i, ()))
+    body = "".join(answer_html(run, group[i], *roles.get(i, ()))
                    for i in sorted(range(len(group)), key=lambda i: -scores[i]))
     return entry(number, group[0]["prompt"], f"Δr {gap:.3f}" if pair else "no pair",
                  f"<p class=facts>{escape(why)}</p><div class=answers>{body}</div>", gap=gap,
@@ -325,14 +325,14 @@ def comparison(run, row, number):
     sides = {name: dict(prompt=row["prompt"], response=row[name], score=row[f"{name}_score"],
                         tokens=row[f"{name}_tokens"], finished=row.get(f"{name}_finished", True))
              for name in ("old", "new")}
-    body = "".join(answer(run, side, "name", name) for name, side in sides.items())
+    body = "".join(answer_html(run, side, "name", name) for name, side in sides.items())
     why = f"{row['reason']}: Δr {row['margin']:+.3f}, −ε {-row['epsilon']:+.3f}"
     return entry(number, row["prompt"], f"Δr {row['margin']:+.3f} <b class={style}>{word}</b>",
                  f'<p class=facts>{escape(why)}</p><div class="answers two">{body}</div>', gap=row["margin"],
                  reward=row["new_score"], tokens=row["new_tokens"])
 
 
-def answer(run, row, style="", word=""):
+def answer_html(run, row, style="", word=""):
     facts = [f"reward {row['score']:.3f}", f"{row['tokens']} tokens", *["cut off"] * (not row["finished"])]
     if "judge" in run:
         facts.insert(1, f"gold {run['judge'](row):.3f}")

@@ -24,7 +24,7 @@ import reward
 import toy
 from data import Problem, read_jsonl, write_jsonl
 from evals import figures
-from evals.figures import Sample, arm, load, steps_of, table
+from evals.figures import Sample, arm, load, steps_of, steps_table
 from evals.report import report
 from evals.stats import ordered_alike
 from filter import compare, preference_pairs
@@ -105,7 +105,7 @@ def tables(page):
 
 # ---------------------------------------------------------------- table and picture
 def test_the_table_has_a_line_for_every_step_in_order(run, capsys):
-    lines = table(steps_of(run)).splitlines()
+    lines = steps_table(steps_of(run)).splitlines()
     assert [line.split()[0] for line in lines] == ["step", "round1/e1", "round1/m", "round1/e2"]
     rows = read_jsonl(run / "round1/e1/samples.jsonl")
     mean = {key: np.mean([row[key] for row in rows]) for key in ("score", "tokens", "finished")}
