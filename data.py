@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,6 +109,12 @@ def as_messages(prompt):
 def prompt_id(prompt):
     """The same text for the same conversation, whichever way it was written down."""
     return json.dumps([[m["role"], m["content"]] for m in as_messages(prompt)], ensure_ascii=False)
+
+
+def by_prompt(rows):
+    """The rows of one prompt after the other's, as lists; a prompt's stand next to each other."""
+    for _, group in groupby(rows, key=lambda row: prompt_id(row["prompt"])):
+        yield list(group)
 
 
 def check_prompt(where, prompt):

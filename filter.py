@@ -9,20 +9,20 @@ lowest scored is rejected. M-step (`margin_filter`): new is preferred to old unl
 minus one standard deviation of the old policy's rewards. `import filter` hides a builtin: write
 `from filter import …`.
 """
-from dataclasses import dataclass, field
-from itertools import groupby
+from dataclasses import dataclass
 
 import numpy as np
 
-from data import Problem, check_prompt, prompt_id, read_rows, write_jsonl
+import run
+from data import Problem, by_prompt, check_prompt, prompt_id, read_rows, write_jsonl
 from parallel import rank, say
-from run import claim, exists, launch, parse
+from run import option
 
 
 # ---------------------------------------------------------------- E-step
 def choose_pair(scores, lengths):
-    """(M,) rewards and response lengths in tokens -> (chosen, rejected) indices,
-    or None if all rewards are equal.
+    """(M,) rewards and response lengths in tokens -> (index of the chosen, of the rejected, why), or None if
+    all rewards are equal.
 
     Chosen: the shortest above the mean reward; among equally short ones the higher reward, then the earlier
     index. Rejected: the lowest reward, then the earlier index. A reward that is not finite is a ValueError.
@@ -35,8 +35,11 @@ def choose_pair(scores, lengths):
     above = np.flatnonzero(scores > scores.mean())
     if not len(above):
         return None  # they differ by less than the rounding of their mean
+    # lexsort's last key comes first: length, then falling reward, then index
     chosen = above[np.lexsort((above, -scores[above], lengths[above]))[0]]
-    return int(chosen), int(scores.argmin())
+    return int(chosen), int(scores.argmin()), (
+        f"chosen: shortest of the {len(above)} above the mean reward {scores.mean():.4f}; "
+        f"rejected: lowest of {len(scores)}")
 
 
 def preference_pairs(samples):
@@ -45,24 +48,25 @@ def preference_pairs(samples):
     Two answers with the same text make no pair either.
     """
     pairs, without = [], 0
-    for _, group in groupby(samples, key=lambda row: prompt_id(row["prompt"])):
-        group = list(group)
-        scores = [row["score"] for row in group]
-        choice = choose_pair(scores, [row["tokens"] for row in group])
+    for group in by_prompt(samples):
+        choice = choose_pair([row["score"] for row in group], [row["tokens"] for row in group])
         if choice is None or group[choice[0]]["response"] == group[choice[1]]["response"]:
             without += 1
-            continue
-        chosen, rejected = (group[i] for i in choice)
-        mean = float(np.mean(scores))
-        pairs.append(dict(
-            prompt=chosen["prompt"], chosen=chosen["response"], rejected=rejected["response"],
-            chosen_score=chosen["score"], rejected_score=rejected["score"],
-            chosen_tokens=chosen["tokens"], rejected_tokens=rejected["tokens"],
-            chosen_finished=chosen["finished"], rejected_finished=rejected["finished"],
-            chosen_index=choice[0], rejected_index=choice[1], mean_score=mean,
-            reason=f"chosen: shortest of the {sum(s > mean for s in scores)} above the mean "
-                   f"reward {mean:.4f}; rejected: lowest of {len(scores)}"))
+        else:
+            pairs.append(pair_of(group, *choice))
     return pairs, without
+
+
+def pair_of(group, chosen_index, rejected_index, reason):
+    """A prompt's scored samples and a choice among them -> a pair, as DPO trains on it and people read it."""
+    chosen, rejected = group[chosen_index], group[rejected_index]
+    return dict(
+        prompt=chosen["prompt"], chosen=chosen["response"], rejected=rejected["response"],
+        chosen_score=chosen["score"], rejected_score=rejected["score"],
+        chosen_tokens=chosen["tokens"], rejected_tokens=rejected["tokens"],
+        chosen_finished=chosen["finished"], rejected_finished=rejected["finished"],
+        chosen_index=chosen_index, rejected_index=rejected_index,
+        mean_score=float(np.mean([row["score"] for row in group])), reason=reason)
 
 
 # ---------------------------------------------------------------- M-step
@@ -87,24 +91,22 @@ def compare(new, old, use_filter=True):
 
     Identical texts say nothing and are dropped, with or without the filter.
     """
-    for n, o in zip(new, old, strict=True):
-        if prompt_id(n["prompt"]) != prompt_id(o["prompt"]):
+    for after, before in zip(new, old, strict=True):
+        if prompt_id(after["prompt"]) != prompt_id(before["prompt"]):
             raise Problem("new and old answer different prompts: "
-                          f"{str(n['prompt'])[:40]!r}, {str(o['prompt'])[:40]!r}")
+                          f"{str(after['prompt'])[:40]!r}, {str(before['prompt'])[:40]!r}")
     passed, margins, epsilon = margin_filter([row["score"] for row in new], [row["score"] for row in old])
     rows = []
-    for n, o, ok, margin in zip(new, old, passed, margins):
-        same = n["response"] == o["response"]
-        kept = bool((ok or not use_filter) and not same)
-        reason = ("identical text" if same else
-                  "margin above -epsilon" if ok else "margin at or below -epsilon")
+    for after, before, ok, margin in zip(new, old, passed, margins):
+        same = after["response"] == before["response"]
         rows.append(dict(
-            prompt=n["prompt"], new=n["response"], old=o["response"],
-            new_score=n["score"], old_score=o["score"], margin=float(margin),
-            epsilon=epsilon, kept=kept, reason=reason,
-            new_policy=n.get("policy"), old_policy=o.get("policy"), rm=n.get("rm"),
-            new_tokens=n["tokens"], old_tokens=o["tokens"],
-            new_finished=n["finished"], old_finished=o["finished"]))
+            prompt=after["prompt"], new=after["response"], old=before["response"],
+            new_score=after["score"], old_score=before["score"], margin=float(margin),
+            epsilon=epsilon, kept=bool((ok or not use_filter) and not same),
+            reason="identical text" if same else f"margin {'above' if ok else 'at or below'} -epsilon",
+            new_policy=after.get("policy"), old_policy=before.get("policy"), rm=after.get("rm"),
+            new_tokens=after["tokens"], old_tokens=before["tokens"],
+            new_finished=after["finished"], old_finished=before["finished"]))
     return rows
 
 
@@ -122,11 +124,10 @@ def win_rate(new_scores, old_scores):
 
 @dataclass
 class Options:
-    out: str = field(metadata={"help": "pairs.jsonl or comparisons.jsonl"})
-    samples: str = field(default="", metadata={"help": "E-step: scored samples, several per prompt"})
-    new: str = field(default="",
-                     metadata={"help": "M-step: scored samples of the policy after, one per prompt"})
-    old: str = field(default="", metadata={"help": "M-step: the same of the policy before"})
+    out: str = option(help="pairs.jsonl or comparisons.jsonl")
+    samples: str = option("", "E-step: scored samples, several per prompt")
+    new: str = option("", "M-step: scored samples of the policy after, one per prompt")
+    old: str = option("", "M-step: the same of the policy before")
 
 
 def _scored(path):
@@ -143,12 +144,12 @@ def _scored(path):
 
 
 def main():
-    o = parse(Options)
+    o = run.parse(Options)
     if bool(o.samples) == bool(o.new and o.old):
         raise Problem("give --samples, or --new and --old")
     rows = _scored(o.samples) if o.samples else (_scored(o.new), _scored(o.old))
-    claim(o.out, o, file=True)
-    if not exists(o.out):
+    run.claim(o.out, o, file=True)
+    if not run.exists(o.out):
         if o.samples:
             rows, without = preference_pairs(rows)
             say(f"{len(rows)} pairs; {without} prompts gave none")
@@ -164,4 +165,4 @@ def main():
 
 
 if __name__ == "__main__":
-    launch(main)
+    run.launch(main)

@@ -50,14 +50,13 @@ def alone(ids):
 
 
 def pair_rows(tokenizer, pairs, max_length, unfinished=False):
-    """Rows of two branches, chosen first; pairs of which either side is longer than `max_length` tokens
-    are left out.
+    """Preference pairs -> (rows of two branches, chosen first; the pairs of these rows). Pairs of which
+    either side is longer than `max_length` tokens are left out; if all are, that is a Problem.
 
     `unfinished`: a response that was cut off carries no stop token (policy training); else every answer ends
     properly, with the whole of the template, as reward models expect.
-    Returns (rows, number left out).
     """
-    rows = []
+    rows, kept = [], []
     for pair in tqdm(pairs, desc="tokens", leave=False, disable=quiet()):
         chats = [encode_chat(tokenizer, pair["prompt"], pair[side],
                              pair.get(f"{side}_finished", True) or not unfinished, whole=not unfinished)
@@ -65,11 +64,14 @@ def pair_rows(tokenizer, pairs, max_length, unfinished=False):
         if max(len(chat.ids) for chat in chats) <= max_length \
                 and all(chat.start < len(chat.ids) for chat in chats):
             rows.append(pack(chats))
-    return rows, len(pairs) - len(rows)
+            kept.append(pair)
+    if not rows:
+        raise Problem(f"none of {len(pairs)} pairs is short enough for --max_length {max_length}")
+    return rows, kept
 
 
 def collate(rows, device="cpu"):
-    """Rows to one batch of T tokens.
+    """Rows to one sequence of T tokens, as a dict.
 
     inputs: for the model. input_ids, position_ids (1, T): positions go on from the trunk in every branch;
     chats, places: see `attention`.
@@ -144,16 +146,17 @@ AttentionMaskInterface.register("packed", sdpa_mask)  # for calls without chats
 
 # ---------------------------------------------------------------- log-probabilities
 class ResponseLogps(torch.nn.Module):
-    """A causal LM as a function from a batch of rows (packing.collate) to log π(y|x) of each answer, fp32."""
+    """A causal LM as a function from packed rows (`collate`) to log π(y|x) of each answer, fp32."""
     def __init__(self, model):
         super().__init__()
         self.model = model
 
-    def forward(self, batch):
-        hidden = self.model.base_model(**batch["inputs"], use_cache=False).last_hidden_state
-        hidden = hidden[0][batch["sources"]]  # (N, H): positions that predict a response token
-        logps = TokenLogps.apply(hidden, self.model.get_output_embeddings().weight, batch["targets"])  # (N,)
-        return torch.zeros(len(batch["last"]), device=logps.device).index_add(0, batch["owners"], logps)
+    def forward(self, packed):
+        hidden = self.model.base_model(**packed["inputs"], use_cache=False).last_hidden_state
+        hidden = hidden[0][packed["sources"]]  # (N, H): positions that predict a response token
+        head = self.model.get_output_embeddings().weight
+        logps = TokenLogps.apply(hidden, head, packed["targets"])  # (N,)
+        return torch.zeros(len(packed["last"]), device=logps.device).index_add(0, packed["owners"], logps)
 
 
 class TokenLogps(torch.autograd.Function):

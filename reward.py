@@ -8,197 +8,172 @@ Twin of dpo.py.
 
 Left out on purpose: margins and centring in the loss, heads with several labels, resuming inside an epoch.
 """
-import math
-from dataclasses import dataclass, field
-from itertools import groupby
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import data
 import models
-import parallel
 import run
 import training
-from data import (
-    Problem,
-    check_context,
-    check_prompt,
-    encode_chat,
-    load_tokenizer,
-    prompt_id,
-    quiet,
-    read_pairs,
-    read_rows,
-)
+from data import Problem, by_prompt, check_context, encode_chat, load_tokenizer, quiet
 from packing import collate, pack, pair_rows
-from parallel import device, say, world
-from run import exists, in_blocks, launch, parse, writing
+from parallel import device, replicate, say, shard
+from run import option
 
 
-def bradley_terry_loss(chosen_rewards, rejected_rewards):
+def bradley_terry_loss(chosen_rewards, rejected_rewards, pairs=None):
     """−log σ(r(x, y_w) − r(x, y_l)), (B,) and (B,) -> (B,)
-    (arXiv 2506.06292, the M-step; Bradley & Terry 1952)."""
+    (arXiv 2506.06292, the M-step; Bradley & Terry 1952).
+    pairs: the B pairs, for a loss in its place that wants more of them."""
     return -F.logsigmoid(chosen_rewards - rejected_rewards)
 
 
 class Rewards(torch.nn.Module):
-    """A sequence classifier as a function from a batch of rows (packing.collate)
-    to the reward of each answer, fp32."""
+    """A sequence classifier as a function from packed rows (packing.collate) to each answer's reward."""
     def __init__(self, model):
         super().__init__()
         self.model = model
 
-    def forward(self, batch):
-        hidden = self.model.base_model(**batch["inputs"], use_cache=False).last_hidden_state
-        last = hidden[0][batch["last"]].float()  # (answers, H)
+    def forward(self, packed):
+        hidden = self.model.base_model(**packed["inputs"], use_cache=False).last_hidden_state
+        last = hidden[0][packed["last"]].float()  # (answers, H)
         return F.linear(last, self.model.score.weight.float())[:, 0]
 
 
 def train(folder, pairs, out, *, lr, batch, micro_batch, max_length, epochs=1, seed=0, recompute=False,
           fresh_head=False, log):
-    """Bradley-Terry from the model in `folder`; `pairs` as read_pairs gives them. Writes the folder `out`."""
-    tokenizer = load_tokenizer(folder)
-    rows, dropped = pair_rows(tokenizer, pairs, max_length)
-    if not rows:
-        raise Problem(f"none of {len(pairs)} pairs is short enough for --max_length {max_length}")
+    """Bradley-Terry from the model in `folder`; `pairs` as read_pairs gives them, perhaps with a `weight`.
+    Writes the folder `out`."""
+    rows, kept = pair_rows(load_tokenizer(folder), pairs, max_length)
     model = models.load_reward(folder, True, fresh_head, seed)
     check_context(rows, model, folder)
-    model = parallel.shard(Rewards(model), recompute)
-    optimizer = training.adamw(model, lr)
-    steps = training.batches([len(row) for row in rows], batch, micro_batch, seed, epochs)
-    say(f"reward model: {len(rows)} pairs ({dropped} too long), {len(steps)} steps of {batch}")
-    log(**{"pairs": len(rows), "pairs_dropped": dropped})
-    for number, step in enumerate(steps, 1):
-        sums = {}
-        for micro in step:
-            chosen, rejected = model(collate([rows[i] for i, _ in micro], device())).view(-1, 2).T
-            losses = bradley_terry_loss(chosen, rejected)
-            weight = torch.tensor([w for _, w in micro], device=losses.device)
-            # FSDP averages over processes: times their number is the sum
-            (losses @ weight * world()).backward()
-            for name, value in {"loss": losses, "accuracy": (chosen > rejected).float(),
-                                "margin": chosen - rejected, "mean_reward": (chosen + rejected) / 2}.items():
-                sums[name] = sums.get(name, 0.0) + (value.detach() @ weight).item()
-        metrics = training.total(sums)
-        training.check_finite(number, loss=metrics["loss"])
-        now = lr * training.cosine(number - 1, len(steps))
-        metrics |= {"learning_rate": now, "grad_norm": training.clip_and_step(model, optimizer, now)}
-        training.check_finite(number, grad_norm=metrics["grad_norm"])
-        log("step {step}/{steps}  loss {loss:.4f}  margin {margin:+.4f}  accuracy {accuracy:.3f}  "
-            "grad_norm {grad_norm:.2f}  lr {learning_rate:.2e}", step=number, steps=len(steps), **metrics)
+    model = shard(Rewards(model), recompute)
+    steps = training.steps_of([len(row) for row in rows], batch, micro_batch, seed, epochs)
+    weights = torch.tensor([pair.get("weight", 1.0) for pair in kept], device=device())
+    say(f"reward model: {len(kept)} pairs ({len(pairs) - len(kept)} too long), {len(steps)} steps of {batch}")
+    log(pairs=len(kept), pairs_dropped=len(pairs) - len(kept))
+
+    def loss(numbers):
+        # (2B,) -> (B, 2): `pair_rows` laid a pair's two answers next to each other
+        chosen, rejected = model(collate([rows[i] for i in numbers], device())).view(-1, 2).T
+        losses = bradley_terry_loss(chosen, rejected, [kept[i] for i in numbers])
+        return losses * weights[numbers], {
+            "accuracy": (chosen > rejected).float(), "margin": chosen - rejected,
+            "mean_reward": (chosen + rejected) / 2}
+
+    for _ in training.optimise(model, steps, loss, lr=lr, log=log,
+                               shown="margin {margin:+.4f}  accuracy {accuracy:.3f}  "):
+        pass  # nothing is saved on the way
     models.save(model, folder, Path(out))
 
 
 @torch.inference_mode()
-def score_answers(model, tokenizer, prompt_answers, batch):
-    """[(prompt, [answers])] -> [[reward]], `batch` prompts in a forward pass, like lengths together."""
+def score_answers(model, tokenizer, prompt_answers, score_batch):
+    """[(prompt, [answers])] -> [[reward]], `score_batch` prompts in a forward pass, like lengths together."""
     rows = [pack([encode_chat(tokenizer, prompt, answer, whole=True) for answer in answers])
             for prompt, answers in prompt_answers]
     check_context(rows, model.model, tokenizer.name_or_path)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     rewards = [None] * len(rows)
-    for at in range(0, len(order), batch):
-        some = order[at:at + batch]
-        values = model(collate([rows[i] for i in some], device())).tolist()
-        for i in some:
-            rewards[i], values = values[:len(rows[i].branches)], values[len(rows[i].branches):]
+    for at in range(0, len(order), score_batch):
+        some = order[at:at + score_batch]
+        values = model(collate([rows[i] for i in some], device()))
+        for i, mine in zip(some, values.split([len(rows[i].branches) for i in some])):
+            rewards[i] = mine.tolist()
+            if not np.isfinite(rewards[i]).all():
+                raise Problem(f"{tokenizer.name_or_path} gives the rewards {rewards[i]} to the answers to "
+                              f"{str(prompt_answers[i][0])[:60]!r}")
     return rewards
 
 
-def score(folder, samples, out, batch):
-    """samples: rows with prompt and response -> the same rows with `score` and `rm`, in `out`."""
-    tokenizer = load_tokenizer(folder)
-    model = Rewards(parallel.replicate(models.load_reward(folder)))
+def load(folder):
+    """(model, tokenizer) to score with, whole in every process."""
+    return Rewards(replicate(models.load_reward(folder))), load_tokenizer(folder)
+
+
+def score(folder, samples, path, score_batch):
+    """samples: rows with prompt and response, a prompt's next to each other -> the same rows with `score` and
+    `rm`, in the file `path`."""
+    model, tokenizer = load(folder)
 
     def work(block):
-        groups = [list(group) for _, group in groupby(block, key=lambda row: prompt_id(row["prompt"]))]
-        prompt_answers = [(group[0]["prompt"], [row["response"] for row in group]) for group in groups]
-        rewards = score_answers(model, tokenizer, prompt_answers, batch)
-        for row, reward in zip(block, [r for group in rewards for r in group]):
-            if not math.isfinite(reward):
-                raise Problem(f"{folder} gives the reward {reward} "
-                              f"to an answer to {str(row['prompt'])[:60]!r}")
+        groups = list(by_prompt(block))
+        rewards = score_answers(model, tokenizer, [
+            (group[0]["prompt"], [row["response"] for row in group]) for group in groups], score_batch)
+        for row, reward in zip(block, chain.from_iterable(rewards)):
             yield {**row, "score": reward, "rm": str(folder)}
 
-    per_prompt = len(list(next(groupby(samples, key=lambda row: prompt_id(row["prompt"])))[1]))
-    in_blocks(samples, 64 * per_prompt, out, work, f"scoring {Path(out).stem}")
+    per_prompt = len(next(by_prompt(samples)))
+    run.in_blocks(samples, 64 * per_prompt, path, work, f"scoring {Path(path).stem}")
 
 
-def ordered(folder, pairs, batch):
+def ordered(folder, pairs, score_batch):
     """Per pair, whether its chosen answer gets the higher reward; equal rewards are wrong
     (RewardBench's rule, arXiv 2403.13787)."""
-    model, tokenizer = Rewards(parallel.replicate(models.load_reward(folder))), load_tokenizer(folder)
+    model, tokenizer = load(folder)
     right = []
-    for at in tqdm(range(0, len(pairs), 32 * batch), desc="scoring pairs", leave=False, disable=quiet()):
-        some = pairs[at:at + 32 * batch]
-        rewards = score_answers(model, tokenizer, [(p["prompt"], [p["chosen"], p["rejected"]]) for p in some],
-                                batch)
-        for pair, both in zip(some, rewards):
-            if not all(map(math.isfinite, both)):
-                raise Problem(f"{folder} gives the rewards {both} to the answers to "
-                              f"{str(pair['prompt'])[:60]!r}")
-            right.append(both[0] > both[1])
+    size = 32 * score_batch
+    for at in tqdm(range(0, len(pairs), size), desc="scoring pairs", leave=False, disable=quiet()):
+        some = [(pair["prompt"], [pair["chosen"], pair["rejected"]]) for pair in pairs[at:at + size]]
+        rewards = score_answers(model, tokenizer, some, score_batch)
+        right += [chosen > rejected for chosen, rejected in rewards]
     return right
-
-
-def accuracy(folder, pairs, batch):
-    """Share of pairs whose chosen answer gets the higher reward."""
-    return sum(ordered(folder, pairs, batch)) / len(pairs)
 
 
 @dataclass
 class Options:
-    model: str = field(
-        metadata={"help": "reward model, or a causal LM to give a head to: a folder or hub id"})
-    out: str = field(metadata={"help": "folder of the trained reward model, or the scored samples.jsonl"})
-    pairs: str = field(default="", metadata={"help": "to train: preference pairs (prompt, chosen, rejected)"})
-    test: str = field(default="", metadata={"help": "pairs to report the accuracy on"})
-    samples: str = field(default="", metadata={"help": "to score: rows with prompt and response"})
-    lr: float = 2e-6
-    batch: int = field(default=512, metadata={"help": "pairs per optimiser step, over all processes"})
-    epochs: int = 1
-    micro_batch: int = field(default=2,
-                             metadata={"help": "pairs (scoring: prompts) per forward pass and process"})
-    max_length: int = field(default=2048,
-                            metadata={"help": "tokens of prompt and answer; longer pairs are left out"})
-    seed: int = 0
-    recompute: bool = field(default_factory=torch.cuda.is_available,
-                            metadata={"help": "gradient checkpointing: less memory, a third more time"})
+    model: str = option(help="reward model, or a causal LM to give a head to: a folder or hub id")
+    out: str = option(help="folder of the trained reward model, or the scored samples.jsonl")
+    pairs: str = option("", "to train: preference pairs (prompt, chosen, rejected, perhaps weight)")
+    test: str = option("", "pairs to report the accuracy on")
+    samples: str = option("", "to score: rows with prompt and response")
+    lr: float = option(2e-6)
+    batch: int = option(512, "pairs per optimiser step, over all processes")
+    epochs: int = option(1)
+    micro_batch: int = option(2, "pairs (scoring: prompts) per forward pass and process")
+    max_length: int = option(2048, "tokens of prompt and answer; longer pairs are left out")
+    seed: int = option(0)
+    recompute: bool = option(torch.cuda.is_available(), "recompute activations: slower, less memory")
 
 
 def main():
-    o = parse(Options)
+    o = run.parse(Options)
     if bool(o.pairs) == bool(o.samples):
         raise Problem("give --pairs to train or --samples to score")
     folder, out = models.local_folder(o.model), Path(o.out)
     if o.samples:
         return score_file(folder, o)
-    pairs, test = read_pairs(o.pairs), read_pairs(o.test) if o.test else []
+    pairs, test = data.read_pairs(o.pairs), data.read_pairs(o.test) if o.test else []
     run.claim(out, o)
-    if not exists(out / "config.json"):
-        with writing(out / "checkpoint") as temporary:
+    if not run.exists(out / "config.json"):
+        with run.writing(out / "checkpoint") as temporary:
             train(folder, pairs, temporary, lr=o.lr, batch=o.batch, micro_batch=o.micro_batch,
                   max_length=o.max_length, epochs=o.epochs, seed=o.seed, recompute=o.recompute,
-                  fresh_head=True, log=run.Log(out / "metrics.jsonl", "reward"))
+                  fresh_head=True, log=run.open_log(out / "metrics.jsonl", "reward"))
         run.move_up(out / "checkpoint", out)
     if test:
-        say(f"accuracy on {o.test}: {accuracy(str(out), test, o.micro_batch):.4f} of {len(test)} pairs")
+        right = ordered(str(out), test, o.micro_batch)
+        say(f"accuracy on {o.test}: {np.mean(right):.4f} of {len(test)} pairs")
     say(f"{out} is complete")
 
 
 def score_file(folder, o):
-    rows = read_rows(o.samples)
+    rows = data.read_rows(o.samples)
     for where, row in rows:
-        check_prompt(where, row.get("prompt"))
+        data.check_prompt(where, row.get("prompt"))
         if not isinstance(row.get("response"), str):
             raise Problem(f"{where}: no response (a field `response` with text)")
     run.claim(o.out, o, file=True)
-    if not exists(o.out):
+    if not run.exists(o.out):
         score(folder, [row for _, row in rows], o.out, o.micro_batch)
     say(f"{o.out} is complete")
 
 
 if __name__ == "__main__":
-    launch(main)
+    run.launch(main)

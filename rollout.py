@@ -6,17 +6,18 @@ from run import exists, parts_of, remove
 from sampler import sample
 
 
-def sample_and_score(o, policy, rm, prompts, samples, seed, path):
+def sample_and_score(o, policy, rm, prompts, samples, seed, path, judge=None):
     """`samples` responses of `policy` to every prompt, scored by `rm`, in the file `path`; returns its rows.
 
-    o: options with temperature, top_p, max_new_tokens, sample_batch and score_batch.
+    o: options with temperature, top_p, max_new_tokens, sample_batch and score_batch. judge: what scores in
+    the place of reward.score, with its arguments.
     """
     raw = path.with_name(f"{path.stem}.unscored.jsonl")
     if not exists(path):
         if not exists(raw):
             sample(policy, prompts, raw, samples=samples, temperature=o.temperature, top_p=o.top_p,
-                   max_new_tokens=o.max_new_tokens, batch=o.sample_batch, seed=seed)
-        reward.score(rm, read_jsonl(raw), path, o.score_batch)
+                   max_new_tokens=o.max_new_tokens, rows=o.sample_batch, seed=seed)
+        (judge or reward.score)(rm, read_jsonl(raw), path, o.score_batch)
     if rank() == 0:
         for leftover in (raw, parts_of(raw), parts_of(path)):
             remove(leftover)

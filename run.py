@@ -1,6 +1,7 @@
 """A script's command line and errors, its run folder, its log, and work in blocks that survives a kill."""
 import argparse
 import gc
+import hashlib
 import json
 import os
 import shutil
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, field
 from itertools import chain
 from pathlib import Path
 
@@ -48,9 +49,13 @@ def parse(options, words=None, **defaults):
     def complain(message):
         raise Problem(f"{message} (see --help)")
     parser = HfArgumentParser(options, description=sys.modules[options.__module__].__doc__,
-                              allow_abbrev=False, formatter_class=_Help)
+                              usage="%(prog)s [--flag VALUE …]", allow_abbrev=False, formatter_class=_Help)
     parser.error = complain
     parser.set_defaults(**defaults)
+    for action in parser._actions[1:]:  # the help shows a flag once; --no_FLAG and dashes work all the same
+        hidden = action.option_strings[0].startswith("--no_")
+        action.help = argparse.SUPPRESS if hidden else action.help or " "
+        action.option_strings = action.option_strings[:1]
     chosen, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     if unknown:
         complain(f"unknown: {' '.join(unknown)}")
@@ -64,6 +69,15 @@ def parse(options, words=None, **defaults):
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     pass
+
+
+def option(default=MISSING, help=""):
+    """A field of a script's Options: its default (without one the flag must be given) and its help."""
+    return field(default=default, metadata={"help": help})
+
+
+def script_name():
+    return Path(sys.argv[0]).stem
 
 
 # ---------------------------------------------------------------- files
@@ -88,11 +102,18 @@ def writing(path):
     barrier()
 
 
+def write_text(path, text):
+    """Under a temporary name, then renamed: a file that exists is whole. For rank 0."""
+    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
 def write_json(path, value):
-    with writing(path) as temporary:
-        if rank() == 0:
-            text = json.dumps(value, indent=1, ensure_ascii=False)
-            temporary.write_text(text + "\n", encoding="utf-8")
+    if rank() == 0:
+        write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    barrier()
 
 
 def remove(path):
@@ -109,40 +130,102 @@ def move_up(folder, out):
     barrier()
 
 
+# ---------------------------------------------------------------- what a result belongs to
 ROUNDING = ("sample_batch", "score_batch", "micro_batch", "recompute")  # options that change nothing else
 
 
-def claim(path, options, file=False, **more):
-    """Note down which configuration `path` belongs to; another one is refused with the differences listed.
-
-    file: whether `path` is a JSONL file, else it is a folder. A run may go on with other batch sizes.
-    """
+def note_of(path):
+    """The file that says how `path`, a folder or a JSONL file, came about."""
     path = Path(path)
+    return path.with_name(path.name + ".run.json") if path.suffix == ".jsonl" else path / "run.json"
+
+
+def claim(path, options, file=False, **more):
+    """Note down which settings and sources `path` belongs to; others are refused, with the differences.
+
+    file: whether `path` is a JSONL file, else it is a folder. A run may go on with other batch sizes and with
+    more rounds.
+    """
+    path, note = Path(path), note_of(path)
     if (path.suffix == ".jsonl") != file:
         raise Problem(f"--out {path}: " + ("a file is written; its name must end in .jsonl" if file else
                                            "a folder is written; its name must not end in .jsonl"))
-    note = path.with_name(path.name + ".run.json") if path.suffix == ".jsonl" else path / "run.json"
-    settings = {k: v for k, v in asdict(options).items() if k != "out"}
-    files = [path, parts_of(path)] if path.suffix == ".jsonl" else path.glob("[!.]*")
-    results = [p for p in files if p.exists() and p.name not in (note.name, "metrics.jsonl")]
-    if rank() == 0 and note.exists() and results:  # without them, of a failed start
-        try:
-            old = json.loads(note.read_text())["settings"]
-        except (ValueError, LookupError, TypeError):
-            raise Problem(f"{note} is damaged; choose another --out") from None
-        changed = [f"{k}: {old.get(k)!r} there, {settings.get(k)!r} now"
-                   for k in {**old, **settings} if old.get(k) != settings.get(k) and k not in ROUNDING]
-        if changed:
-            raise Problem(f"{path} belongs to another run; choose another --out ({'; '.join(changed)})")
-    elif rank() == 0:
-        if results:
+    if rank() == 0:
+        new = {"settings": {k: v for k, v in asdict(options).items() if k != "out"}, **more,
+               "versions": versions(), "sources": sources()}
+        files = [path, parts_of(path)] if file else path.glob("[!.]*")
+        results = [p for p in files if p.exists() and p.name not in (note.name, "metrics.jsonl")]
+        if results and not note.exists():
             raise Problem(f"{path} exists and was not written by this command; choose another --out")
-        note.parent.mkdir(parents=True, exist_ok=True)
-        temporary = note.with_name(f".{note.name}.tmp")
-        value = {"settings": settings, **more, "versions": versions()}
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
-        os.replace(temporary, note)
+        if results:  # without them, it is of a failed start
+            old = read_note(note)
+            check_same(path, old, new)
+            new |= old | {"settings": old["settings"] | {"rounds": new["settings"].get("rounds")}}
+        write_text(note, json.dumps(new, indent=1) + "\n")
     barrier()
+
+
+def read_note(note):
+    try:
+        value = json.loads(note.read_text())
+        return {"settings": value["settings"], "sources": value.get("sources"), **value}
+    except (OSError, ValueError, LookupError, TypeError):
+        raise Problem(f"{note} is damaged; choose another --out") from None
+
+
+def check_same(path, old, new):
+    """Refuse to go on with a run that has other settings or was made by other code."""
+    def differences(key):
+        theirs, ours = old[key], new[key]
+        return {k: (theirs.get(k), ours.get(k)) for k in {**theirs, **ours} if theirs.get(k) != ours.get(k)}
+    changed = [f"{k}: {there!r} there, {now!r} now" for k, (there, now) in differences("settings").items()
+               if k not in ROUNDING and not (k == "rounds" and there < now)]
+    files = differences("sources") if old["sources"] else ()
+    if files:
+        raise Problem(f"{path} was made by other code, {', '.join(files)} changed since; choose another "
+                      f"--out (to go on all the same, take \"sources\" out of {note_of(path)})")
+    if changed:
+        raise Problem(f"{path} belongs to another run; choose another --out ({'; '.join(changed)})")
+
+
+def sources():
+    """{file: digest} of the project's modules in use and of the script, without those that only look."""
+    home = Path(__file__).resolve().parent
+    files = {Path(m.__file__).resolve() for m in [*sys.modules.values()] if getattr(m, "__file__", None)}
+    ours = {os.path.relpath(f, home): f for f in files if f.is_file() and (
+        f.parent in (home, home / "variants") or f == Path(sys.argv[0]).resolve())}
+    return {name: hashlib.sha256(ours[name].read_bytes()).hexdigest()[:16] for name in sorted(ours)}
+
+
+def due(out, path, *made_from):
+    """Whether the result `path` of a phase is still to be made. One that is older than what it was made from
+    is a Problem: run.json of the run folder `out` lists all results in the order of their making.
+
+    made_from: results, or folders of results, of which the newest counts; what is outside `out` doesn't.
+    """
+    answer = from_rank0(_due(Path(out), path, made_from) if rank() == 0 else None)
+    if isinstance(answer, str):
+        raise Problem(answer)
+    return answer
+
+
+def _due(out, path, made_from):
+    note, name = read_note(note_of(out)), os.path.relpath(path, out)
+    made = note.get("made", [])
+    if not Path(path).exists():
+        note["made"] = [other for other in made if other != name] + [name]
+        write_text(note_of(out), json.dumps(note, indent=1) + "\n")
+        return True
+    later = made[made.index(name) + 1:] if name in made else made
+    for source in (os.path.relpath(source, out) for source in made_from):
+        newer = [other for other in later if other == source or other.startswith(f"{source}/")]
+        if newer:
+            step = Path(newer[0]).parent
+            older = map(Path, [name, *later[:later.index(newer[0])]])
+            older = {p if p.parent == step else Path(*p.parts[:2]) for p in older}
+            return (f"{path} is older than {out / newer[0]}, which it was made from; "
+                    f"to make it again delete {' '.join(sorted(str(out / p) for p in older))}")
+    return False
 
 
 def versions():
@@ -154,26 +237,22 @@ def versions():
     return {**names, "commit": git.stdout.strip() if git and git.returncode == 0 else None}
 
 
-class Log:
-    """One line per optimiser step on the screen, one JSON line per event in a file. Rank 0 only.
+def open_log(path, phase):
+    """log(shown, **values): a JSON line for each event of a phase in the file `path`, and the line `shown` on
+    the screen, filled in with the values; from rank 0. An earlier, broken-off attempt's lines are removed."""
+    path = Path(path)
+    if rank() == 0 and path.exists():
+        lines = path.read_text().splitlines(True)
+        whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
+        write_text(path, "".join(line for line in whole if json.loads(line)["phase"] != phase))
 
-    Lines of the same phase from an earlier, broken-off attempt are removed first.
-    """
-    def __init__(self, path, phase):
-        self.path, self.phase = Path(path), phase
-        if rank() == 0 and self.path.exists():
-            lines = self.path.read_text().splitlines(True)
-            temporary = self.path.with_name(f".{self.path.name}.tmp")
-            whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
-            temporary.write_text("".join(line for line in whole if json.loads(line)["phase"] != phase))
-            os.replace(temporary, self.path)
-
-    def __call__(self, shown="", **values):
+    def log(shown="", **values):
         if rank() == 0:
-            with open(self.path, "a") as file:
-                file.write(json.dumps({"phase": self.phase, **values}) + "\n")
+            with open(path, "a") as file:
+                file.write(json.dumps({"phase": phase, **values}) + "\n")
             if shown:
-                print(f"{self.phase}  " + shown.format(**values), flush=True)
+                print(f"{phase}  " + shown.format(**values), flush=True)
+    return log
 
 
 def parts_of(out):

@@ -14,8 +14,8 @@ hold `generate` to it token for token.
 
 Left out on purpose: top-k, repetition penalties, beams, sliding-window attention beyond one window.
 """
-from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
@@ -23,20 +23,12 @@ import torch
 from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig
 
-from data import (
-    Problem,
-    check_context,
-    encode_chat,
-    load_tokenizer,
-    prompt_id,
-    quiet,
-    read_prompts,
-    seed_of,
-)
-from models import context_of, load_policy, local_folder
+import models
+import run
+from data import Problem, check_context, encode_chat, load_tokenizer, prompt_id, quiet, read_prompts, seed_of
 from packing import alone, collate
 from parallel import replicate, say
-from run import claim, exists, in_blocks, launch, parse
+from run import option
 
 TRIES = 8     # rejected draws before the nucleus is cut by sorting; with top-p 0.95 one in 10^10 gets there
 PREFILL = 8   # prompts prefilled together
@@ -104,32 +96,42 @@ class Slots:
     """Keys (R, kv_heads, D, capacity) and values (R, kv_heads, capacity, D) of R rows in flight, per layer;
     these are the layouts in which the two products of attention run fastest.
 
-    Row r's tokens lie at 0 … at[r], whatever the others' lengths: no padding, positions are indices.
+    Row r's tokens lie at 0 … at[r], whatever the others' lengths: no padding, positions are indices. The last
+    one, token[r], is drawn, but not yet in the cache.
     """
-    def __init__(self, rows, capacity):
+    def __init__(self, rows, capacity, device):
         self.rows, self.capacity, self.layers = rows, capacity, []
+        self.token = torch.zeros(rows, dtype=torch.long, device=device)
+        self.at = torch.zeros(rows, dtype=torch.long, device=device)
 
-    def put(self, slots, prompt):
-        """Copy a prefilled prompt's keys and values, per layer (kv_heads, length, D), into slots."""
+    def fill(self, rows, prompts):
+        """Copy prefilled prompts, per layer keys and values (kv_heads, length, D), one into each row."""
         if not self.layers:
-            for k, v in prompt:
+            for k, v in prompts[0]:
                 self.layers.append((k.new_zeros(self.rows, len(k), k.shape[2], self.capacity),
                                     v.new_zeros(self.rows, len(v), self.capacity, v.shape[2])))
-        for (keys, values), (k, v) in zip(self.layers, prompt):
-            keys[slots, :, :, :k.shape[1]] = k.transpose(1, 2)
-            values[slots, :, :k.shape[1]] = v
+        for _, group in groupby(zip(rows, prompts), key=lambda pair: id(pair[1])):  # samples of one prompt
+            some, (prompt, *_) = zip(*group)
+            some, length = torch.tensor(some, device=self.at.device), prompt[0][0].shape[1]
+            for (keys, values), (k, v) in zip(self.layers, prompt):
+                keys[some, :, :, :length] = k.transpose(1, 2)
+                values[some, :, :length] = v
+            self.at[some] = length
 
-    def keep(self, slots):
+    def keep(self, rows):
+        """Close the gaps: from now on there are only these rows."""
+        rows = torch.as_tensor(rows, device=self.at.device)
         for i, (keys, values) in enumerate(self.layers):  # a layer at a time: two caches never exist at once
-            self.layers[i] = keys[slots], values[slots]
-        self.rows = len(slots)
+            self.layers[i] = keys[rows], values[rows]
+        self.rows, self.token, self.at = len(rows), self.token[rows], self.at[rows]
 
-    def step(self, model, tokens, at):
-        """(R,) tokens at (R,) positions -> (R, V) logits of the next."""
-        self.at, self.width = at, int(at.max()) + 1
-        later = torch.arange(self.width, device=at.device) > at[:, None]
-        self.bias = torch.zeros(later.shape, device=at.device).masked_fill_(later, -torch.inf)[:, None, None]
-        hidden = model.base_model(input_ids=tokens[:, None], position_ids=at[:, None],
+    def step(self, model):
+        """(R, V) logits of the next token of each row."""
+        self.width = int(self.at.max()) + 1
+        later = torch.arange(self.width, device=self.at.device) > self.at[:, None]
+        bias = torch.zeros(later.shape, device=self.at.device).masked_fill_(later, -torch.inf)
+        self.bias = bias[:, None, None]
+        hidden = model.base_model(input_ids=self.token[:, None], position_ids=self.at[:, None],
                                   attention_mask=self.bias, slots=self, use_cache=False).last_hidden_state
         return model.get_output_embeddings()(hidden[:, -1])
 
@@ -155,80 +157,67 @@ def _fp32_product(a, b):
 def prefill(model, prompts):
     """Token lists -> per prompt (keys and values per layer, logits of its first response token)."""
     cache = DynamicCache()
-    batch = collate([alone(prompt) for prompt in prompts], model.device)
-    hidden = model.base_model(**batch["inputs"], past_key_values=cache, use_cache=True).last_hidden_state
-    logits = model.get_output_embeddings()(hidden[0, batch["last"]])
+    packed = collate([alone(prompt) for prompt in prompts], model.device)
+    hidden = model.base_model(**packed["inputs"], past_key_values=cache, use_cache=True).last_hidden_state
+    logits = model.get_output_embeddings()(hidden[0, packed["last"]])
     lengths = [len(prompt) for prompt in prompts]
     layers = [zip(kv.keys[0].split(lengths, 1), kv.values[0].split(lengths, 1)) for kv in cache.layers]
     return list(zip(zip(*layers), logits))
 
 
 # ---------------------------------------------------------------- many responses
+def beginnings(model, prompts, samples):
+    """((prompt, sample), the prompt's keys and values, logits of the first token) of all responses, prompts
+    of like length next to each other and prefilled together."""
+    order = sorted(range(len(prompts)), key=lambda p: (len(prompts[p]), p))
+    for at in range(0, len(order), PREFILL):
+        some = order[at:at + PREFILL]
+        for p, (prompt, logits) in zip(some, prefill(model, [prompts[p] for p in some])):
+            for m in range(samples):
+                yield (p, m), prompt, logits
+
+
 @torch.inference_mode()
-def generate(model, prompts, keys, *, stop_ids, temperature, top_p, max_new_tokens, batch):
+def generate(model, prompts, keys, *, stop_ids, temperature, top_p, max_new_tokens, rows):
     """Token lists (P) and (P, M) uint64 keys -> responses[p][m], token lists that include the stop token.
 
-    `batch` rows decode at a time. A response ends at a stop token,
-    at max_new_tokens or where the context ends.
+    `rows` responses are decoded at a time. One ends at a stop token, at max_new_tokens or where the context
+    ends.
     """
-    (count, samples), where = keys.shape, model.device
-    order = sorted(range(count), key=lambda p: (len(prompts[p]), p))  # like lengths are prefilled together
-    waiting = deque((p, m) for p in order for m in range(samples))
-    limits = np.array([min(max_new_tokens, model.context - len(p)) for p in prompts])
-    out = np.zeros((count, samples, int(limits.max())), np.int64)
-    lengths = np.zeros((count, samples), np.int64)
-    capacity = max(len(p) + int(n) for p, n in zip(prompts, limits))
-    batch = min(batch, len(waiting), max(1, CACHE_TOKENS // capacity))
-    slots = Slots(batch, capacity)
-    job = np.zeros((batch, 2), np.int64)    # row -> (prompt, sample)
-    length = np.zeros(batch, np.int64)      # tokens drawn so far
-    active = np.zeros(batch, bool)
-    token = torch.zeros(batch, dtype=torch.long, device=where)
-    at = torch.zeros(batch, dtype=torch.long, device=where)
-    ready, todo = {}, deque(order)          # prefilled prompts; prompts not yet prefilled
+    limits = [min(max_new_tokens, model.context - len(prompt)) for prompt in prompts]
+    capacity = max(len(prompt) + limit for prompt, limit in zip(prompts, limits))
+    responses = [[[] for _ in samples] for samples in keys]
+    waiting = beginnings(model, prompts, keys.shape[1])
+    slots = Slots(min(rows, keys.size, max(1, CACHE_TOKENS // capacity)), capacity, model.device)
+    jobs = [None] * slots.rows  # row -> (prompt, sample); None: the row is free
 
-    def put(rows, logits):
-        """Draw a token for each of `rows`; rows that have finished become free."""
-        p, m = job[rows].T
-        new = draw(logits, keys[p, m], length[rows], temperature, top_p)
-        token[rows] = new
-        new = new.cpu().numpy()
-        out[p, m, length[rows]] = new
-        length[rows] += 1
-        lengths[p, m] = length[rows]
-        active[rows] = ~np.isin(new, stop_ids) & (length[rows] < limits[p])
-
-    def admit():
-        """Fill free slots from the queue until none is free or none waits
-        (a first token may end its response)."""
-        while waiting and not active.all():
-            rows = np.flatnonzero(~active)[:len(waiting)]
-            job[rows] = [waiting.popleft() for _ in rows]
-            length[rows], active[rows] = 0, True
-            for p in dict.fromkeys(job[rows, 0].tolist()):
-                if p not in ready:
-                    chunk = [todo.popleft() for _ in range(min(PREFILL, len(todo)))]
-                    ready.update(zip(chunk, prefill(model, [prompts[q] for q in chunk])))
-                slots.put(torch.as_tensor(rows[job[rows, 0] == p], device=where), ready[p][0])
-            at[rows] = torch.tensor([len(prompts[p]) for p in job[rows, 0]], device=where)
-            put(rows, torch.stack([ready[p][1] for p in job[rows, 0].tolist()]))
-            for p, m in job[rows].tolist():
-                if m == samples - 1:
-                    del ready[p]
-
-    admit()
-    while active.any():
-        if active.mean() <= 0.75:  # nobody waits any more: close the gaps
-            rows = np.flatnonzero(active)
-            index = torch.as_tensor(rows, device=where)
-            slots.keep(index)
-            job, length, active, token, at = job[rows], length[rows], active[rows], token[index], at[index]
-        logits = slots.step(model, token, at)
-        at += torch.as_tensor(active, device=where)
-        rows = np.flatnonzero(active)
-        put(rows, logits if active.all() else logits[torch.as_tensor(rows, device=where)])
-        admit()
-    return [[out[p, m, :lengths[p, m]].tolist() for m in range(samples)] for p in range(count)]
+    while True:
+        free = [row for row, job in enumerate(jobs) if job is None]
+        entering = list(islice(waiting, len(free)))
+        if entering:  # schedule: responses that wait take the free rows
+            new_jobs, starts, logits = zip(*entering)
+            active, logits = free[:len(entering)], torch.stack(logits)
+            slots.fill(active, starts)
+            for row, job in zip(active, new_jobs):
+                jobs[row] = job
+        elif len(free) == len(jobs):
+            return responses
+        else:  # step: a token for each row, in one forward pass
+            if len(free) >= 0.25 * len(jobs):  # nobody waits any more: close the gaps
+                slots.keep([row for row, job in enumerate(jobs) if job])
+                jobs = [job for job in jobs if job]
+            active = [row for row, job in enumerate(jobs) if job]
+            logits = slots.step(model)
+            logits = logits if len(active) == len(jobs) else logits[active]
+            slots.at[active] += 1
+        p, m = zip(*(jobs[row] for row in active))
+        drawn = np.array([len(responses[i][j]) for i, j in zip(p, m)])
+        tokens = draw(logits, keys[p, m], drawn, temperature, top_p)
+        slots.token[active] = tokens
+        for row, i, j, token in zip(active, p, m, tokens.tolist()):  # retire: what has ended frees its row
+            responses[i][j].append(token)
+            if token in stop_ids or len(responses[i][j]) == limits[i]:
+                jobs[row] = None
 
 
 @torch.inference_mode()
@@ -272,7 +261,7 @@ def stop_tokens(folder, tokenizer):
 
 def encode_prompts(folder, prompts):
     """The prompts' tokens; one that leaves no room for a response in the model's context is a Problem."""
-    tokenizer, context = load_tokenizer(folder), context_of(folder)
+    tokenizer, context = load_tokenizer(folder), models.context_of(folder)
     encoded = [encode_chat(tokenizer, prompt).ids
                for prompt in tqdm(prompts, desc="tokens", leave=False, disable=quiet())]
     for prompt, ids in zip(prompts, encoded):
@@ -282,14 +271,15 @@ def encode_prompts(folder, prompts):
     return encoded
 
 
-def sample(folder, prompts, out, *, samples, temperature, top_p, max_new_tokens, seed, batch):
-    """One JSON line per response: prompt, index, response, tokens, finished, policy.
+def sample(folder, prompts, path, *, samples, temperature, top_p, max_new_tokens, seed, rows):
+    """One JSON line per response in the file `path`: prompt, index, response, tokens, finished, policy.
 
     prompts: a list (text or messages). seed: a number or text; every phase of a run has its own.
+    rows: responses decoded at a time.
     """
     tokenizer, encoded = load_tokenizer(folder), encode_prompts(folder, prompts)
     stop_ids = stop_tokens(folder, tokenizer)
-    model = replicate(load_policy(folder))
+    model = replicate(models.load_policy(folder))
     check_context([alone(ids) for ids in encoded], model, folder)
 
     def work(block):
@@ -297,41 +287,41 @@ def sample(folder, prompts, out, *, samples, temperature, top_p, max_new_tokens,
         keys = np.array([[seed_of(seed, prompt_id(p), m) for m in range(samples)] for p in prompts],
                         np.uint64)
         responses = generate(model, encoded, keys, stop_ids=stop_ids, temperature=temperature, top_p=top_p,
-                             max_new_tokens=max_new_tokens, batch=batch)
+                             max_new_tokens=max_new_tokens, rows=rows)
         for prompt, tokens in zip(prompts, responses):
             for index, ids in enumerate(tokens):
                 yield dict(prompt=prompt, index=index,
                            response=tokenizer.decode(ids, skip_special_tokens=True),
                            tokens=len(ids), finished=ids[-1] in stop_ids, policy=str(folder))
 
-    in_blocks(list(zip(prompts, encoded)), max(1, 4 * batch // samples), out, work,
-              f"sampling {Path(out).name.split('.')[0]}")
+    run.in_blocks(list(zip(prompts, encoded)), max(1, 4 * rows // samples), path, work,
+                  f"sampling {Path(path).name.split('.')[0]}")
 
 
 @dataclass
 class Options:
-    model: str = field(metadata={"help": "policy: a folder or hub id"})
-    prompts: str = field(metadata={"help": "JSONL, JSON, parquet or hub id with a field `prompt`"})
-    out: str = field(metadata={"help": "samples.jsonl"})
-    samples: int = field(default=5, metadata={"help": "responses per prompt (M)"})
-    temperature: float = field(default=0.8, metadata={"help": "0: greedy"})
-    top_p: float = 0.95
-    max_new_tokens: int = 1024
-    seed: int = 0
-    sample_batch: int = field(default=64, metadata={"help": "responses decoded at a time in each process"})
+    model: str = option(help="policy: a folder or hub id")
+    prompts: str = option(help="JSONL, JSON, parquet or hub id with a field `prompt`")
+    out: str = option(help="samples.jsonl")
+    samples: int = option(5, "responses per prompt (M)")
+    temperature: float = option(0.8, "0: greedy")
+    top_p: float = option(0.95)
+    max_new_tokens: int = option(1024)
+    seed: int = option(0)
+    sample_batch: int = option(64, "responses decoded at a time in each process")
 
 
 def main():
-    o = parse(Options)
-    folder = local_folder(o.model)
+    o = run.parse(Options)
+    folder = models.local_folder(o.model)
     prompts, repeats = read_prompts(o.prompts)
-    claim(o.out, o, file=True)
-    if not exists(o.out):
+    run.claim(o.out, o, file=True)
+    if not run.exists(o.out):
         say(f"{len(prompts)} prompts ({repeats} repeated ones left out), {o.samples} responses each")
         sample(folder, prompts, o.out, samples=o.samples, temperature=o.temperature, top_p=o.top_p,
-               seed=o.seed, max_new_tokens=o.max_new_tokens, batch=o.sample_batch)
+               seed=o.seed, max_new_tokens=o.max_new_tokens, rows=o.sample_batch)
     say(f"{o.out} is complete")
 
 
 if __name__ == "__main__":
-    launch(main)
+    run.launch(main)

@@ -18,6 +18,7 @@ reward models really get better.
 
 Left out on purpose: grammar beyond this pattern, any judgement of style.
 """
+import functools
 import hashlib
 import itertools
 import math
@@ -25,7 +26,7 @@ import os
 import random
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,7 +34,6 @@ import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import models
@@ -42,14 +42,15 @@ import run
 import training
 from data import Problem, encode_chat, read_jsonl, read_pairs, write_jsonl
 from packing import ResponseLogps, collate, pack
-from parallel import barrier, rank, say
-from run import Log, exists, launch
+from parallel import barrier, device, rank, say, shard
+from run import option
 from sampler import sample
 
 # options of mt.py that fit models of 0.1 M parameters
 SETTINGS = dict(
     out="runs/toy", max_new_tokens=64, max_length=128, beta=0.1, policy_lr=1e-4, policy_batch=16, rm_lr=5e-4,
     rm_batch=16, save_every=13, select_prompts=300, sample_batch=256, score_batch=64, micro_batch=16)
+SOURCES = "toy data models packing reward sampler training".split()  # what the base models depend on
 LOOP_PROMPTS, TEST_PROMPTS, LABELS, DEMONSTRATIONS = 2700, 300, 9000, 7000
 SHAPE = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4,
              initializer_range=0.08, max_position_embeddings=128)
@@ -220,9 +221,10 @@ def build(seed):
     Another process does it, with one thread: the base models don't depend on how many processes the run has.
     """
     torch.set_num_threads(1)  # the models are too small for more, and several threads may round differently
-    source = Path(__file__).read_bytes() + f"{torch.__version__} {transformers.__version__}".encode()
-    folder = Path("runs") / "toy-base" / f"seed{seed}-{hashlib.sha256(source).hexdigest()[:8]}"
-    if not exists(folder / "rm" / "config.json"):
+    made_by = {name: digest for name, digest in run.sources().items() if name.removesuffix(".py") in SOURCES}
+    version = hashlib.sha256(f"{made_by} {torch.__version__} {transformers.__version__}".encode())
+    folder = Path("runs") / "toy-base" / f"seed{seed}-{version.hexdigest()[:8]}"
+    if not run.exists(folder / "rm" / "config.json"):
         say(f"making the base models of the embedded task in {folder} (about a minute, once)")
         if rank() == 0:
             run.remove(folder)
@@ -235,7 +237,7 @@ def build(seed):
     return dict(policy=str(folder / "policy"), rm=str(folder / "rm"), prompts=str(folder / "prompts.jsonl"))
 
 
-def write_demonstrator(prompts, seed, folder):
+def write_demonstrator(prompts, seed, folder, log):
     """π_0: a small Llama trained on the mediocre writer's demonstrations,
     the mean negative log-likelihood per token."""
     torch.manual_seed(seed)
@@ -244,17 +246,17 @@ def write_demonstrator(prompts, seed, folder):
     words.save_pretrained(folder)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="packed").eval()
     model.stored_dtype = torch.float32
-    model = ResponseLogps(model)
+    model = shard(ResponseLogps(model))
     rows = [pack([encode_chat(words, prompt, demonstration(prompt, rng))]) for prompt in prompts]
-    optimizer = training.adamw(model, SFT["lr"])
-    steps = training.batches([len(r) for r in rows], SFT["batch"], SFT["batch"], seed, SFT["epochs"])
-    for number, [micro] in enumerate(tqdm(steps, desc="base policy", leave=False)):
-        batch = collate([rows[i] for i, _ in micro])
-        loss = -model(batch).sum() / len(batch["targets"])
-        loss.backward()
-        training.clip_and_step(model, optimizer, SFT["lr"] * training.cosine(number, len(steps)))
+    tokens = [len(row.branches[0]) - row.starts[0] for row in rows]
+    steps = training.steps_of([len(r) for r in rows], SFT["batch"], SFT["batch"], seed, SFT["epochs"], tokens)
+
+    def loss(numbers):
+        return -model(collate([rows[i] for i in numbers], device())), {}
+
+    for _ in training.optimise(model, steps, loss, lr=SFT["lr"], log=log):
+        pass
     models.save(model, folder, folder)
-    say(f"base policy: {len(rows)} demonstrations, last loss {loss.item():.3f} nats per token")
 
 
 def write_preferences(policy, prompts, seed, path):
@@ -265,7 +267,7 @@ def write_preferences(policy, prompts, seed, path):
     """
     rng, samples = random.Random(seed), path.with_name("answers.jsonl")
     sample(str(policy), prompts, samples, samples=2, temperature=0.8, top_p=0.95,
-           max_new_tokens=SETTINGS["max_new_tokens"], seed=f"{seed}/labels", batch=256)
+           max_new_tokens=SETTINGS["max_new_tokens"], seed=f"{seed}/labels", rows=256)
     rows, pairs = read_jsonl(samples), []
     for a, b in zip(rows[::2], rows[1::2]):
         if a["response"] != b["response"]:
@@ -282,21 +284,21 @@ def gold_of(row):
 
 @dataclass
 class Options:
-    out: str = field(metadata={"help": "folder for the base policy, the base reward model and the prompts"})
+    out: str = option(help="folder for the base policy, the base reward model and the prompts")
     seed: int = 0
 
 
 def main():
     o = run.parse(Options)
     out, cut = Path(o.out), parts(o.seed)
-    write_demonstrator(cut["demonstrations"], o.seed, out / "policy")
+    log = functools.partial(run.open_log, out / "metrics.jsonl")
+    write_demonstrator(cut["demonstrations"], o.seed, out / "policy", log("base policy"))
     write_preferences(out / "policy", cut["labels"], o.seed, out / "preferences.jsonl")
     reward.train(str(out / "policy"), read_pairs(out / "preferences.jsonl"), out / "rm.tmp", seed=o.seed,
-                 fresh_head=True, max_length=SETTINGS["max_length"],
-                 log=Log(out / "metrics.jsonl", "base rm"), **RM)
+                 fresh_head=True, max_length=SETTINGS["max_length"], log=log("base rm"), **RM)
     write_jsonl(out / "prompts.jsonl", [{"prompt": prompt} for prompt in cut["loop"]])
     os.replace(out / "rm.tmp", out / "rm")
 
 
 if __name__ == "__main__":
-    launch(main)
+    run.launch(main)

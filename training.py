@@ -1,16 +1,97 @@
-"""The optimiser's steps: global batches, schedule, clipping."""
+"""The one optimiser loop: global batches, schedule, clipping, metrics.
+
+dpo.py and reward.py hand it a loss, and so does the embedded task for the supervised training of its base
+policy. The mean is over the global batch, so results don't depend on the number of processes or on the size
+of micro-batches.
+
+Left out on purpose: resuming inside an epoch, other optimisers, weight decay.
+"""
 import math
+from collections import defaultdict
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from data import Problem
-from parallel import rank, world
+from parallel import device, rank, world
 
 
-def adamw(root, lr):
-    return torch.optim.AdamW(root.parameters(), lr=lr, weight_decay=0.0, fused=True)
+class MicroBatch(NamedTuple):
+    numbers: list  # of the rows in one forward pass of this process
+    shares: list   # what each row adds to the mean over its step's global batch
+
+
+def steps_of(lengths, batch, micro_batch, seed, epochs=1, counts=None):
+    """The optimiser steps: per step this process's micro-batches.
+
+    lengths: of the rows, in tokens. batch: rows per step over all processes. micro_batch: rows per forward
+    pass and process. counts: what the mean is over, of each row, its tokens for example (default: the rows).
+    The order is the same in all processes, and nothing is dropped: the last batch of an epoch is smaller. All
+    processes have the same number of micro-batches, as collectives need, filled up with shares of 0.
+    """
+    counts, steps = counts or [1] * len(lengths), []
+    for epoch in range(epochs):
+        order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
+        for at in range(0, len(order), batch):
+            rows = sorted(order[at:at + batch].tolist(), key=lambda i: (-lengths[i], i))  # like with like
+            share, step = 1 / sum(counts[i] for i in rows), []
+            for first in range(0, len(rows), micro_batch * world()):
+                group = rows[first:first + micro_batch * world()]
+                mine = group[rank()::world()]
+                step.append(MicroBatch(mine or group[:1], [share if mine else 0.0] * max(1, len(mine))))
+            steps.append(step)
+    return steps
+
+
+def optimise(model, steps, loss, *, lr, log, shown="", first_loss=None):
+    """Take the steps of `steps_of` by AdamW; yields the number of each, from 1, when it is done.
+
+    loss(numbers) -> losses (B,), {metric: (B,)}: of the rows with these numbers. first_loss: what the mean
+    loss of the first step must be. shown: what a line on the screen says beside it.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+    for number, step in enumerate(steps, 1):
+        sums = defaultdict(float)
+        for micro in step:
+            losses, metrics = loss(micro.numbers)
+            shares = torch.tensor(micro.shares, device=losses.device)
+            # FSDP averages gradients over processes; times their number that is the sum, the global mean
+            (losses @ shares * world()).backward()
+            for name, values in {"loss": losses, **metrics}.items():
+                sums[name] += (values.detach() @ shares).item()
+        metrics = total(sums)
+        check_loss(metrics["loss"], number, first_loss)
+
+        learning_rate = lr * cosine(number - 1, len(steps))
+        grad_norm = clip(model)
+        if not math.isfinite(grad_norm):
+            raise Problem(f"the grad_norm of step {number} is {grad_norm}; try a smaller learning rate")
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+        optimizer.zero_grad()
+        log(f"step {{step}}/{{steps}}  loss {{loss:.4f}}  {shown}grad_norm {{grad_norm:.2f}}  "
+            "lr {learning_rate:.2e}", step=number, steps=len(steps), **metrics, learning_rate=learning_rate,
+            grad_norm=grad_norm)
+        yield number
+
+
+def mean(step, losses):
+    """The mean of losses(numbers) (B,) over a step's global batch."""
+    return total({"": sum((losses(micro.numbers) @ torch.tensor(micro.shares, device=device())).item()
+                          for micro in step)})[""]
+
+
+def check_loss(loss, number, first_loss):
+    if not math.isfinite(loss):
+        raise Problem(f"the loss of step {number} is {loss}; try a smaller learning rate")
+    if number == 1 and first_loss is not None:
+        tolerance = 1e-3 if torch.cuda.is_available() else 1e-6  # of bf16 and of fp32
+        if abs(loss - first_loss) > tolerance * max(1, abs(first_loss)):
+            raise Problem(f"the loss of step 1 is {loss:.7f} and not {first_loss:.7f}: "
+                          "the policy differs from its own reference")
 
 
 def cosine(step, steps, warmup=0.1):
@@ -21,46 +102,15 @@ def cosine(step, steps, warmup=0.1):
     return 0.5 * (1 + math.cos(math.pi * (step - ramp) / (steps - ramp)))
 
 
-def batches(lengths, batch, micro_batch, seed, epochs=1):
-    """The optimiser steps: per step this process's micro-batches, each [(index, weight)].
-
-    The order is the same in all processes; weights add up to 1 over a step's processes and micro-batches, so
-    a weighted sum of losses is the mean over the global batch. Nothing is dropped: the last batch is smaller.
-    All processes have the same number of micro-batches, as collectives need, filled up with weight 0.
-    """
-    steps = []
-    for epoch in range(epochs):
-        order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
-        for at in range(0, len(order), batch):
-            rows = sorted(order[at:at + batch].tolist(), key=lambda i: (-lengths[i], i))  # like with like
-            step, width = [], micro_batch * world()
-            for first in range(0, len(rows), width):
-                group = rows[first:first + width]
-                mine = [(i, 1 / len(rows)) for i in group[rank()::world()]]
-                step.append(mine or [(group[0], 0.0)])
-            steps.append(step)
-    return steps
-
-
-def clip_and_step(root, optimizer, lr, max_norm=1.0):
-    """Clip the gradient to max_norm, take the step, return the norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(root.parameters(), max_norm)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
+def clip(model, max_norm=1.0):
+    """Clip the gradient to max_norm; returns its norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
 
 
-def check_finite(step, **values):
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise Problem(f"the {name} of step {step} is {value}; try a smaller learning rate")
-
-
 def total(values):
-    """Element-wise sum of a {name: tensor or number} over all processes, as floats."""
-    vector = torch.tensor([float(v) for v in values.values()], dtype=torch.float64, device="cpu")
+    """{name: float}, each summed over all processes."""
+    vector = torch.tensor(list(values.values()), dtype=torch.float64, device="cpu")
     if world() > 1:
         dist.all_reduce(vector)
     return dict(zip(values, vector.tolist()))

@@ -162,7 +162,7 @@ def sampler_project(name, prompts=64, new=NEW, stop=True):
     keys = np.random.default_rng(0).integers(0, 2**63, (prompts, SAMPLES)).astype(np.uint64)
     with Measured() as measured:
         responses = sampler.generate(model, prompts_of(name, prompts), keys, temperature=0.8, top_p=0.95,
-                                     stop_ids=stop_ids(name) if stop else [], max_new_tokens=new, batch=ROWS)
+                                     stop_ids=stop_ids(name) if stop else [], max_new_tokens=new, rows=ROWS)
     return sampled([len(tokens) for row in responses for tokens in row], measured)
 
 

@@ -8,11 +8,11 @@ from itertools import groupby, islice
 import numpy as np
 
 import reward
-from data import Problem, load_tokenizer, prompt_id
+from data import Problem, prompt_id
 from evals import figures
 from evals.stats import JSON, ordered_alike
-from models import load_reward, local_folder
-from parallel import replicate, say
+from models import local_folder
+from parallel import say
 from run import write_json
 from toy import gold_of
 
@@ -31,7 +31,7 @@ def agreement(o):
     run, judged = figures.load(o.run), {}
     answers, rms = answers_of(run, o.prompts), rms_of(run)
     for rm, folder in rms.items():
-        model, tokenizer = reward.Rewards(replicate(load_reward(folder))), load_tokenizer(folder)
+        model, tokenizer = reward.load(folder)
         judged[rm] = {pm: reward.score_answers(model, tokenizer, [
             (group[0]["prompt"], [row["response"] for row in group]) for group in groups], o.score_batch)
             for pm, groups in answers.items()}

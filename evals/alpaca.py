@@ -177,7 +177,7 @@ def answer(o, prompts):
     claim(o.out, o)
     if not exists(path):
         sample(local_folder(o.policy), prompts, path, samples=1, temperature=o.temperature, top_p=o.top_p,
-               max_new_tokens=o.max_new_tokens, batch=o.sample_batch, seed=o.seed)
+               max_new_tokens=o.max_new_tokens, rows=o.sample_batch, seed=o.seed)
     return o.name or Path(o.policy).name, read_jsonl(path)
 
 

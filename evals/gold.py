@@ -8,30 +8,32 @@ from pathlib import Path
 import numpy as np
 
 import reward
+import run
 from data import read_jsonl, write_jsonl
 from evals.stats import ordered_alike, standard_error
 from filter import win_rate
 from parallel import barrier, rank
 from rollout import sample_and_score
-from run import exists
 from toy import gold_of, parts
 
 
-def measure(out, o):
+def measure(o):
     """gold.jsonl in the run folder: a line for the base and one per round,
     on test prompts that nothing else has seen."""
+    out = Path(o.out)
     states, lines, base = states_of(out, o), [], None
     for label, policy, rm in states:
         folder = out / "test" / label.replace(" ", "")
         if lines and (policy, rm) == states[len(lines) - 1][1:]:
             lines.append({**lines[-1], "policy": label})  # the run had stopped
             continue
-        rows = sample_and_score(o, policy, o.rm, parts(o.seed)["test"], 2, f"{o.seed}/test/{label}",
-                                folder / "r0.jsonl")
+        by_r0 = folder / "r0.jsonl"
+        run.due(out, by_r0, Path(policy).parent)  # answers of an earlier policy are refused
+        rows = sample_and_score(o, policy, o.rm, parts(o.seed)["test"], 2, f"{o.seed}/test/{label}", by_r0)
         base = base or rows
-        for name, answers in (("base", base), ("own", rows)):
-            if not exists(folder / f"{name}.jsonl"):
-                reward.score(rm, answers, folder / f"{name}.jsonl", o.score_batch)
+        for path, answers in ((folder / "base.jsonl", base), (folder / "own.jsonl", rows)):
+            if run.due(out, path, by_r0, Path(rm).parent):
+                reward.score(rm, answers, path, o.score_batch)
         values, base_values = [gold_of(row) for row in rows[::2]], [gold_of(row) for row in base[::2]]
         lines.append(dict(
             policy=label, rm=Path(rm).parts[-3] if rm != o.rm else "r0", gold=float(np.mean(values)),
@@ -51,7 +53,7 @@ def states_of(out, o):
     states, policy, rm = [("base", o.policy, o.rm)], o.policy, o.rm
     for number in range(1, o.rounds + 1):
         for step, kind in (("e1", "policy"), ("m", "rm"), ("e2", "policy")):
-            if exists(out / f"round{number}" / step / kind):
+            if run.exists(out / f"round{number}" / step / kind):
                 made = str(out / f"round{number}" / step / kind)
                 policy, rm = (made, rm) if kind == "policy" else (policy, made)
         states.append((f"round {number}", policy, rm))

@@ -31,7 +31,7 @@ def questions():
 def test_generate_gives_the_tokens_of_the_reference(tiny, questions, kind, temperature, top_p):
     model, (prompts, keys) = load_policy(tiny(kind)), questions
     settings = dict(stop_ids=STOPS, temperature=temperature, top_p=top_p, max_new_tokens=12)
-    fast = generate(model, prompts, keys, batch=4, **settings)
+    fast = generate(model, prompts, keys, rows=4, **settings)
     assert fast == generate_reference(model, prompts, keys, **settings)
     ends = [tokens[-1] in STOPS for row in fast for tokens in row]
     assert temperature == 0 or 0 < sum(ends) < len(ends)  # some stopped, some ran to the limit
@@ -41,7 +41,7 @@ def test_long_prompts_make_fewer_rows_and_the_same_responses(tiny, questions, mo
     model, (prompts, keys) = load_policy(tiny()), questions
     rows, step = [], sampler.Slots.step
     monkeypatch.setattr(sampler.Slots, "step", lambda *a: rows.append(a[0].rows) or step(*a))
-    settings = dict(stop_ids=[2], temperature=0.8, top_p=0.9, max_new_tokens=10, batch=64)
+    settings = dict(stop_ids=[2], temperature=0.8, top_p=0.9, max_new_tokens=10, rows=64)
     every = generate(model, prompts, keys, **settings)
     most = max(rows)
     rows.clear()
@@ -52,12 +52,12 @@ def test_long_prompts_make_fewer_rows_and_the_same_responses(tiny, questions, mo
 def test_a_response_depends_on_its_key_and_not_on_order_company_or_batch_size(tiny, questions):
     model, (prompts, keys) = load_policy(tiny()), questions
     settings = dict(stop_ids=STOPS, temperature=1.0, top_p=0.95, max_new_tokens=12)
-    every = generate(model, prompts, keys, batch=64, **settings)
+    every = generate(model, prompts, keys, rows=64, **settings)
     for some in ([8, 3, 0, 5, 1, 7, 2, 6, 4], [4, 1], [2]):
         for batch in (1, 5):
-            assert generate(model, [prompts[i] for i in some], keys[some], batch=batch, **settings) == [
+            assert generate(model, [prompts[i] for i in some], keys[some], rows=batch, **settings) == [
                 every[i] for i in some]
-    one_sample = generate(model, prompts, keys[:, 1:2], batch=3, **settings)
+    one_sample = generate(model, prompts, keys[:, 1:2], rows=3, **settings)
     assert [row[0] for row in one_sample] == [row[1] for row in every]
     assert len({tuple(tokens) for row in every for tokens in row}) > 20  # and the keys do matter
 
@@ -65,7 +65,7 @@ def test_a_response_depends_on_its_key_and_not_on_order_company_or_batch_size(ti
 def test_a_response_ends_at_any_stop_token_and_holds_it_once(tiny, questions):
     prompts, keys = questions
     responses = generate(load_policy(tiny()), prompts, keys, stop_ids=STOPS, temperature=1.0, top_p=1.0,
-                         batch=4, max_new_tokens=60)
+                         rows=4, max_new_tokens=60)
     responses = [tokens for row in responses for tokens in row]
     assert len({tokens[-1] for tokens in responses}) > 4
     for tokens in responses:
@@ -79,7 +79,7 @@ def test_a_response_ends_where_the_context_ends(tiny, questions, kind):
     changes = {"n_positions": 24} if kind == "gpt2" else {"max_position_embeddings": 24}
     model = load_policy(tiny(kind, **changes))
     settings = dict(stop_ids=[2], temperature=1.0, top_p=1.0, max_new_tokens=20)
-    responses = generate(model, prompts, keys, batch=4, **settings)
+    responses = generate(model, prompts, keys, rows=4, **settings)
     assert responses == generate_reference(model, prompts, keys, **settings)
     for prompt, row in zip(prompts, responses):
         for tokens in row:
@@ -91,7 +91,7 @@ def test_greedy_tokens_are_the_peers(golden):
     model, prompts = load_policy(golden / "policy"), peers["prompts"]
     keys = np.zeros((len(prompts), 1), np.uint64)
     for stop_ids, name in (([2], "greedy"), ([2, peers["extra_stop_token"]], "greedy_with_stop_padded")):
-        ours = generate(model, prompts, keys, stop_ids=stop_ids, temperature=0, top_p=1.0, batch=3,
+        ours = generate(model, prompts, keys, stop_ids=stop_ids, temperature=0, top_p=1.0, rows=3,
                         max_new_tokens=peers["max_new_tokens"])
         padded = [tokens + [0] * (peers["max_new_tokens"] - len(tokens)) for [tokens] in ours]
         assert padded == peers[name]
