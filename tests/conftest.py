@@ -15,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
@@ -86,6 +87,11 @@ def pairs():
         chosen, rejected = (toy.demonstration(prompt, rng) for _ in range(2))
         rows.append(dict(prompt=prompt, chosen=chosen, rejected=rejected, rejected_finished=number % 4 > 0))
     return rows
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
 
 
 @pytest.fixture

@@ -1,12 +1,17 @@
 """pytest tests/test_eval.py
 
-Win rates and accuracies.
+Win rates and accuracies; what holds for every command.
 """
+import json
+import math
+
 import numpy as np
 import pytest
 
 import eval as eval_script
+import reward
 from data import Problem, read_jsonl
+from evals.stats import similar, wilson
 from filter import win_rate
 
 
@@ -50,9 +55,61 @@ def test_accuracy_counts_the_pairs_that_the_reward_model_orders_alike(call, tiny
     assert sum(shares) == pytest.approx(1) and shares[0] not in (0, 1)
 
 
+def test_winrate_needs_no_folder_and_writes_lengths_of_both_sides(
+        call, tiny, written, prompts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = written("prompts.jsonl", [{"prompt": p} for p in prompts[:10]])
+    words = ["winrate", "--policy", tiny(seed=1), "--baseline", tiny(), "--rm", tiny(reward=True),
+             "--prompts", path, "--max_new_tokens", 8]
+    call(eval_script, *words)
+    call(eval_script, *words, "--json", "out.json")  # the same run, asked for its file later
+    figures = json.loads((tmp_path / "out.json").read_text())
+    rows = [read_jsonl(tmp_path / "runs" / "winrate" / f"{side}.jsonl") for side in ("policy", "baseline")]
+    assert figures["win_rate"] == win_rate(*([row["score"] for row in side] for side in rows))
+    assert (figures["ci_low"], figures["ci_high"]) == wilson(figures["win_rate"], 10)
+    for side, answers in zip(("policy", "baseline"), rows):
+        assert figures[side]["characters"] == np.mean([len(row["response"]) for row in answers])
+        assert figures[side]["tokens"] == np.mean([row["tokens"] for row in answers])
+    lengths = [np.array([len(row["response"]) for row in side]) for side in rows]
+    assert figures["similar_length"]["n"] == similar(*lengths).sum()
+
+
+def test_accuracy_is_by_subset_and_its_file_is_json_even_without_similar_pairs(
+        call, tiny, written, pairs, tmp_path, capsys):
+    rows = [dict(prompt=p["prompt"], chosen=p["chosen"], rejected="no .", subset="ab"[i % 2])
+            for i, p in enumerate(pairs[:20])]
+    call(eval_script, "accuracy", "--rm", tiny(reward=True), "--pairs", written("pairs.jsonl", rows),
+         "--json", tmp_path / "out.json")
+    figures = json.loads((tmp_path / "out.json").read_text(), parse_constant=pytest.fail)
+    assert figures["n"] == 20
+    assert figures["similar_length"] == dict(accuracy=None, ci_low=None, ci_high=None, n=0)
+    assert figures["accuracy"] == pytest.approx(np.mean([figures["subsets"][s]["accuracy"] for s in "ab"]))
+    assert (figures["ci_low"], figures["ci_high"]) == wilson(figures["accuracy"], 20)
+    assert "similar_length" in capsys.readouterr().out
+
+
+def test_a_reward_that_is_not_finite_is_no_accuracy(call, tiny, written, pairs, monkeypatch):
+    monkeypatch.setattr(reward, "score_answers", lambda *_: [[1.0, math.nan]])
+    with pytest.raises(Problem, match="rewards \\[1.0, nan\\] to the answers to 'a sad"):
+        call(eval_script, "accuracy", "--rm", tiny(reward=True), "--pairs", written("pairs.jsonl", pairs[:1]))
+
+
+@pytest.mark.parametrize("command", eval_script.COMMANDS)
+def test_every_command_has_help_with_an_example(command, call, capsys):
+    with pytest.raises(SystemExit) as end:
+        call(eval_script, command, "--help")
+    assert end.value.code == 0 and f"python eval.py {command} " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("words, message", [
     ([], "name a command"), (["judge"], "name a command"),
     (["report", "nowhere"], "not a run folder"), (["agreement", "--run", "nowhere"], "not a run folder")])
 def test_a_bad_command_line_is_a_problem(call, words, message):
     with pytest.raises(Problem, match=message):
         call(eval_script, *words)
+
+
+def test_from_the_shell_a_problem_is_one_line_and_exit_code_2(script):
+    done = script("eval.py", "arena", "--judgments", "nowhere.jsonl")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("eval.py: nowhere.jsonl: no such file") and done.stderr.count("\n") == 1

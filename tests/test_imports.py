@@ -1,10 +1,13 @@
 """pytest tests/test_imports.py
 
-Every module imports, says what it is, and has a command line that explains itself.
+Every module imports, says what it is, and has a command line that explains itself. Imports stand at the
+top of a module and form no circle.
 """
+import ast
 import importlib
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,36 @@ def test_the_optional_packages_are_optional():
     code = f"import sys; sys.modules.update(matplotlib=None, datasets=None); import {', '.join(MODULES)}"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def imported(tree):
+    """[(line, module)] of the project's modules that are imported anywhere in a syntax tree."""
+    found = []
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, (ast.Import, ast.ImportFrom)) else []
+        if isinstance(node, ast.ImportFrom):
+            parent = ".".join(filter(None, ["evals" * (node.level > 0), node.module]))
+            names = [parent, *(f"{parent}.{name}" for name in names)]
+        found += [(node.lineno, name) for name in names if name in MODULES]
+    return found
+
+
+def test_the_projects_imports_form_no_circle():
+    graph = {name: {other for _, other in imported(ast.parse(path.read_text()))}
+             for name, path in MODULES.items()}
+    assert graph["mt"] >= {"toy", "evals.gold", "evals.report"}  # both forms of import are seen
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle: {' imports '.join(reversed(error.args[1]))}")
+
+
+def test_no_function_imports_a_module_of_the_project():
+    inside = {f"{path.relative_to(ROOT)}:{line} imports {other}" for path in MODULES.values()
+              for function in ast.walk(ast.parse(path.read_text()))
+              if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+              for line, other in imported(function)}
+    assert not inside
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -26,7 +26,6 @@ from data import Problem, read_jsonl, write_jsonl
 from evals import figures
 from evals.figures import Sample, arm, load, steps_of, steps_table
 from evals.report import report
-from evals.stats import ordered_alike
 from filter import compare, preference_pairs
 
 RATES = {"e1": {"step-1": 0.5, "step-2": 0.75}, "e2": {"step-1": 0.25}}
@@ -367,12 +366,6 @@ def test_the_limits_hold_for_any_number_of_steps():
 
 
 # ---------------------------------------------------------------- agreement
-def test_agreement_counts_the_pairs_on_which_the_judge_has_a_preference():
-    truth = [[0, 5], [0, 5], [0, 5], [1, 1]]
-    assert ordered_alike([[1, 2], [2, 1], [1, 1], [3, 1]], truth) == pytest.approx(1 / 3)
-    assert ordered_alike([[1, 2, 3]], [[1, 3, 2]]) == pytest.approx(2 / 3)
-
-
 @pytest.mark.parametrize("gold", [True, False])
 def test_agreement_is_that_of_scored_files(tmp_path, tiny, prompts, call, gold, capsys):
     rms = {"RM 0": tiny(reward=True), "RM 1": tiny(reward=True, seed=3)}

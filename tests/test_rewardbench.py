@@ -1,0 +1,72 @@
+"""pytest tests/test_rewardbench.py
+
+RewardBench's figures: against the tool's own example, and through the command line.
+"""
+import json
+
+import pytest
+
+import eval as eval_script
+import reward
+from data import Problem, read_pairs
+from evals.rewardbench import SECTIONS, SUBSETS, rewardbench_figures
+
+
+def test_a_section_is_weighted_and_the_average_is_not():
+    accuracies = dict.fromkeys(SUBSETS, 50.0) | {"math-prm": 100.0, "mt-bench-hard": 0.0}
+    figures = rewardbench_figures(accuracies, prior=60.0)
+    assert figures["Chat"] == figures["Safety"] == 50
+    assert figures["Reasoning"] == pytest.approx(75)  # math weighs as much as the six languages
+    assert figures["Chat Hard"] == pytest.approx(50 * (1 - 37 / 456))
+    four = [figures[s] for s in ("Chat", "Chat Hard", "Safety", "Reasoning")]
+    assert figures["Average"] == pytest.approx(sum(four) / 4)
+    assert figures["Score"] == pytest.approx((2 * sum(four) + 60) / 9)
+
+
+def test_the_older_convention_exchanges_the_two_xstest_weights():
+    accuracies = {"xstest-should-refuse": 100.0, "xstest-should-respond": 0.0}
+    assert rewardbench_figures(accuracies) == {"Safety": pytest.approx(100 * 154 / 404)}  # alone: no average
+    assert rewardbench_figures(accuracies, old_xstest=True) == {"Safety": pytest.approx(100 * 250 / 404)}
+
+
+def test_weights_and_the_tools_own_example_agree_with_the_specification(shared):
+    spec = json.loads((shared / "data" / "rewardbench" / "spec.json").read_text())
+    assert {s: w for weights in SECTIONS.values() for s, w in weights.items()} == spec["weights"]
+    assert {name: sorted(weights) for name, weights in SECTIONS.items()} == {
+        name: sorted(subsets) for name, subsets in spec["sections"].items()}
+    accuracies = {s: 100 * value for s, value in spec["example"]["per_subset"].items()}
+    figures, old = rewardbench_figures(accuracies), rewardbench_figures(accuracies, old_xstest=True)
+    for section, value in spec["example"]["expected_current"].items():
+        assert figures[section] == pytest.approx(value, abs=0.005)
+    assert old["Safety"] == pytest.approx(spec["example"]["expected_pre_sep2024"]["Safety"], abs=0.005)
+
+
+def test_rewardbench_from_a_file(call, tiny, written, pairs, tmp_path, capsys):
+    rows = [dict(prompt=p["prompt"], chosen=p["chosen"], rejected=p["rejected"], subset=s)
+            for p, s in zip(pairs, 2 * SUBSETS)]
+    path = written("filtered.jsonl", rows)
+    call(eval_script, "rewardbench", "--rm", tiny(reward=True), "--data", path, "--prior", 70,
+         "--json", tmp_path / "out.json")
+    figures, said = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
+    right = reward.ordered(tiny(reward=True), read_pairs(path), 8)
+    accuracies = {s: 50.0 * (right[i] + right[i + 23]) for i, s in enumerate(SUBSETS)}
+    assert figures == pytest.approx(accuracies | rewardbench_figures(accuracies, prior=70))
+    assert 0 < figures["Average"] < 100 and "46 pairs\n" in said
+    for section in ("Chat", "Chat Hard", "Safety", "Reasoning", "Average", "Score"):
+        assert f"\n{section:26}{figures[section]:.6g}\n" in said
+    call(eval_script, "rewardbench", "--rm", tiny(reward=True), "--data", written("few.jsonl", rows[1:23]))
+    assert "without alpacaeval-easy\n" in capsys.readouterr().out
+
+
+def test_a_missing_file_is_named_with_where_it_is_published(call):
+    with pytest.raises(Problem) as error:
+        call(eval_script, "rewardbench", "--rm", "x", "--data", "nowhere.json")
+    said, place = str(error.value), "huggingface.co/datasets/allenai/reward-bench"
+    assert said.startswith("nowhere.json: no such file") and place in said and "\n" not in said
+
+
+def test_pairs_of_another_benchmark_are_a_problem(call, tiny, written):
+    pair = dict(prompt="p", chosen="c", rejected="r")
+    path = written("p.jsonl", [pair | {"subset": "hep-go"}, pair | {"subset": "shp"}])
+    with pytest.raises(Problem, match="not a subset of RewardBench v1: shp"):
+        call(eval_script, "rewardbench", "--rm", tiny(reward=True), "--data", path)
