@@ -160,15 +160,18 @@ def claim(path, options, file=False, **more):
         if results:  # without them, it is of a failed start
             old = read_note(note)
             check_same(path, old, new)
-            new |= old | {"settings": old["settings"] | {"rounds": new["settings"].get("rounds")}}
-        write_text(note, json.dumps(new, indent=1) + "\n")
+            new |= {key: value for key, value in old.items() if value}
+            new["settings"] |= {"rounds": options.rounds} if hasattr(options, "rounds") else {}
+        text = json.dumps(new, indent=1) + "\n"
+        if not note.exists() or note.read_text() != text:
+            write_text(note, text)
     barrier()
 
 
 def read_note(note):
     try:
         value = json.loads(note.read_text())
-        return {"settings": value["settings"], "sources": value.get("sources"), **value}
+        return value | {key: {**(value.get(key) or {})} for key in ("settings", "sources")}
     except (OSError, ValueError, LookupError, TypeError):
         raise Problem(f"{note} is damaged; choose another --out") from None
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 from data import Problem
 from parallel import device, rank, world
@@ -51,6 +52,8 @@ def optimise(model, steps, loss, *, lr, log, shown="", first_loss=None):
     loss(numbers) -> losses (B,), {metric: (B,)}: of the rows with these numbers. first_loss: what the mean
     loss of the first step must be. shown: what a line on the screen says beside it.
     """
+    if isinstance(model, FSDPModule):
+        model.reshard()  # a forward pass before, of a reference, leaves the root's parameters gathered
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
     for number, step in enumerate(steps, 1):
         sums = defaultdict(float)

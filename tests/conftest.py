@@ -5,6 +5,7 @@
 """
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import (  # noqa: E402
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -70,6 +72,16 @@ def tiny(tmp_path_factory):
             made[key] = (str(folder), tokenizer)
         return made[key][0]
     return make
+
+
+@pytest.fixture
+def without_numbers(tiny, tmp_path):
+    """The folder of a reward model that gives NaN."""
+    folder = Path(shutil.copytree(tiny(reward=True), tmp_path / "nan"))
+    weights = load_file(folder / "model.safetensors")
+    weights["score.weight"][0, 3] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 @pytest.fixture(scope="session")

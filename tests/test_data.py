@@ -131,13 +131,14 @@ def test_where_bos_and_eos_are_one_token_it_stands_at_both_ends(shared, answer):
 # ---------------------------------------------------------------- rows
 def test_over_long_pairs_are_left_out_and_counted_and_the_others_are_whole(pairs):
     tokenizer = toy.tokenizer()
-    everything, none = pair_rows(tokenizer, pairs, 1000)
-    assert len(everything) == len(pairs) and none == 0
+    everything, every_pair = pair_rows(tokenizer, pairs, 1000)
+    assert len(everything) == len(pairs) and every_pair == pairs
     longest = [max(len(row.trunk) + len(branch) for branch in row.branches) for row in everything]
     limit = int(np.median(longest))
-    rows, dropped = pair_rows(tokenizer, pairs, limit)
+    rows, kept = pair_rows(tokenizer, pairs, limit)
     assert rows == [row for row, length in zip(everything, longest) if length <= limit]
-    assert dropped == len(pairs) - len(rows) > 0
+    assert kept == [pair for pair, length in zip(pairs, longest) if length <= limit]  # a row's own pair
+    assert 0 < len(kept) < len(pairs)
 
 
 def test_only_policies_learn_that_an_answer_was_cut_off():

@@ -3,13 +3,11 @@
 Win rates and accuracies; what holds for every command.
 """
 import json
-import math
 
 import numpy as np
 import pytest
 
 import eval as eval_script
-import reward
 from data import Problem, read_jsonl
 from evals.stats import similar, wilson
 from filter import win_rate
@@ -88,10 +86,9 @@ def test_accuracy_is_by_subset_and_its_file_is_json_even_without_similar_pairs(
     assert "similar_length" in capsys.readouterr().out
 
 
-def test_a_reward_that_is_not_finite_is_no_accuracy(call, tiny, written, pairs, monkeypatch):
-    monkeypatch.setattr(reward, "score_answers", lambda *_: [[1.0, math.nan]])
-    with pytest.raises(Problem, match="rewards \\[1.0, nan\\] to the answers to 'a sad"):
-        call(eval_script, "accuracy", "--rm", tiny(reward=True), "--pairs", written("pairs.jsonl", pairs[:1]))
+def test_a_reward_that_is_not_finite_is_no_accuracy(call, tiny, written, pairs, without_numbers):
+    with pytest.raises(Problem, match="rewards \\[nan, nan\\] to the answers to 'a sad"):
+        call(eval_script, "accuracy", "--rm", without_numbers, "--pairs", written("pairs.jsonl", pairs[:1]))
 
 
 @pytest.mark.parametrize("command", eval_script.COMMANDS)

@@ -27,7 +27,11 @@ NAN, INF = float("nan"), float("inf")
     ([], [], None),
 ])
 def test_the_shortest_above_the_mean_is_chosen_and_the_lowest_rejected(scores, lengths, pair):
-    assert choose_pair(scores, lengths) == pair
+    choice = choose_pair(scores, lengths)
+    assert (choice and choice[:2]) == pair
+    if pair:
+        above = sum(score > sum(scores) / len(scores) for score in scores)
+        assert choice[2].startswith(f"chosen: shortest of the {above} above the mean reward ")
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +86,9 @@ def test_selection_prompts_and_subsets_are_disjoint_and_complete(undisturbed, pr
 def test_the_split_depends_on_the_seed_and_nothing_else(words, here, undisturbed):
     def split(seed, name):
         o = run.parse(mt.Options, words(seed=seed))
-        mt.split(o, here / name)
+        o = replace(o, out=here / name)
+        run.claim(o.out, o)
+        mt.split(o)
         return [prompts_of(here / name / "prompts" / f"{part}.jsonl") for part in PARTS]
     assert split(0, "a") == [prompts_of(undisturbed / "prompts" / f"{part}.jsonl") for part in PARTS]
     assert split(1, "b") != split(0, "c")
@@ -112,23 +115,24 @@ def test_each_step_has_a_subset_of_its_own_and_they_rotate(undisturbed):
 def test_models_and_subsets_flow_from_step_to_step(monkeypatch):
     calls, links = [], []
 
-    def e_step(o, out, policy, rm, prompts, folder):
+    def e_step(o, policy, rm, prompts, folder):
         calls.append(("E", policy, rm, prompts, str(folder)))
         return f"π{sum(c[0] == 'E' for c in calls)}"
 
-    def m_step(o, out, old_policy, new_policy, rm, prompts, folder):
-        calls.append(("M", old_policy, new_policy, rm, prompts, str(folder)))
+    def m_step(o, old_policy, new_policy, rm, prompts, folder, ranked):
+        calls.append(("M", old_policy, new_policy, rm, prompts, str(folder), str(ranked)))
         return f"r{sum(c[0] == 'M' for c in calls)}"
 
     for name, value in dict(split=lambda *_: ["S0", "S1", "S2"], e_step=e_step, m_step=m_step,
                             link=lambda _, *models: links.append(models)).items():
         monkeypatch.setattr(mt, name, value)
-    mt.mutual_taught(mt.Options(policy="π0", rm="r0", rounds=4), Path("run"))
+    mt.mutual_taught(mt.Options(policy="π0", rm="r0", rounds=4, out="run"))
     expected = []
     for t in range(4):
         (a, b, c), folder = (f"S{(t + i) % 3}" for i in range(3)), f"run/round{t + 1}"
         before, after, rm, new_rm = f"π{2 * t}", f"π{2 * t + 1}", f"r{t}", f"r{t + 1}"
-        expected += [("E", before, rm, a, f"{folder}/e1"), ("M", before, after, rm, b, folder),
+        expected += [("E", before, rm, a, f"{folder}/e1"),
+                     ("M", before, after, rm, b, f"{folder}/m", f"{folder}/e1/pairs.jsonl"),
                      ("E", after, new_rm, c, f"{folder}/e2")]
     assert calls == expected
     assert links[0] == ("π0", "r0") and links[-1] == ("π8", "r4")
@@ -158,7 +162,7 @@ def phases(out):
 def test_a_best_win_rate_below_tau_keeps_the_old_policy_and_ends_the_run(
         call, words, here, monkeypatch, tiny, rates, stopped_in, update_rm, capsys):
     rates, given = iter(rates), []
-    monkeypatch.setattr(mt, "win_rate", lambda *_: given.append(next(rates)) or given[-1])
+    monkeypatch.setattr(filter_script, "win_rate", lambda *_: given.append(next(rates)) or given[-1])
     monkeypatch.setattr(mt, "train_policy", two_checkpoints(mt.train_policy))
     call(mt, *words(rounds=3, tau=0.6, update_rm=update_rm, policy_batch=32))
     folder = here / "round1" / stopped_in
@@ -177,8 +181,8 @@ def test_a_best_win_rate_below_tau_keeps_the_old_policy_and_ends_the_run(
 
 def two_checkpoints(train_policy):
     """However many pairs the tiny models give: two checkpoints, the second a copy of the first."""
-    def train(o, out, policy, pairs, path):
-        [first] = train_policy(o, out, policy, pairs, path)
+    def train(o, policy, pairs, path):
+        [first] = train_policy(o, policy, pairs, path)
         second = first.with_name("step-2")
         if not second.exists():
             second.mkdir()
@@ -190,7 +194,7 @@ def two_checkpoints(train_policy):
 
 def test_a_win_rate_of_exactly_tau_is_enough(call, words, here, monkeypatch):
     rates = iter([0.7, 0.6999999])
-    monkeypatch.setattr(mt, "win_rate", lambda *_: next(rates))
+    monkeypatch.setattr(filter_script, "win_rate", lambda *_: next(rates))
     call(mt, *words(tau=0.7, update_rm=False, policy_batch=32))
     assert [selection(here / "round1" / part)["chosen"] for part in ("e1", "e2")] == ["step-1", None]
 
@@ -227,8 +231,8 @@ def test_without_rm_updates_there_is_no_m_step_and_the_base_rm_judges(call, word
 
 
 def test_without_the_filter_all_comparisons_but_identical_texts_train_the_rm(call, words, here, monkeypatch):
-    compare = mt.compare
-    monkeypatch.setattr(mt, "compare", lambda new, old, on: compare(
+    compare = filter_script.compare
+    monkeypatch.setattr(filter_script, "compare", lambda new, old, on: compare(
         [new[0] | {"response": old[0]["response"]}, new[1] | {"score": -1e3}, *new[2:]], old, on))
     call(mt, *words(filter=False))
     rows = read_jsonl(here / "round1" / "m" / "comparisons.jsonl")
@@ -492,5 +496,5 @@ def test_the_phases_run_alone_from_file_to_file(call, tiny, written, prompts, he
     call(filter_script, "--samples", "scored.jsonl", "--out", "pairs.jsonl")
     call(mt.dpo, "--model", tiny(), "--pairs", "pairs.jsonl", "--out", "policy", "--lr", 1e-3, "--batch", 8)
     call(reward, "--model", rm, "--pairs", "pairs.jsonl", "--out", "rm", "--lr", 1e-3, "--batch", 8)
-    assert read_jsonl("pairs.jsonl") == mt.preference_pairs(read_jsonl("scored.jsonl"))[0]
+    assert read_jsonl("pairs.jsonl") == filter_script.preference_pairs(read_jsonl("scored.jsonl"))[0]
     assert not same_weights("policy", tiny()) and not same_weights("rm", rm)

@@ -35,24 +35,24 @@ def metrics(out, key="loss"):
 # ---------------------------------------------------------------- batches and schedule
 @pytest.mark.parametrize("rows, batch, micro_batch, world", [
     (97, 8, 2, 1), (97, 8, 2, 2), (97, 8, 3, 4), (5, 8, 1, 3), (1, 4, 2, 2), (33, 16, 16, 3)])
-def test_every_row_counts_once_with_weights_that_add_up_to_1_over_all_processes(
+def test_every_row_counts_once_with_shares_that_add_up_to_1_over_all_processes(
         monkeypatch, rows, batch, micro_batch, world):
     lengths = [(7 * i) % 31 + 1 for i in range(rows)]
     monkeypatch.setattr(training, "world", lambda: world)
     ranks = []
     for rank in range(world):
         monkeypatch.setattr(training, "rank", lambda rank=rank: rank)
-        ranks.append(training.batches(lengths, batch, micro_batch, seed=3, epochs=2))
+        ranks.append(training.steps_of(lengths, batch, micro_batch, seed=3, epochs=2))
     steps = math.ceil(rows / batch)
     assert [len(mine) for mine in ranks] == [2 * steps] * world
     for step in zip(*ranks):
         assert len({len(micros) for micros in step}) == 1  # collectives need the same number everywhere
-        weights = [w for micros in step for micro in micros for _, w in micro]
-        assert sum(weights) == pytest.approx(1)
-        assert len({w for w in weights if w}) == 1
-        assert max(len(micro) for micros in step for micro in micros) <= micro_batch
+        assert all(len(m.numbers) == len(m.shares) <= micro_batch for micros in step for m in micros)
+        shares = [share for micros in step for micro in micros for share in micro.shares]
+        assert sum(shares) == pytest.approx(1)
+        assert len({share for share in shares if share}) == 1
     for epoch in (slice(steps), slice(steps, None)):
-        seen = [i for mine in ranks for step in mine[epoch] for micro in step for i, w in micro if w]
+        seen = [i for mine in ranks for step in mine[epoch] for micro in step for i, w in zip(*micro) if w]
         assert sorted(seen) == list(range(rows))
     assert world > 1 or rows < 10 or ranks[0][:steps] != ranks[0][steps:]  # shuffled anew
 
@@ -141,7 +141,7 @@ def test_a_policy_that_differs_from_its_own_reference_is_refused(
         tiny, call, written, pairs, tmp_path, monkeypatch):
     load = models.load_policy
     monkeypatch.setattr(models, "load_policy", lambda *a, **b: load(*a, **b).train())  # dropout
-    with pytest.raises(Problem, match="loss of step 1 is .* not ln 2"):
+    with pytest.raises(Problem, match="loss of step 1 is .* not 0.6931"):
         call(dpo, "--model", tiny("gpt2"), "--pairs", written("pairs.jsonl", pairs[:8]), "--beta", 1,
              "--out", tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").exists()
