@@ -45,24 +45,20 @@ def read_rows(source):
 
 
 def _read_json(path):
+    def value(text, before=0):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise Problem(f"{path}:{before + error.lineno}: not JSON ({error.msg})") from None
     try:
         text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            value = json.loads(text) if text.strip() else []
-            rows = value if isinstance(value, list) else [value]
-            return [(f"{path}:row {i}", row) for i, row in enumerate(rows, 1)]
     except UnicodeDecodeError as error:
         raise Problem(f"{path}: not UTF-8 text ({error})") from None
-    except json.JSONDecodeError as error:
-        raise Problem(f"{path}:{error.lineno}: not JSON ({error.msg})") from None
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append((f"{path}:{number}", json.loads(line)))
-            except json.JSONDecodeError as error:
-                raise Problem(f"{path}:{number}: not JSON ({error.msg})") from None
-    return rows
+    if path.suffix != ".json":
+        lines = enumerate(text.split("\n"))
+        return [(f"{path}:{i + 1}", value(line, i)) for i, line in lines if line.strip()]
+    rows = value(text) if text.strip() else []
+    return [(f"{path}:row {i}", row) for i, row in enumerate(rows if isinstance(rows, list) else [rows], 1)]
 
 
 def _read_with_datasets(source):

@@ -7,7 +7,7 @@ The reference is the policy itself before the first step: its log-probabilities 
 code, in the same precision and the same micro-batches. So the first loss is known, ln 2 for DPO, and the run
 stops when it is another. Twin of reward.py.
 
-Left out on purpose: other losses (replace `dpo_loss`), a reference other than the start.
+Left out on purpose: a reference other than the start (another loss: replace `dpo_loss`, as variants/ do).
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,12 +38,9 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
-def train(folder, pairs, out, *, beta, lr, batch, micro_batch, max_length, epochs=1, save_every=0, seed=0,
-          recompute=False, log):
+def train(folder, pairs, *, beta, lr, batch, micro_batch, max_length, epochs=1, seed=0, recompute=False, log):
     """DPO from the policy in `folder`; `pairs` as read_pairs gives them, perhaps with a `weight`.
-
-    Writes out/step-N every `save_every` steps (0: never) and after the last. Returns the number of steps.
-    """
+    After each step yields its number, how many there are, and the policy, to be saved or not."""
     rows, kept = pair_rows(load_tokenizer(folder), pairs, max_length, unfinished=True)
     policy = models.load_policy(folder, training=True)
     check_context(rows, policy, folder)
@@ -77,9 +74,7 @@ def train(folder, pairs, out, *, beta, lr, batch, micro_batch, max_length, epoch
     for number in training.optimise(
             policy, steps, loss, lr=lr, log=log, first_loss=first_loss,
             shown="margins {rewards/margins:+.4f}  accuracies {rewards/accuracies:.3f}  "):
-        if number == len(steps) or save_every and number % save_every == 0:
-            models.save(policy, folder, Path(out) / f"step-{number}")
-    return len(steps)
+        yield number, len(steps), policy
 
 
 @torch.no_grad()
@@ -116,11 +111,12 @@ def main():
     folder, pairs, out = models.local_folder(o.model), read_pairs(o.pairs), Path(o.out)
     run.claim(out, o)
     if not run.exists(out / "config.json"):
-        with run.writing(out / "checkpoints") as temporary:
-            steps = train(folder, pairs, temporary, beta=o.beta, lr=o.lr, batch=o.batch, seed=o.seed,
-                          micro_batch=o.micro_batch, max_length=o.max_length, epochs=o.epochs,
-                          recompute=o.recompute, log=run.open_log(out / "metrics.jsonl", "dpo"))
-        run.move_up(out / "checkpoints" / f"step-{steps}", out)
+        for step, steps, policy in train(
+                folder, pairs, beta=o.beta, lr=o.lr, batch=o.batch, micro_batch=o.micro_batch,
+                max_length=o.max_length, epochs=o.epochs, seed=o.seed, recompute=o.recompute,
+                log=run.open_log(out / "metrics.jsonl", "dpo")):
+            if step == steps:
+                models.save(policy, folder, out)
     say(f"{out} is complete")
 
 

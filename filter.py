@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 import run
-from data import Problem, by_prompt, check_prompt, prompt_id, read_rows, write_jsonl
-from parallel import rank, say
+from data import Problem, by_prompt, check_prompt, prompt_id, read_rows
+from parallel import say
 from run import option
 
 
@@ -110,6 +110,13 @@ def compare(new, old, use_filter=True):
     return rows
 
 
+def preference(row, chosen, rejected, source, chosen_policy, rejected_policy):
+    """A training pair of the RM: two texts of a row, a comparison or a pair, and where they come from."""
+    weight = {"weight": row["weight"]} if "weight" in row else {}
+    return dict(prompt=row["prompt"], chosen=row[chosen], rejected=row[rejected], source=str(source),
+                chosen_policy=chosen_policy, rejected_policy=rejected_policy, **weight)
+
+
 # ---------------------------------------------------------------- model selection
 def wins(new_scores, old_scores):
     """(N,), (N,) -> (N,): 1 where the new score is higher, 1/2 where they tie."""
@@ -159,8 +166,7 @@ def main():
                               "one per prompt is needed")
             rows = compare(*rows)
             say(f"{sum(row['kept'] for row in rows)} of {len(rows)} comparisons kept")
-        if rank() == 0:
-            write_jsonl(o.out, rows)
+        run.write_rows(o.out, rows)
     say(f"{o.out} is complete")
 
 

@@ -128,7 +128,8 @@ def _load(kind, folder, config, training):
 def save(root, source, folder):
     """A folder that from_pretrained and vLLM load; tokenizer and template come from the folder `source`.
 
-    Weights are rounded to the precision that `source` had: the next phase starts from what this one used.
+    Weights are rounded to the precision that `source` had: the next phase starts from what this one used. The
+    config comes last: a folder with a config.json is whole.
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(root, options=options) if dist.is_initialized() else root.state_dict()
@@ -140,11 +141,11 @@ def save(root, source, folder):
             weights = {name: w for name, w in weights.items() if name not in (model._tied_weights_keys or {})}
         folder.mkdir(parents=True, exist_ok=True)
         save_torch_state_dict(weights, folder, max_shard_size="5GB")
-        model.config.architectures = [type(model).__name__]
-        config = model.config.to_dict() | {"dtype": str(model.stored_dtype).removeprefix("torch.")}
-        type(model.config).from_dict(config).save_pretrained(folder)
+        load_tokenizer(source).save_pretrained(folder)
         generation = Path(source) / "generation_config.json"
         if generation.exists() and model.can_generate():
             shutil.copy(generation, folder)
-        load_tokenizer(source).save_pretrained(folder)
+        model.config.architectures = [type(model).__name__]
+        config = model.config.to_dict() | {"dtype": str(model.stored_dtype).removeprefix("torch.")}
+        type(model.config).from_dict(config).save_pretrained(folder)
     barrier()

@@ -1,5 +1,4 @@
-"""Mutual-Taught (arXiv 2506.06292): a policy (PM) and a reward model (RM) train each other,
-with no new human labels.
+"""Mutual-Taught (arXiv 2506.06292): policy (PM) and reward model (RM) train each other, without new labels.
 
     torchrun mt.py --rounds 3                                          # the embedded task, minutes on a CPU
     torchrun --nproc-per-node 8 mt.py --policy meta-llama/Meta-Llama-3-8B-Instruct \\
@@ -7,18 +6,17 @@ with no new human labels.
 
 A round is E(a), M(b), E(c), each on a third of the prompts of its own:
   E-step  sample from the policy, let the RM rank, train the policy by DPO, keep the best checkpoint
-  M-step  compare the policy's answers before and after, filter by margin, train the RM by Bradley-Terry
-          from the base RM
+  M-step  compare the policy's answers before and after, filter by margin, train the base RM by Bradley-Terry
 
 Each phase is a function from files to a file of the run folder, (o, what it is made from, its path), and is
 skipped when its result is there: run the same command again to go on after an interruption. To vary a step,
-replace the function in the module that defines it and call main(), as variants/ do. Several nodes need a file
-system that they share.
-
-The defaults are the paper's; without --policy they are those of the embedded task (toy.py: SETTINGS).
+replace the function in the module that defines it and call main(), as variants/ do. The defaults are the
+paper's; without --policy they are those of the embedded task (toy.py: SETTINGS).
 """
 import json
 import os
+import sys
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,9 +29,8 @@ import models
 import reward
 import run
 import toy
-from data import Problem, load_tokenizer, read_jsonl, read_prompts, write_jsonl
-from evals import gold
-from evals.report import report
+from data import Problem, load_tokenizer, read_jsonl, read_prompts
+from evals import gold, report
 from parallel import barrier, rank, say
 from rollout import sample_and_score
 from run import option
@@ -71,11 +68,10 @@ class Options:
 
 
 def mutual_taught(o):
-    """The loop of the paper, from the base policy and the base reward model.
-    The run's last models are OUT/policy, OUT/rm."""
-    policy, rm = o.policy, o.rm
-    subsets = split(o)
-    link(o, policy, rm)
+    """The loop of the paper, from the base models. The run's last ones are OUT/policy and OUT/rm."""
+    policy, rm, subsets = o.policy, o.rm, split(o)
+    if not run.exists(Path(o.out) / "policy"):
+        link(o, policy, rm)
     for number in range(o.rounds):
         folder = Path(o.out) / f"round{number + 1}"
         a, b, c = (subsets[(number + i) % 3] for i in range(3))
@@ -96,7 +92,7 @@ def mutual_taught(o):
 
 
 def e_step(o, policy, rm, prompts, folder, judge=None):
-    """π_{t−1}, r → π_t: a folder, or None if no checkpoint beats π_{t−1} with a win rate of at least τ.
+    """π_{t−1}, r → π_t: a folder, or None where no checkpoint has a win rate of at least τ against π_{t−1}.
     judge: what scores responses in the place of reward.score."""
     samples = scored_samples(o, policy, rm, prompts, folder / "samples.jsonl", o.samples, judge)
     pairs = make_pairs(o, samples, folder / "pairs.jsonl")
@@ -115,8 +111,8 @@ def e_step(o, policy, rm, prompts, folder, judge=None):
 
 def m_step(o, old_policy, new_policy, rm, prompts, folder, ranked, judge=None):
     """π_{t−1}, π_t, r → r': a folder. ranked: the pairs of the E-step before."""
-    new = scored_samples(o, new_policy, rm, prompts, folder / "new.jsonl", judge=judge)
-    old = scored_samples(o, old_policy, rm, prompts, folder / "old.jsonl", judge=judge)
+    new, old = (scored_samples(o, policy, rm, prompts, folder / f"{name}.jsonl", judge=judge)
+                for policy, name in ((new_policy, "new"), (old_policy, "old")))
     comparisons = make_comparisons(o, new, old, folder / "comparisons.jsonl")
     preferences = mix(o, comparisons, ranked, old_policy, folder / "preferences.jsonl")
     return train_reward(o, preferences, folder / "rm")
@@ -125,35 +121,31 @@ def m_step(o, old_policy, new_policy, rm, prompts, folder, ranked, judge=None):
 # ---------------------------------------------------------------- phases: from files to files
 def split(o):
     """Shuffle the prompts once; D_MS first, the rest in three equal subsets. Returns the subsets' files."""
-    folder = Path(o.out) / "prompts"
-    files = [folder / f"{part}.jsonl" for part in ("s0", "s1", "s2")]
+    held_out, *files = (Path(o.out) / "prompts" / f"{part}.jsonl" for part in ("select", "s0", "s1", "s2"))
     if run.due(o.out, files[2]):
         prompts, repeats = read_prompts(o.prompts)
         third = (len(prompts) - o.select_prompts) // 3
         if third < 1:
-            raise Problem(f"{o.prompts}: {len(prompts)} different prompts; "
-                          f"--select_prompts {o.select_prompts} and three subsets "
-                          f"need at least {o.select_prompts + 3}")
+            raise Problem(f"{o.prompts}: {len(prompts)} different prompts; --select_prompts "
+                          f"{o.select_prompts} and three subsets need at least {o.select_prompts + 3}")
         for model in (o.policy, o.rm):
             encode_prompts(model, prompts)  # a prompt that is too long is said now, not hours later
-        order = np.random.default_rng(o.seed).permutation(len(prompts))
-        shuffled = [{"prompt": prompts[i]} for i in order]
+        shuffled = [{"prompt": prompts[i]} for i in np.random.default_rng(o.seed).permutation(len(prompts))]
         say(f"{len(prompts)} prompts ({repeats} repeated ones left out): "
             f"{o.select_prompts} for model selection, three subsets of {third}")
-        write(folder / "select.jsonl", shuffled[:o.select_prompts])
+        run.write_rows(held_out, shuffled[:o.select_prompts])
         for i, file in enumerate(files):
-            write(file, shuffled[o.select_prompts + i * third:o.select_prompts + (i + 1) * third])
+            run.write_rows(file, shuffled[o.select_prompts + i * third:o.select_prompts + (i + 1) * third])
     return files
 
 
 def scored_samples(o, policy, rm, prompts, path, samples=1, judge=None):
     """Responses of `policy` to every prompt of a file, scored by `rm`."""
     run.due(o.out, path, prompts, Path(policy).parent, Path(rm).parent)  # what is older than these is refused
-    texts = [row["prompt"] for row in read_jsonl(prompts)]
-    rows = sample_and_score(o, policy, rm, texts, samples, f"{o.seed}/{phase(o, path)}", path, judge)
-    mean = means(rows, "score", "tokens", "finished")
-    say(f"{phase(o, path)}: {len(rows)} responses, reward {mean['score']:.3f}, {mean['tokens']:.1f} tokens, "
-        f"{mean['finished']:.1%} finished")
+    rows = sample_and_score(o, policy, rm, [row["prompt"] for row in read_jsonl(prompts)], samples,
+                            f"{o.seed}/{phase(o, path)}", path, judge)
+    say("{}: {} responses, reward {score:.3f}, {tokens:.1f} tokens, {finished:.1%} finished".format(
+        phase(o, path), len(rows), **means(rows, "score", "tokens", "finished")))
     return path
 
 
@@ -162,11 +154,10 @@ def make_pairs(o, samples, path):
         rows = read_jsonl(samples)
         pairs, without = filter.preference_pairs(rows)
         if not pairs:
-            raise Problem(f"{samples}: not one prompt gives a preference pair: "
-                          "all rewards or texts are equal")
-        log_of(o, path)(prompts_without_pair=without, **means(rows, "score", "tokens", "finished"), **means(
-            pairs, "chosen_score", "rejected_score", "chosen_tokens", "rejected_tokens"))
-        write(path, pairs)
+            raise Problem(f"{samples}: not one prompt gives a pair: all rewards or texts are equal")
+        log_of(o, path)(prompts_without_pair=without, **means(rows, "score", "tokens", "finished"),
+                        **means(pairs, "chosen_score", "rejected_score", "chosen_tokens", "rejected_tokens"))
+        run.write_rows(path, pairs)
         say(f"{len(pairs)} pairs, {without} prompts give none. The first:")
         show(pairs[0], "chosen", "rejected")
     return path
@@ -179,22 +170,26 @@ def train_policy(o, policy, pairs, path):
             for leftover in ("select", "policy"):
                 run.remove(path.with_name(leftover))
         with run.writing(path) as temporary:
-            dpo.train(policy, read_jsonl(pairs), temporary, beta=o.beta, lr=o.policy_lr, batch=o.policy_batch,
-                      seed=o.seed, micro_batch=o.micro_batch, max_length=o.max_length, recompute=o.recompute,
-                      save_every=o.save_every if o.select else 0, log=log_of(o, path))
+            for step, steps, trained in dpo.train(
+                    policy, read_jsonl(pairs), beta=o.beta, lr=o.policy_lr, batch=o.policy_batch, seed=o.seed,
+                    micro_batch=o.micro_batch, max_length=o.max_length, recompute=o.recompute,
+                    log=log_of(o, path)):
+                if step == steps or o.select and step % o.save_every == 0:
+                    models.save(trained, policy, temporary / f"step-{step}")
     return sorted(path.iterdir(), key=lambda p: int(p.name.removeprefix("step-")))
 
 
 def select(o, policy, rm, checkpoints, path, judge=None):
     """Model selection on D_MS: win rate of each checkpoint against π_{t−1} under the current RM."""
+    def scores(model, name):
+        prompts = Path(o.out) / "prompts" / "select.jsonl"
+        rows = scored_samples(o, model, rm, prompts, path.parent / "select" / f"{name}.jsonl", judge=judge)
+        return [row["score"] for row in read_jsonl(rows)]
+
     win_rates, best = {}, checkpoints[-1].name
     if o.select:
-        prompts = Path(o.out) / "prompts" / "select.jsonl"
-        before, *after = (
-            [row["score"] for row in read_jsonl(scored_samples(
-                o, str(model), rm, prompts, path.parent / "select" / f"{name}.jsonl", judge=judge))]
-            for name, model in [("before", policy), *((c.name, c) for c in checkpoints)])
-        win_rates = {c.name: filter.win_rate(scores, before) for c, scores in zip(checkpoints, after)}
+        before, after = scores(policy, "before"), [scores(str(c), c.name) for c in checkpoints]
+        win_rates = {c.name: filter.win_rate(new, before) for c, new in zip(checkpoints, after)}
         best = max(win_rates, key=win_rates.get)
     kept = best if not o.select or win_rates[best] >= o.tau else None
     log = log_of(o, path)
@@ -212,26 +207,22 @@ def make_comparisons(o, new, old, path):
         rows = filter.compare(read_jsonl(new), read_jsonl(old), o.filter)
         log_of(o, path)(comparisons=len(rows), epsilon=rows[0]["epsilon"], **means(
             rows, "kept", "margin", "new_score", "old_score", "new_tokens", "old_tokens"))
-        write(path, rows)
-        reasons = [row["reason"] for row in rows]
-        say(f"{sum(row['kept'] for row in rows)} of {len(rows)} comparisons kept, "
-            f"epsilon {rows[0]['epsilon']:.4f}: "
-            + ", ".join(f"{reasons.count(r)} {r}" for r in sorted(set(reasons))) + ". The first:")
+        run.write_rows(path, rows)
+        reasons = sorted(Counter(row["reason"] for row in rows).items())
+        say(f"{sum(row['kept'] for row in rows)} of {len(rows)} comparisons kept, epsilon "
+            f"{rows[0]['epsilon']:.4f}: {', '.join(f'{n} {why}' for why, n in reasons)}. The first:")
         show(rows[0], "new", "old")
     return path
 
 
 def mix(o, comparisons, ranked, old_policy, path):
-    """What the RM trains on: the kept comparisons and the RM-ranked pairs of the E-step just before,
-    all of both."""
+    """What the RM trains on: the kept comparisons and all the RM-ranked pairs of the E-step just before."""
     if run.due(o.out, path, comparisons, ranked):
-        rows = [dict(prompt=row["prompt"], chosen=row["new"], rejected=row["old"], source=str(comparisons),
-                     chosen_policy=row["new_policy"], rejected_policy=row["old_policy"])
+        rows = [filter.preference(row, "new", "old", comparisons, row["new_policy"], row["old_policy"])
                 for row in read_jsonl(comparisons) if row["kept"]]
-        rows += [dict(prompt=row["prompt"], chosen=row["chosen"], rejected=row["rejected"],
-                      source=str(ranked), chosen_policy=old_policy, rejected_policy=old_policy)
+        rows += [filter.preference(row, "chosen", "rejected", ranked, old_policy, old_policy)
                  for row in read_jsonl(ranked)]
-        write(path, rows)
+        run.write_rows(path, rows)
     return path
 
 
@@ -242,27 +233,21 @@ def train_reward(o, preferences, path):
         if not pairs:
             raise Problem(f"{preferences}: every comparison was dropped and there are no ranked pairs")
         with run.writing(path) as temporary:
-            reward.train(o.rm, pairs, temporary, lr=o.rm_lr, batch=o.rm_batch, seed=o.seed,
-                         micro_batch=o.micro_batch, max_length=o.max_length, recompute=o.recompute,
-                         log=log_of(o, path))
+            model = reward.train(o.rm, pairs, lr=o.rm_lr, batch=o.rm_batch, seed=o.seed,
+                                 micro_batch=o.micro_batch, max_length=o.max_length, recompute=o.recompute,
+                                 log=log_of(o, path))
+            models.save(model, o.rm, temporary)
     return str(path)
 
 
 # ---------------------------------------------------------------- what phases share
 def phase(o, path):
-    """A phase's name: its result's path in the run folder.
-    It is part of the phase's seed and of its log lines."""
+    """A phase's name, its result's path in the run folder: part of its seed and of its log lines."""
     return str(Path(path).relative_to(o.out).with_suffix(""))
 
 
 def log_of(o, path):
     return run.open_log(Path(o.out) / "metrics.jsonl", phase(o, path))
-
-
-def write(path, rows):
-    if rank() == 0:
-        write_jsonl(path, rows)
-    barrier()
 
 
 def means(rows, *keys):
@@ -277,42 +262,35 @@ def show(row, *sides):
 
 def link(o, policy, rm):
     """OUT/policy and OUT/rm always are the run's last models."""
-    out = Path(o.out)
-    if rank() == 0:
-        for at, target in ((out / "policy", policy), (out / "rm", rm)):
-            inside = Path(target).resolve().is_relative_to(out.resolve())
-            temporary = at.with_name(f".{at.name}.tmp")
-            temporary.unlink(missing_ok=True)
-            temporary.symlink_to(os.path.relpath(target, out) if inside else Path(target).resolve())
-            os.replace(temporary, at)
-    barrier()
+    run.link(Path(o.out) / "policy", policy)
+    run.link(Path(o.out) / "rm", rm)
 
 
-def main():
-    o = run.parse(Options)
+def main(**defaults):  # of options, in the place of the paper's: for variants
+    o = run.parse(Options, **defaults)
     embedded = not o.policy
     if embedded:
         if o.rm or o.prompts:
             raise Problem("--rm and --prompts need --policy")
         say("no --policy: running the embedded task (toy.py)")
-        o = run.parse(Options, **toy.SETTINGS)
+        o = run.parse(Options, **toy.SETTINGS | defaults)
     elif not (o.rm and o.prompts):
         raise Problem("--policy needs --rm and --prompts")
     if o.samples < 2:
         raise Problem("--samples 1 makes no pairs; at least 2 are needed")
     if o.select and not o.select_prompts:
         raise Problem("--select_prompts 0 needs --select false")
-    o = replace(o, **toy.build(o.seed)) if embedded else o
-    script = run.script_name()
-    o = replace(o, policy=models.local_folder(o.policy), rm=models.local_folder(o.rm),
-                out=o.out or f"runs/{'toy' if embedded and script == 'mt' else script}")
-    templates = {side: load_tokenizer(getattr(o, side)).chat_template for side in ("policy", "rm")}
+    script = Path(sys.argv[0]).stem
+    o = replace(o, out=o.out or f"runs/{'toy' if embedded and script == 'mt' else script}",
+                **(toy.build(o.seed) if embedded else {}))
+    o = replace(o, policy=models.local_folder(o.policy), rm=models.local_folder(o.rm))
     models.check_reward(o.rm)
-    run.claim(o.out, o, templates=templates)
+    run.claim(o.out, o, templates={side: load_tokenizer(getattr(o, side)).chat_template
+                                   for side in ("policy", "rm")})
     mutual_taught(o)
     if embedded:
         gold.measure(o)
-    report(o.out)
+    report.report(o.out)
 
 
 if __name__ == "__main__":

@@ -46,10 +46,10 @@ class Rewards(torch.nn.Module):
         return F.linear(last, self.model.score.weight.float())[:, 0]
 
 
-def train(folder, pairs, out, *, lr, batch, micro_batch, max_length, epochs=1, seed=0, recompute=False,
+def train(folder, pairs, *, lr, batch, micro_batch, max_length, epochs=1, seed=0, recompute=False,
           fresh_head=False, log):
     """Bradley-Terry from the model in `folder`; `pairs` as read_pairs gives them, perhaps with a `weight`.
-    Writes the folder `out`."""
+    Returns the model, to be saved."""
     rows, kept = pair_rows(load_tokenizer(folder), pairs, max_length)
     model = models.load_reward(folder, True, fresh_head, seed)
     check_context(rows, model, folder)
@@ -70,7 +70,7 @@ def train(folder, pairs, out, *, lr, batch, micro_batch, max_length, epochs=1, s
     for _ in training.optimise(model, steps, loss, lr=lr, log=log,
                                shown="margin {margin:+.4f}  accuracy {accuracy:.3f}  "):
         pass  # nothing is saved on the way
-    models.save(model, folder, Path(out))
+    return model
 
 
 @torch.inference_mode()
@@ -152,11 +152,10 @@ def main():
     pairs, test = data.read_pairs(o.pairs), data.read_pairs(o.test) if o.test else []
     run.claim(out, o)
     if not run.exists(out / "config.json"):
-        with run.writing(out / "checkpoint") as temporary:
-            train(folder, pairs, temporary, lr=o.lr, batch=o.batch, micro_batch=o.micro_batch,
-                  max_length=o.max_length, epochs=o.epochs, seed=o.seed, recompute=o.recompute,
-                  fresh_head=True, log=run.open_log(out / "metrics.jsonl", "reward"))
-        run.move_up(out / "checkpoint", out)
+        models.save(train(
+            folder, pairs, lr=o.lr, batch=o.batch, micro_batch=o.micro_batch, max_length=o.max_length,
+            epochs=o.epochs, seed=o.seed, recompute=o.recompute, fresh_head=True,
+            log=run.open_log(out / "metrics.jsonl", "reward")), folder, out)
     if test:
         right = ordered(str(out), test, o.micro_batch)
         say(f"accuracy on {o.test}: {np.mean(right):.4f} of {len(test)} pairs")

@@ -24,12 +24,12 @@ from data import Problem, first_line, read_jsonl, write_jsonl
 from parallel import barrier, device, from_rank0, rank, start, world
 
 
-def launch(main, *arguments):
+def launch(main, **arguments):
     """Run a script's main() in its process group; what a user can mend is one line and exit code 2."""
     try:
         start()
         gc.freeze()  # what imports made stays; looking through it costs 0.2 s for every model loaded
-        main(*arguments)
+        main(**arguments)
         if dist.is_initialized():
             dist.destroy_process_group()
     except (Problem, OSError, torch.cuda.OutOfMemoryError) as error:
@@ -76,10 +76,6 @@ def option(default=MISSING, help=""):
     return field(default=default, metadata={"help": help})
 
 
-def script_name():
-    return Path(sys.argv[0]).stem
-
-
 # ---------------------------------------------------------------- files
 def exists(path):
     """Rank 0's view, so that no process decides otherwise."""
@@ -116,18 +112,27 @@ def write_json(path, value):
     barrier()
 
 
+def write_rows(path, rows):
+    if rank() == 0:
+        write_jsonl(path, rows)
+    barrier()
+
+
+def link(path, target):
+    """A symbolic link, relative if it leads to a place in the same folder."""
+    path, target = Path(path), Path(target)
+    if rank() == 0:
+        inside = target.resolve().is_relative_to(path.parent.resolve())
+        temporary = path.with_name(f".{path.name}.tmp")
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(os.path.relpath(target, path.parent) if inside else target.resolve())
+        os.replace(temporary, path)
+    barrier()
+
+
 def remove(path):
     path = Path(path)
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-
-
-def move_up(folder, out):
-    """A finished model's files from out/… to `out`, config last: a folder with a config.json is complete."""
-    if rank() == 0:
-        for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
-            os.replace(path, out / path.name)
-        remove(out / folder.relative_to(out).parts[0])
-    barrier()
 
 
 # ---------------------------------------------------------------- what a result belongs to
@@ -171,7 +176,7 @@ def claim(path, options, file=False, **more):
 def read_note(note):
     try:
         value = json.loads(note.read_text())
-        return value | {key: {**(value.get(key) or {})} for key in ("settings", "sources")}
+        return {**value, "settings": {**value["settings"]}, "sources": {**(value.get("sources") or {})}}
     except (OSError, ValueError, LookupError, TypeError):
         raise Problem(f"{note} is damaged; choose another --out") from None
 

@@ -9,8 +9,8 @@ next one takes its slot.
 
 A draw depends on (seed, prompt, sample index, position) and on nothing else: its random number is a hash of
 them. So the order, the number of processes and an interruption change nothing, and the batch size changes
-results through rounding alone. `generate_reference` is the same thing written slowly and obviously; tests
-hold `generate` to it token for token.
+results through rounding alone. tests/test_sampler.py has the same thing written slowly and obviously, and
+holds `generate` to it token for token.
 
 Left out on purpose: top-k, repetition penalties, beams, sliding-window attention beyond one window.
 """
@@ -218,35 +218,6 @@ def generate(model, prompts, keys, *, stop_ids, temperature, top_p, max_new_toke
             responses[i][j].append(token)
             if token in stop_ids or len(responses[i][j]) == limits[i]:
                 jobs[row] = None
-
-
-@torch.inference_mode()
-def generate_reference(model, prompts, keys, *, stop_ids, temperature, top_p, max_new_tokens):
-    """The specification of `generate`: one response at a time,
-    the whole prefix computed again for every token."""
-    def next_token(prefix, key, step):
-        logits = model(torch.tensor([prefix], device=model.device), use_cache=False).logits[:, -1].float()
-        if temperature == 0:
-            return logits.argmax().item()
-        probs = (logits / temperature).softmax(-1)
-        for attempt in range(TRIES + 1):
-            if attempt == TRIES:
-                probs = nucleus(probs, top_p)
-            cumulative = probs.cumsum(-1)
-            u = uniform(np.array([key]), step * (TRIES + 1) + attempt)[:, None]
-            token = torch.searchsorted(cumulative, u * cumulative[:, -1:]).item()
-            if nucleus(probs, top_p)[0, token] > 0 or attempt == TRIES:
-                return token
-
-    def respond(prompt, key):
-        tokens = []
-        while len(tokens) < max_new_tokens and len(prompt) + len(tokens) < model.context:
-            tokens.append(next_token(prompt + tokens, key, len(tokens)))
-            if tokens[-1] in stop_ids:
-                break
-        return tokens
-
-    return [[respond(prompt, key) for key in row] for prompt, row in zip(prompts, keys)]
 
 
 # ---------------------------------------------------------------- the phase

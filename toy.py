@@ -48,8 +48,8 @@ from sampler import sample
 
 # options of mt.py that fit models of 0.1 M parameters
 SETTINGS = dict(
-    out="runs/toy", max_new_tokens=64, max_length=128, beta=0.1, policy_lr=1e-4, policy_batch=16, rm_lr=5e-4,
-    rm_batch=16, save_every=13, select_prompts=300, sample_batch=256, score_batch=64, micro_batch=16)
+    max_new_tokens=64, max_length=128, beta=0.1, policy_lr=1e-4, policy_batch=16, rm_lr=5e-4, rm_batch=16,
+    save_every=13, select_prompts=300, sample_batch=256, score_batch=64, micro_batch=16)
 SOURCES = "toy data models packing reward sampler training".split()  # what the base models depend on
 LOOP_PROMPTS, TEST_PROMPTS, LABELS, DEMONSTRATIONS = 2700, 300, 9000, 7000
 SHAPE = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4,
@@ -186,8 +186,7 @@ def demonstration(prompt: str, rng: random.Random) -> str:
 
 # ---------------------------------------------------------------- the base models
 def tokenizer():
-    """Word-level, with a chat template:
-    <bos> <user> the prompt's words <assistant> the answer's words <eos>."""
+    """Word-level, with the template <bos> <user> the prompt's words <assistant> the answer's words <eos>."""
     special = ["<pad>", "<bos>", "<eos>", "<user>", "<assistant>"]
     vocabulary = {word: i for i, word in enumerate([*special, *words()])}
     model = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
@@ -202,11 +201,8 @@ def tokenizer():
 
 
 def parts(seed):
-    """The world's prompts, shuffled and cut: `loop` (subsets and D_MS), `test`,
-    and those that the base models see.
-
-    Loop, test and base models share no prompt; demonstrations and labels share some with each other.
-    """
+    """The world's prompts, shuffled and cut: `loop` (subsets and D_MS), `test`, and those of the base models.
+    These three share no prompt; demonstrations and labels share some with each other."""
     prompts = all_prompts()
     random.Random(seed).shuffle(prompts)
     rest = prompts[LOOP_PROMPTS + TEST_PROMPTS:]
@@ -215,11 +211,8 @@ def parts(seed):
 
 
 def build(seed):
-    """The base policy, base RM and prompts of a seed, made on first use:
-    {policy, rm, prompts}, the options of mt.py.
-
-    Another process does it, with one thread: the base models don't depend on how many processes the run has.
-    """
+    """The base policy, base RM and prompts of a seed, made on first use: {policy, rm, prompts}, as mt.py's
+    options. Another process does it, with one thread: they don't depend on how many processes the run has."""
     torch.set_num_threads(1)  # the models are too small for more, and several threads may round differently
     made_by = {name: digest for name, digest in run.sources().items() if name.removesuffix(".py") in SOURCES}
     version = hashlib.sha256(f"{made_by} {torch.__version__} {transformers.__version__}".encode())
@@ -238,8 +231,7 @@ def build(seed):
 
 
 def write_demonstrator(prompts, seed, folder, log):
-    """π_0: a small Llama trained on the mediocre writer's demonstrations,
-    the mean negative log-likelihood per token."""
+    """π_0: a small Llama trained on the mediocre writer's demonstrations, by the mean over tokens."""
     torch.manual_seed(seed)
     words, rng = tokenizer(), random.Random(seed)
     config = LlamaConfig(**SHAPE, vocab_size=len(words), pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -294,10 +286,10 @@ def main():
     log = functools.partial(run.open_log, out / "metrics.jsonl")
     write_demonstrator(cut["demonstrations"], o.seed, out / "policy", log("base policy"))
     write_preferences(out / "policy", cut["labels"], o.seed, out / "preferences.jsonl")
-    reward.train(str(out / "policy"), read_pairs(out / "preferences.jsonl"), out / "rm.tmp", seed=o.seed,
-                 fresh_head=True, max_length=SETTINGS["max_length"], log=log("base rm"), **RM)
+    rm = reward.train(str(out / "policy"), read_pairs(out / "preferences.jsonl"), log=log("base rm"),
+                      seed=o.seed, fresh_head=True, max_length=SETTINGS["max_length"], **RM)
     write_jsonl(out / "prompts.jsonl", [{"prompt": prompt} for prompt in cut["loop"]])
-    os.replace(out / "rm.tmp", out / "rm")
+    models.save(rm, out / "policy", out / "rm")
 
 
 if __name__ == "__main__":

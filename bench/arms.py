@@ -1,4 +1,4 @@
-"""The embedded task, arm by arm and seed by seed: the table in the README.
+"""The embedded task, arm by arm and seed by seed: the table in docs/results.md.
 
     python bench/arms.py --seeds 1 2 3 4
 
@@ -20,6 +20,7 @@ import toy  # noqa: E402
 from data import read_jsonl, write_jsonl  # noqa: E402
 from evals import gold  # noqa: E402
 from mt import Options  # noqa: E402
+from run import claim  # noqa: E402
 
 ROUNDS = 3
 ARMS = {
@@ -54,6 +55,8 @@ def run(arm, seed):
 def offline(out, seed):
     """One DPO on the base policy's answers to the prompts of all three subsets, by the scripts alone."""
     s, base = toy.SETTINGS, toy.build(seed)
+    o = Options(**(s | base | dict(rounds=1, seed=seed, out=str(out))))
+    claim(out, o)
     prompts = [{"prompt": p} for p in toy.parts(seed)["loop"]]
     write_jsonl(out / "prompts.jsonl", prompts[s["select_prompts"]:])
     command("sampler.py", "--model", base["policy"], "--prompts", out / "prompts.jsonl",
@@ -66,7 +69,7 @@ def offline(out, seed):
             "--out", out / "round1/e1/policy", "--beta", s["beta"], "--lr", s["policy_lr"],
             "--batch", s["policy_batch"], "--micro_batch", s["micro_batch"],
             "--max_length", s["max_length"], "--seed", seed)
-    gold.measure(out, Options(**(s | base | dict(rounds=1, seed=seed, out=str(out)))))
+    gold.measure(o)
 
 
 def main():

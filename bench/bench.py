@@ -210,6 +210,7 @@ def sampler_peer(name, kind):
 def training_project(kind, name, steps=None, longer=1):
     import data
     import dpo
+    import models
     import packing
     import reward
     steps = steps or STEPS[name]
@@ -222,9 +223,10 @@ def training_project(kind, name, steps=None, longer=1):
 
     with tempfile.TemporaryDirectory() as out, Measured() as measured:
         if kind == "dpo":
-            dpo.train(folder, pairs, out, beta=0.01, lr=5e-7, log=log, **options)
+            *_, (_, _, model) = dpo.train(folder, pairs, beta=0.01, lr=5e-7, log=log, **options)
         else:
-            reward.train(folder, pairs, Path(out) / "rm", lr=1e-5, fresh_head=True, log=log, **options)
+            model = reward.train(folder, pairs, lr=1e-5, fresh_head=True, log=log, **options)
+        models.save(model, folder, Path(out))
     result = trained(kind, clock, rows, measured)
     result["share"] = clock.rate(training_work(name, rows, kind == "dpo")) / matmul_rate()
     if kind == "dpo":  # its reference was computed before the first step
@@ -325,7 +327,7 @@ def round_project(rounds, began):
     import reward
     import run
     import sampler
-    from evals import gold
+    from evals import gold, report
     spent, open_parts = {}, []
 
     def timed(holder, function, part):
@@ -349,8 +351,8 @@ def round_project(rounds, began):
             (sampler, "load_tokenizer", "loading"), (reward, "load_tokenizer", "loading"),
             (dpo, "load_tokenizer", "loading"), (models, "save", "saving"),
             (sampler, "generate", "sampling"), (reward, "score_answers", "scoring"),
-            (dpo, "train", "training the policy"), (reward, "train", "training the reward model"),
-            (mt, "report", "report"), (gold, "measure", "the rest"), (mt, "main", "the rest")):
+            (mt, "train_policy", "training the policy"), (reward, "train", "training the reward model"),
+            (report, "report", "report"), (gold, "measure", "the rest"), (mt, "main", "the rest")):
         timed(holder, function, part)
     out = tempfile.mkdtemp()
     sys.argv = ["mt.py", "--rounds", str(rounds), "--out", f"{out}/run"]

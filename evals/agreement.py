@@ -3,12 +3,12 @@
     python eval.py agreement --run runs/mt
 """
 from dataclasses import dataclass, field
-from itertools import groupby, islice
+from itertools import islice
 
 import numpy as np
 
 import reward
-from data import Problem, prompt_id
+from data import Problem, by_prompt
 from evals import figures
 from evals.stats import JSON, ordered_alike
 from models import local_folder
@@ -76,6 +76,4 @@ def answers_of(run, prompts):
     else:
         rows = {f"PM {s['pm']}": figures.stream(run["folder"] / s["phase"] / "samples.jsonl")
                 for s in figures.e_steps(run)}
-    return {pm: [list(group) for _, group in islice(groupby(some, key=lambda row: prompt_id(row["prompt"])),
-                                                    None if run["gold"] else prompts)]
-            for pm, some in rows.items()}
+    return {pm: list(islice(by_prompt(some), None if run["gold"] else prompts)) for pm, some in rows.items()}

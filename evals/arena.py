@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data import Problem, check_prompt, read_rows, seed_of, write_jsonl
+from data import Problem, check_prompt, read_rows, seed_of
 from evals.alpaca import AlpacaGenerate, answer
 from evals.stats import JSON, bootstrap, need, publish
-from parallel import rank, say
+from parallel import say
+from run import write_rows
 
 # where the files are published
 QUESTIONS = "github.com/lmarena/arena-hard-auto: data/arena-hard-v0.1/question.jsonl"
@@ -67,11 +68,10 @@ def arena_generate(o):
         raise Problem(f"{o.prompts}: not Arena-Hard v0.1's questions ({error!r})") from None
     name, answers = answer(o, prompts)
     path = Path(o.out) / f"{name}.jsonl"
-    if rank() == 0:
-        write_jsonl(path, [
-            dict(question_id=id, answer_id=f"{seed_of(name, id):016x}", model_id=name, tstamp=time.time(),
-                 choices=[dict(index=0, turns=[dict(content=reply["response"], token_len=reply["tokens"])])])
-            for id, reply in zip(ids, answers)])
+    write_rows(path, [
+        dict(question_id=id, answer_id=f"{seed_of(name, id):016x}", model_id=name, tstamp=time.time(),
+             choices=[dict(index=0, turns=[dict(content=reply["response"], token_len=reply["tokens"])])])
+        for id, reply in zip(ids, answers)])
     say(f"{path}: {len(answers)} answers")
 
 

@@ -8,13 +8,13 @@ import io
 import json
 import random
 import re
+from collections import Counter
 from html import escape
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 
-from data import Problem, prompt_id
+from data import Problem, by_prompt, prompt_id
 
 # ---------------------------------------------------------------- files, one row at a time
 KINDS = {**dict.fromkeys(("response", "new", "old", "reason"), str), "index": int,
@@ -117,26 +117,24 @@ def steps_of(run, shown=0):
 
 def read_e_step(phase, folder, shown):
     choice, sample, columns = read_json(folder / "selection.json"), Sample(shown), ([], [], [])
-    pairs = stream(folder / "pairs.jsonl", "prompt", "chosen_index", "rejected_index", "reason")
-    rows = stream(folder / "samples.jsonl", "prompt", "response", "score", "tokens", "finished")
-    count, pair = 0, next(pairs, None)
-    for prompt, answers in groupby(rows, key=lambda row: prompt_id(row["prompt"])):
-        group, mine = list(answers), None
-        if pair and prompt_id(pair["prompt"]) == prompt:  # pairs.jsonl has the prompts' order, with gaps
-            mine, pair, count = pair, next(pairs, None), count + 1
-        sample.add((group, mine))
+    for group in by_prompt(stream(
+            folder / "samples.jsonl", "prompt", "response", "score", "tokens", "finished")):
+        sample.add((group, []))
         for column, key in zip(columns, ("score", "tokens", "finished")):
             column.extend(row[key] for row in group)
     if not columns[0]:
         raise Problem(f"{folder / 'samples.jsonl'}: empty")
-    if pair:
-        raise Problem(f"{folder / 'pairs.jsonl'}: pairs that don't belong to samples.jsonl")
+    paired, pairs_of = Counter(), {prompt_id(group[0]["prompt"]): pairs for group, pairs in sample}
+    for pair in stream(folder / "pairs.jsonl", "prompt", "chosen_index", "rejected_index", "reason"):
+        prompt = prompt_id(pair["prompt"])
+        paired[hash(prompt)] += 1  # a prompt may give several pairs
+        pairs_of.get(prompt, []).append(pair)
     scores, lengths, finished = map(np.asarray, columns)
     rates = choice["win_rates"]
     return dict(phase=phase, kind="E", chosen=choice["chosen"], win_rates=rates, tau=choice.get("tau"),
-                win_rate=max(rates.values(), default=None), pairs=count, reward=scores.mean(),
-                tokens=lengths.mean(), lengths=lengths, finished=finished.mean(), sample=sample,
-                held_out=held_out(folder / "select", rates))
+                win_rate=max(rates.values(), default=None), pairs=paired.total(), paired=len(paired),
+                reward=scores.mean(), tokens=lengths.mean(), lengths=lengths, finished=finished.mean(),
+                sample=sample, held_out=held_out(folder / "select", rates))
 
 
 def held_out(folder, rates):

@@ -9,10 +9,9 @@ import numpy as np
 
 import reward
 import run
-from data import read_jsonl, write_jsonl
+from data import read_jsonl
 from evals.stats import ordered_alike, standard_error
 from filter import win_rate
-from parallel import barrier, rank
 from rollout import sample_and_score
 from toy import gold_of, parts
 
@@ -43,9 +42,7 @@ def measure(o):
             accuracy_base=agreement_with_gold(read_jsonl(folder / "base.jsonl")),
             accuracy_current=agreement_with_gold(read_jsonl(folder / "own.jsonl")),
             length_slope=length_slope(read_jsonl(folder / "base.jsonl"))))
-    if rank() == 0:
-        write_jsonl(out / "gold.jsonl", lines)
-    barrier()
+    run.write_rows(out / "gold.jsonl", lines)
 
 
 def states_of(out, o):

@@ -187,7 +187,7 @@ def chain_link(s):
         head = "no selection" if share is None else f"win rate {num(share)}"
         facts = [f"{step}: {num(rate)}{' ✓' * (step == s['chosen'])}"
                  for step, rate in s["win_rates"].items()]
-        facts.append(f"{s['pairs']} of {s['sample'].seen} prompts gave a pair")
+        facts.append(f"{s['paired']} of {s['sample'].seen} prompts gave a pair")
     bar = f'<span class=bar style="--w:{share:.1%}"></span>' if share is not None else ""
     facts = "<br>".join(map(escape, [*facts, f"judged by RM {s['rm']}"]))
     return f"<li class={s['kind']}>{escape(title(s))}<b>{what}</b>{head}{bar}<div class=note>{facts}</div>"
@@ -305,16 +305,17 @@ def cut(text):
 
 def responses(run, drawn, number):
     """All responses to a prompt, by falling reward; which became chosen and rejected, and why."""
-    group, pair = drawn
+    group, pairs = drawn
     scores, roles = [row["score"] for row in group], {}
     why = "no pair: all rewards are equal" if len(set(scores)) == 1 else "no pair: the same text twice"
-    if pair:
-        chosen, rejected, why = pair["chosen_index"], pair["rejected_index"], pair["reason"]
-        roles = {rejected: ("bad", "rejected"), chosen: ("good", "chosen")}
-    gap = scores[chosen] - scores[rejected] if pair else 0.0
+    for pair in pairs:
+        roles[pair["rejected_index"]] = ("bad", "rejected")
+        roles[pair["chosen_index"]] = ("good", "chosen")
+    why = "; ".join(pair["reason"] for pair in pairs) or why
+    gap = max((scores[pair["chosen_index"]] - scores[pair["rejected_index"]] for pair in pairs), default=0.0)
     body = "".join(answer_html(run, group[i], *roles.get(i, ()))
                    for i in sorted(range(len(group)), key=lambda i: -scores[i]))
-    return entry(number, group[0]["prompt"], f"Δr {gap:.3f}" if pair else "no pair",
+    return entry(number, group[0]["prompt"], f"Δr {gap:.3f}" if pairs else "no pair",
                  f"<p class=facts>{escape(why)}</p><div class=answers>{body}</div>", gap=gap,
                  reward=np.mean(scores), tokens=np.mean([row["tokens"] for row in group]))
 

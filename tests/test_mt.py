@@ -22,6 +22,7 @@ import sampler
 from data import Problem, read_jsonl, write_jsonl
 from filter import win_rate
 
+ROOT = Path(__file__).parents[1]
 WORDS = dict(rounds=1, samples=3, max_new_tokens=12, max_length=64, policy_batch=4, rm_batch=4, beta=0.1,
              policy_lr=1e-3, rm_lr=1e-3, save_every=1, select_prompts=6, tau=0.0, sample_batch=16)
 TRAINED_FROM = []  # the folders that reward.train started from in the fixture `undisturbed`
@@ -430,6 +431,126 @@ def test_an_out_of_the_wrong_kind_is_a_problem(call, tiny, written, pairs, here,
     written("pairs.jsonl", pairs[:2])
     with pytest.raises(Problem, match="in .jsonl"):
         call(script, *[tiny() if word == "MODEL" else word for word in words])
+
+
+@pytest.fixture
+def copy(undisturbed, here, monkeypatch):
+    """A copy of the run of `undisturbed`, in the current folder."""
+    shutil.copytree(undisturbed, here, symlinks=True)
+    return here
+
+
+def test_a_finished_run_goes_on_with_more_rounds_and_not_with_fewer(call, words, here, undisturbed):
+    call(mt, *words(rounds=1))
+    call(mt, *words(rounds=2))
+    assert {name: text for name, text in files(here).items() if name != "run.json"} == files(undisturbed)
+    assert json.loads((here / "run.json").read_text())["settings"]["rounds"] == 2
+    with pytest.raises(Problem, match="another run; .*rounds: 2 there, 1 now"):
+        call(mt, *words(rounds=1))
+
+
+def test_other_code_in_the_same_folder_is_refused_and_named(script, words, tmp_path):
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("evals/*.py")]:
+        (tmp_path / "fork" / file.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, tmp_path / "fork" / file.relative_to(ROOT))
+
+    def run_fork(**changes):
+        return script(tmp_path / "fork" / "mt.py", *words(update_rm=False, **changes), cwd=tmp_path)
+    assert run_fork().returncode == 0
+    before = files(tmp_path / "run")
+    path = tmp_path / "fork" / "filter.py"
+    path.write_text(path.read_text().replace("int(scores.argmin())", "int(scores.argmax())"))
+    (tmp_path / "fork" / "evals" / "stats.py").open("a").write("# what only looks may change\n")
+    done = run_fork()
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "run was made by other code, filter.py changed since; choose another --out" in done.stderr
+    assert files(tmp_path / "run") == before
+
+    note = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps(note | {"sources": None}))
+    assert run_fork().returncode == 0  # as the message says
+    assert files(tmp_path / "run") == before
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["sources"] != note["sources"]
+
+
+@pytest.mark.parametrize("gone, older, made_from, delete", [
+    ("round1/m", "round1/e2/samples.jsonl", "round1/m/new.jsonl",
+     "round1/e2 round2/e1 round2/e2 round2/m"),
+    ("round2/e1/pairs.jsonl", "round2/e1/selection.json", "round2/e1/pairs.jsonl",
+     "round2/e1/checkpoints round2/e1/selection.json round2/e2 round2/m"),
+])
+def test_a_result_older_than_what_it_was_made_from_is_refused_with_what_to_delete(
+        call, words, copy, undisturbed, gone, older, made_from, delete):
+    run.remove(copy / gone)
+    with pytest.raises(Problem) as problem:
+        call(mt, *words(rounds=2))
+    said, paths = str(problem.value).split("; to make it again delete ")
+    assert said == f"run/{older} is older than run/{made_from}, which it was made from"
+    assert set(delete.split()) <= {path.removeprefix("run/") for path in paths.split()}
+    for path in paths.split():
+        run.remove(path)
+    call(mt, *words(rounds=2))
+    assert files(copy) == files(undisturbed)
+    assert all(same_weights(copy / name, undisturbed / name) for name in ("policy", "rm"))
+
+
+def test_a_damaged_note_is_a_problem(call, words, copy):
+    for text in ("{", "[]", '{"settings": []}', '{"settings": {}, "sources": 5}'):
+        (copy / "run.json").write_text(text)
+        with pytest.raises(Problem, match="run.json is damaged"):
+            call(mt, *words(rounds=2))
+
+
+# ---------------------------------------------------------------- steps that can be replaced
+def test_a_judge_scores_in_the_place_of_the_reward_model(words, here, prompts):
+    o = run.parse(mt.Options, words(select_prompts=0))
+    run.claim(o.out, o)
+    subset = mt.split(o)[0]
+
+    def judge(rm, samples, path, score_batch):
+        run.write_rows(path, [row | {"score": float(row["tokens"]), "rm": "length"} for row in samples])
+    out = Path("run")
+    run.write_rows(out / "prompts" / "select.jsonl", [{"prompt": prompts[0]}])
+    mt.e_step(o, o.policy, o.rm, subset, out / "e", judge)
+    mt.m_step(o, o.policy, o.policy, o.rm, subset, out / "m", out / "e" / "pairs.jsonl", judge)
+    for name in ("e/samples", "e/select/before", "m/new", "m/old"):
+        rows = read_jsonl(here / f"{name}.jsonl")
+        assert rows and all(row["score"] == row["tokens"] and row["rm"] == "length" for row in rows)
+
+
+def test_a_prompt_may_give_several_pairs(call, words, here, monkeypatch):
+    single, given = filter_script.preference_pairs, []
+
+    def twice(samples):
+        pairs, without = single(samples)
+        given.append(len(pairs))
+        return [pair | {"weight": weight} for pair in pairs for weight in (1.0, 0.5)], without
+    monkeypatch.setattr(filter_script, "preference_pairs", twice)
+    call(mt, *words())
+    for part in ("e1", "e2"):
+        assert len(read_jsonl(here / "round1" / part / "pairs.jsonl")) == 2 * given[part == "e2"]
+    pairs = read_jsonl(here / "round1" / "e1" / "pairs.jsonl")
+    mixed = read_jsonl(here / "round1" / "m" / "preferences.jsonl")
+    assert [row.get("weight") for row in mixed if row["source"].endswith("pairs.jsonl")] == [
+        pair["weight"] for pair in pairs]
+    page = (here / "report.html").read_text()
+    assert f"{given[0]} of 8 prompts gave a pair" in page and page.count(f"{pairs[0]['reason']}; ") >= 1
+
+
+def test_the_default_run_folder_is_named_after_the_script(words, monkeypatch):
+    class Claimed(Exception):
+        pass
+
+    def claim(out, *_, **__):
+        raise Claimed(out)
+    monkeypatch.setattr(run, "claim", claim)
+    monkeypatch.setattr(mt.toy, "build", lambda _: dict(policy=fixed[1], rm=fixed[3], prompts=fixed[5]))
+    fixed = words()
+    for name, flags, out in (("mt.py", fixed[:6], "runs/mt"), ("mt.py", [], "runs/toy"),
+                             ("mine.py", fixed[:6], "runs/mine"), ("mine.py", [], "runs/mine")):
+        monkeypatch.setattr("sys.argv", [name, *flags])
+        with pytest.raises(Claimed, match=out):
+            mt.main()
 
 
 # ---------------------------------------------------------------- the real command line

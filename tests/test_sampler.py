@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import sampler
 from data import Problem, encode_chat, load_tokenizer, prompt_id, read_jsonl, seed_of
 from models import load_policy
-from sampler import draw, generate, generate_reference, mass_above, nucleus, stop_tokens
+from sampler import TRIES, draw, generate, mass_above, nucleus, stop_tokens, uniform
 
 STOPS = [2, *range(30, 38)]  # about one token in twelve ends a response: rows leave and enter all the time
 
@@ -26,6 +26,35 @@ def questions():
 
 
 # ---------------------------------------------------------------- the fast one and the slow one
+@torch.inference_mode()
+def generate_reference(model, prompts, keys, *, stop_ids, temperature, top_p, max_new_tokens):
+    """The specification of `generate`: one response at a time,
+    the whole prefix computed again for every token."""
+    def next_token(prefix, key, step):
+        logits = model(torch.tensor([prefix], device=model.device), use_cache=False).logits[:, -1].float()
+        if temperature == 0:
+            return logits.argmax().item()
+        probs = (logits / temperature).softmax(-1)
+        for attempt in range(TRIES + 1):
+            if attempt == TRIES:
+                probs = nucleus(probs, top_p)
+            cumulative = probs.cumsum(-1)
+            u = uniform(np.array([key]), step * (TRIES + 1) + attempt)[:, None]
+            token = torch.searchsorted(cumulative, u * cumulative[:, -1:]).item()
+            if nucleus(probs, top_p)[0, token] > 0 or attempt == TRIES:
+                return token
+
+    def respond(prompt, key):
+        tokens = []
+        while len(tokens) < max_new_tokens and len(prompt) + len(tokens) < model.context:
+            tokens.append(next_token(prompt + tokens, key, len(tokens)))
+            if tokens[-1] in stop_ids:
+                break
+        return tokens
+
+    return [[respond(prompt, key) for key in row] for prompt, row in zip(prompts, keys)]
+
+
 @pytest.mark.parametrize("temperature, top_p", [(0, 1.0), (0.8, 0.95), (1.0, 1.0), (1.5, 0.9), (1.2, 0.05)])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gpt2"])
 def test_generate_gives_the_tokens_of_the_reference(tiny, questions, kind, temperature, top_p):

@@ -20,8 +20,10 @@ from transformers import (
 
 import dpo
 import models
+import mt
 import parallel
 import reward
+import run
 import training
 from data import Problem, load_tokenizer, read_jsonl
 from packing import ResponseLogps, collate, pair_rows
@@ -167,6 +169,74 @@ def test_over_long_pairs_are_counted_and_if_all_are_that_is_a_problem(
     assert kept + dropped == 12 and kept > 0 and dropped > 0
 
 
+# ---------------------------------------------------------------- what a loss sees
+def trained(name, folder, pairs, **more):
+    """(metrics of each step, the model after it) of a training of pairs by `name`.train."""
+    settings = dict(lr=1e-3, batch=4, micro_batch=3, max_length=40) | more
+    lines = []
+
+    def log(shown="", step=None, **values):
+        lines.extend([values] if step else [])
+    if name == "dpo":
+        *_, (_, _, model) = dpo.train(folder, pairs, beta=0.1, log=log, **settings)
+    else:
+        model = reward.train(folder, pairs, log=log, **settings)
+    return lines, model
+
+
+@pytest.mark.parametrize("name", TRAIN)
+def test_a_loss_gets_the_pairs_of_its_rows_though_some_were_too_long(tiny, pairs, monkeypatch, name):
+    folder, seen = tiny(reward=name == "reward"), {}
+    module, function = {"dpo": (dpo, "dpo_loss"), "reward": (reward, "bradley_terry_loss")}[name]
+    loss = getattr(module, function)
+
+    def replaced(*arguments):
+        for chosen, pair in zip(arguments[0].tolist(), arguments[-1], strict=True):
+            seen.setdefault(pair["number"], chosen)
+        return loss(*arguments)
+    monkeypatch.setattr(module, function, replaced)
+    numbered = [pair | {"number": i} for i, pair in enumerate(pairs[:16])]
+    trained(name, folder, numbered, lr=1e-9)
+    assert 0 < len(seen) < 16
+    wrap, load = (ResponseLogps, models.load_policy) if name == "dpo" else (Rewards, models.load_reward)
+    model, unfinished = wrap(load(folder)), name == "dpo"
+    for number, chosen in seen.items():
+        [row], _ = pair_rows(load_tokenizer(folder), [pairs[number]], 96, unfinished)
+        assert chosen == pytest.approx(model(collate([row]))[0].item(), rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", TRAIN)
+def test_a_pair_counts_as_much_as_its_weight(tiny, pairs, name):
+    folder = tiny(reward=name == "reward")
+    every, none, twice = ([pair | {"weight": weight} for pair in pairs[:8]] for weight in (1.0, 0.0, 2.0))
+    (first, *_), model = trained(name, folder, pairs[:8])
+    (same, *_), equal = trained(name, folder, every)
+    assert same == first and all(a.equal(b) for a, b in zip(model.parameters(), equal.parameters()))
+    (double, *_), _ = trained(name, folder, twice)
+    assert double["loss"] == pytest.approx(2 * first["loss"])
+    (nothing, *_), untouched = trained(name, folder, none)
+    assert nothing["loss"] == nothing["grad_norm"] == 0
+    before = load_file(Path(folder) / "model.safetensors")
+    assert all(weight.equal(before[key.removeprefix("model.")])
+               for key, weight in untouched.state_dict().items() if key.removeprefix("model.") in before)
+
+
+def ipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, pairs):
+    """IPO (arXiv 2310.12036): its first loss is (1 / 2β)², 25 for β = 0.1."""
+    rewards = beta * (chosen_logps - ref_chosen_logps), beta * (rejected_logps - ref_rejected_logps)
+    return ((rewards[0] - rewards[1]) / beta - 1 / (2 * beta))**2, rewards[0].detach(), rewards[1].detach()
+
+
+def test_the_first_loss_is_held_to_the_references_whatever_the_loss(tiny, pairs, monkeypatch):
+    monkeypatch.setattr(dpo, "dpo_loss", ipo_loss)
+    lines, _ = trained("dpo", tiny(), pairs[:8])
+    assert lines[0]["loss"] == pytest.approx(25)
+    load = models.load_policy
+    monkeypatch.setattr(models, "load_policy", lambda *a, **b: load(*a, **b).train())  # dropout
+    with pytest.raises(Problem, match="loss of step 1 is .* not 25.0"):
+        trained("dpo", tiny("gpt2"), pairs[:8])
+
+
 # ---------------------------------------------------------------- what is written
 @pytest.mark.parametrize("kind, tied", [("llama", True), ("llama", False), ("gpt2", True), ("qwen2", True)])
 def test_a_trained_policy_is_a_folder_that_from_pretrained_loads(
@@ -204,15 +274,17 @@ def test_a_model_keeps_the_precision_that_it_was_stored_in(tiny, call, written, 
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("save_every, names", [(3, ["step-3", "step-6", "step-7"]), (0, ["step-7"]),
-                                               (7, ["step-7"])])
-def test_checkpoints_are_saved_every_so_many_steps_and_at_the_end(tiny, pairs, tmp_path, save_every, names):
-    steps = dpo.train(tiny(), pairs[:27], tmp_path / "out", beta=0.1, lr=1e-3, batch=4, micro_batch=4,
-                      max_length=96, save_every=save_every, log=lambda *_, **__: None)
-    assert steps == 7
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
-    for name in names:
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out" / name)
+@pytest.mark.parametrize("select, save_every, names", [
+    (True, 3, ["step-3", "step-6", "step-7"]), (True, 7, ["step-7"]), (False, 3, ["step-7"])])
+def test_checkpoints_are_saved_every_so_many_steps_and_at_the_end(
+        tiny, pairs, written, tmp_path, select, save_every, names):
+    o = mt.Options(out=tmp_path, beta=0.1, policy_lr=1e-3, policy_batch=4, micro_batch=4, max_length=96,
+                   select=select, save_every=save_every)
+    run.claim(o.out, o)
+    made = mt.train_policy(o, tiny(), written("pairs.jsonl", pairs[:27]), tmp_path / "round1" / "checkpoints")
+    assert [path.name for path in made] == names
+    for path in made:
+        AutoModelForCausalLM.from_pretrained(path)
 
 
 def test_metrics_have_the_names_of_trl(tiny, call, written, pairs, tmp_path):
