@@ -54,7 +54,7 @@ def parse(options, words=None, **defaults):
     parser.set_defaults(**defaults)
     for action in parser._actions[1:]:  # the help shows a flag once; --no_FLAG and dashes work all the same
         hidden = action.option_strings[0].startswith("--no_")
-        action.help = argparse.SUPPRESS if hidden else action.help or " "
+        action.help = argparse.SUPPRESS if hidden else action.help or "(default: %(default)s)"
         action.option_strings = action.option_strings[:1]
     chosen, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     if unknown:

@@ -5,6 +5,7 @@ top of a module and form no circle.
 """
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -74,6 +75,23 @@ def test_every_command_of_eval_explains_itself(command, call, capsys):
     with pytest.raises(SystemExit) as end:
         call(importlib.import_module("eval"), command, "--help")
     assert end.value.code == 0 and "--" in capsys.readouterr().out
+
+
+def test_the_help_of_the_loop_names_each_flag_once_with_the_papers_default(call, capsys):
+    mt = importlib.import_module("mt")
+    with pytest.raises(SystemExit):
+        call(mt, "--help")
+    said = capsys.readouterr().out
+    said = " ".join(said[said.index("options:"):].split())
+    for name, field in mt.Options.__dataclass_fields__.items():
+        assert len(re.findall(rf"--(no_)?{name}\b", said)) == 1
+        shown = said.partition(f"--{name}")[2].partition(" --")[0]
+        assert f"(default: {field.default})" in shown, name
+
+
+@pytest.mark.parametrize("words", [["--no_select"], ["--no-select"], ["--select", "false"], ["--select=false"]])
+def test_a_switch_is_turned_off_in_any_of_the_usual_ways(words):
+    assert importlib.import_module("run").parse(importlib.import_module("mt").Options, words).select is False
 
 
 FLAGS = {
