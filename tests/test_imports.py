@@ -90,7 +90,8 @@ def test_the_help_of_the_loop_names_each_flag_once_with_the_papers_default(call,
 
 @pytest.mark.parametrize("words", ["--no_select", "--no-select", "--select false", "--select=false"])
 def test_a_switch_is_turned_off_in_any_of_the_usual_ways(words):
-    assert importlib.import_module("run").parse(importlib.import_module("mt").Options, words.split()).select is False
+    run, mt = map(importlib.import_module, ("run", "mt"))
+    assert run.parse(mt.Options, words.split()).select is False
 
 
 FLAGS = {
