@@ -155,8 +155,9 @@ def make_pairs(o, samples, path):
         pairs, without = filter.preference_pairs(rows)
         if not pairs:
             raise Problem(f"{samples}: not one prompt gives a pair: all rewards or texts are equal")
-        log_of(o, path)(prompts_without_pair=without, **means(rows, "score", "tokens", "finished"),
-                        **means(pairs, "chosen_score", "rejected_score", "chosen_tokens", "rejected_tokens"))
+        log = log_of(o, path)
+        log(prompts_without_pair=without, **means(rows, "score", "tokens", "finished"),
+            **means(pairs, "chosen_score", "rejected_score", "chosen_tokens", "rejected_tokens"))
         run.write_rows(path, pairs)
         say(f"{len(pairs)} pairs, {without} prompts give none. The first:")
         show(pairs[0], "chosen", "rejected")
@@ -205,7 +206,8 @@ def select(o, policy, rm, checkpoints, path, judge=None):
 def make_comparisons(o, new, old, path):
     if run.due(o.out, path, new, old):
         rows = filter.compare(read_jsonl(new), read_jsonl(old), o.filter)
-        log_of(o, path)(comparisons=len(rows), epsilon=rows[0]["epsilon"], **means(
+        log = log_of(o, path)
+        log(comparisons=len(rows), epsilon=rows[0]["epsilon"], **means(
             rows, "kept", "margin", "new_score", "old_score", "new_tokens", "old_tokens"))
         run.write_rows(path, rows)
         reasons = sorted(Counter(row["reason"] for row in rows).items())

@@ -108,10 +108,10 @@ def shard(root, recompute=False):
     root.model.tie_weights()
     mesh = init_device_mesh(device().type, (world(),))
     bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    policy = bf16 if device().type == "cuda" else MixedPrecisionPolicy()
+    precision = bf16 if device().type == "cuda" else MixedPrecisionPolicy()
     for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(root, mesh=mesh, mp_policy=policy)  # embedding, final norm, head, tied or not, in one group
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    fully_shard(root, mesh=mesh, mp_policy=precision)  # embedding, final norm, head, tied or not, in one group
     root.to_empty(device=device())
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(root, weights, options=options)

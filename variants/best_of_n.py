@@ -1,5 +1,4 @@
 """Best of n: the highest reward is chosen, the lowest rejected, however long they are (arXiv 2405.07863).
-
     torchrun -m variants.best_of_n --rounds 1
 """
 import numpy as np
