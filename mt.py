@@ -25,13 +25,14 @@ import torch
 
 import dpo
 import filter
+import manifest
 import models
 import reward
 import run
 import toy
 from data import Problem, load_tokenizer, read_jsonl, read_prompts
 from evals import gold, report
-from parallel import barrier, rank, say
+from parallel import rank, say
 from rollout import sample_and_score
 from run import option
 from sampler import encode_prompts
@@ -97,16 +98,14 @@ def e_step(o, policy, rm, prompts, folder, judge=None):
     samples = scored_samples(o, policy, rm, prompts, folder / "samples.jsonl", o.samples, judge)
     pairs = make_pairs(o, samples, folder / "pairs.jsonl")
     selection = folder / "selection.json"
-    if run.due(o.out, selection, pairs, Path(rm).parent):
+    if manifest.due(o.out, selection, pairs, Path(rm).parent):
         checkpoints = train_policy(o, policy, pairs, folder / "checkpoints")
         select(o, policy, rm, checkpoints, selection, judge)
-    kept = json.loads(selection.read_text())["chosen"]
-    if rank() == 0 and (folder / "checkpoints").exists():  # the losers go
-        if kept and not (folder / "policy").exists():
-            os.replace(folder / "checkpoints" / kept, folder / "policy")
-        run.remove(folder / "checkpoints")
-    barrier()
-    return str(folder / "policy") if kept else None
+    kept = json.loads(manifest.done(o.out, selection).read_text())["chosen"]
+    if kept and manifest.due(o.out, folder / "policy") and rank() == 0:
+        os.replace(folder / "checkpoints" / kept, folder / "policy")
+    run.remove_all(folder / "checkpoints")  # the losers go
+    return str(manifest.done(o.out, folder / "policy")) if kept else None
 
 
 def m_step(o, old_policy, new_policy, rm, prompts, folder, ranked, judge=None):
@@ -122,7 +121,7 @@ def m_step(o, old_policy, new_policy, rm, prompts, folder, ranked, judge=None):
 def split(o):
     """Shuffle the prompts once; D_MS first, the rest in three equal subsets. Returns the subsets' files."""
     held_out, *files = (Path(o.out) / "prompts" / f"{part}.jsonl" for part in ("select", "s0", "s1", "s2"))
-    if run.due(o.out, files[2]):
+    if manifest.due(o.out, files[2]):
         prompts, repeats = read_prompts(o.prompts)
         third = (len(prompts) - o.select_prompts) // 3
         if third < 1:
@@ -136,21 +135,21 @@ def split(o):
         run.write_rows(held_out, shuffled[:o.select_prompts])
         for i, file in enumerate(files):
             run.write_rows(file, shuffled[o.select_prompts + i * third:o.select_prompts + (i + 1) * third])
-    return files
+    return [manifest.done(o.out, file) for file in (held_out, *files)][1:]
 
 
 def scored_samples(o, policy, rm, prompts, path, samples=1, judge=None):
     """Responses of `policy` to every prompt of a file, scored by `rm`."""
-    run.due(o.out, path, prompts, Path(policy).parent, Path(rm).parent)  # what is older than these is refused
+    manifest.due(o.out, path, prompts, Path(policy).parent, Path(rm).parent)  # refuses what is older
     rows = sample_and_score(o, policy, rm, [row["prompt"] for row in read_jsonl(prompts)], samples,
                             f"{o.seed}/{phase(o, path)}", path, judge)
     say("{}: {} responses, reward {score:.3f}, {tokens:.1f} tokens, {finished:.1%} finished".format(
         phase(o, path), len(rows), **means(rows, "score", "tokens", "finished")))
-    return path
+    return manifest.done(o.out, path)
 
 
 def make_pairs(o, samples, path):
-    if run.due(o.out, path, samples):
+    if manifest.due(o.out, path, samples):
         rows = read_jsonl(samples)
         pairs, without = filter.preference_pairs(rows)
         if not pairs:
@@ -161,15 +160,13 @@ def make_pairs(o, samples, path):
         run.write_rows(path, pairs)
         say(f"{len(pairs)} pairs, {without} prompts give none. The first:")
         show(pairs[0], "chosen", "rejected")
-    return path
+    return manifest.done(o.out, path)
 
 
 def train_policy(o, policy, pairs, path):
     """DPO; returns the checkpoints, in order of steps."""
-    if run.due(o.out, path, pairs):
-        if rank() == 0:  # of checkpoints that were here before
-            for leftover in ("select", "policy"):
-                run.remove(path.with_name(leftover))
+    if manifest.due(o.out, path, pairs):
+        run.remove_all(path.with_name("select"), path.with_name("policy"))  # of checkpoints before
         with run.writing(path) as temporary:
             for step, steps, trained in dpo.train(
                     policy, read_jsonl(pairs), beta=o.beta, lr=o.policy_lr, batch=o.policy_batch, seed=o.seed,
@@ -204,7 +201,7 @@ def select(o, policy, rm, checkpoints, path, judge=None):
 
 
 def make_comparisons(o, new, old, path):
-    if run.due(o.out, path, new, old):
+    if manifest.due(o.out, path, new, old):
         rows = filter.compare(read_jsonl(new), read_jsonl(old), o.filter)
         log = log_of(o, path)
         log(comparisons=len(rows), epsilon=rows[0]["epsilon"], **means(
@@ -214,23 +211,23 @@ def make_comparisons(o, new, old, path):
         say(f"{sum(row['kept'] for row in rows)} of {len(rows)} comparisons kept, epsilon "
             f"{rows[0]['epsilon']:.4f}: {', '.join(f'{n} {why}' for why, n in reasons)}. The first:")
         show(rows[0], "new", "old")
-    return path
+    return manifest.done(o.out, path)
 
 
 def mix(o, comparisons, ranked, old_policy, path):
     """What the RM trains on: the kept comparisons and all the RM-ranked pairs of the E-step just before."""
-    if run.due(o.out, path, comparisons, ranked):
+    if manifest.due(o.out, path, comparisons, ranked):
         rows = [filter.preference(row, "new", "old", comparisons, row["new_policy"], row["old_policy"])
                 for row in read_jsonl(comparisons) if row["kept"]]
         rows += [filter.preference(row, "chosen", "rejected", ranked, old_policy, old_policy)
                  for row in read_jsonl(ranked)]
         run.write_rows(path, rows)
-    return path
+    return manifest.done(o.out, path)
 
 
 def train_reward(o, preferences, path):
     """Bradley-Terry, from the base RM each time: it has not seen these prompts. Returns the folder."""
-    if run.due(o.out, path, preferences):
+    if manifest.due(o.out, path, preferences):
         pairs = read_jsonl(preferences)
         if not pairs:
             raise Problem(f"{preferences}: every comparison was dropped and there are no ranked pairs")
@@ -239,7 +236,7 @@ def train_reward(o, preferences, path):
                                  micro_batch=o.micro_batch, max_length=o.max_length, recompute=o.recompute,
                                  log=log_of(o, path))
             models.save(model, o.rm, temporary)
-    return str(path)
+    return str(manifest.done(o.out, path))
 
 
 # ---------------------------------------------------------------- what phases share

@@ -111,7 +111,7 @@ def shard(root, recompute=False):
     precision = bf16 if device().type == "cuda" else MixedPrecisionPolicy()
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=precision)
-    fully_shard(root, mesh=mesh, mp_policy=precision)  # embedding, final norm, head, tied or not, in one group
+    fully_shard(root, mesh=mesh, mp_policy=precision)  # embedding, norm, head: one group, tied or not
     root.to_empty(device=device())
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(root, weights, options=options)

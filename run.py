@@ -1,5 +1,6 @@
 """A script's command line and errors, its run folder, its log, and work in blocks that survives a kill."""
 import argparse
+import fcntl
 import gc
 import hashlib
 import json
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -32,7 +34,7 @@ def launch(main, **arguments):
         main(**arguments)
         if dist.is_initialized():
             dist.destroy_process_group()
-    except (Problem, OSError, torch.cuda.OutOfMemoryError) as error:
+    except (Problem, OSError, SafetensorError, torch.cuda.OutOfMemoryError) as error:
         if rank() > 0:
             time.sleep(3)  # most problems are everybody's: rank 0 has spoken, and torchrun ends the others
         if isinstance(error, torch.cuda.OutOfMemoryError):
@@ -135,7 +137,15 @@ def remove(path):
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
+def remove_all(*paths):
+    if rank() == 0:
+        for path in paths:
+            remove(path)
+    barrier()
+
+
 # ---------------------------------------------------------------- what a result belongs to
+LOCKS = {}  # path -> open file
 ROUNDING = ("sample_batch", "score_batch", "micro_batch", "recompute")  # options that change nothing else
 
 
@@ -156,6 +166,7 @@ def claim(path, options, file=False, **more):
         raise Problem(f"--out {path}: " + ("a file is written; its name must end in .jsonl" if file else
                                            "a folder is written; its name must not end in .jsonl"))
     if rank() == 0:
+        lock(note.with_name(f".{note.name}.lock"))
         new = {"settings": {k: v for k, v in asdict(options).items() if k != "out"}, **more,
                "versions": versions(), "sources": sources()}
         files = [path, parts_of(path)] if file else path.glob("[!.]*")
@@ -171,6 +182,18 @@ def claim(path, options, file=False, **more):
         if not note.exists() or note.read_text() != text:
             write_text(note, text)
     barrier()
+
+
+def lock(path):
+    """Hold a lock until this process ends, however it ends; another process that holds it is a Problem."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    LOCKS[path] = open(path, "w")  # closing it would let go
+    try:
+        fcntl.lockf(LOCKS[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise Problem(f"{path.parent} is in use by another process; wait, or choose another --out") from None
+    except OSError:
+        pass  # this file system knows no locks
 
 
 def read_note(note):
@@ -205,37 +228,6 @@ def sources():
     return {name: hashlib.sha256(ours[name].read_bytes()).hexdigest()[:16] for name in sorted(ours)}
 
 
-def due(out, path, *made_from):
-    """Whether the result `path` of a phase is still to be made. One that is older than what it was made from
-    is a Problem: run.json of the run folder `out` lists all results in the order of their making.
-
-    made_from: results, or folders of results, of which the newest counts; what is outside `out` doesn't.
-    """
-    answer = from_rank0(_due(Path(out), path, made_from) if rank() == 0 else None)
-    if isinstance(answer, str):
-        raise Problem(answer)
-    return answer
-
-
-def _due(out, path, made_from):
-    note, name = read_note(note_of(out)), os.path.relpath(path, out)
-    made = note.get("made", [])
-    if not Path(path).exists():
-        note["made"] = [other for other in made if other != name] + [name]
-        write_text(note_of(out), json.dumps(note, indent=1) + "\n")
-        return True
-    later = made[made.index(name) + 1:] if name in made else made
-    for source in (os.path.relpath(source, out) for source in made_from):
-        newer = [other for other in later if other == source or other.startswith(f"{source}/")]
-        if newer:
-            step = Path(newer[0]).parent
-            older = map(Path, [name, *later[:later.index(newer[0])]])
-            older = {p if p.parent == step else Path(*p.parts[:2]) for p in older}
-            return (f"{path} is older than {out / newer[0]}, which it was made from; "
-                    f"to make it again delete {' '.join(sorted(str(out / p) for p in older))}")
-    return False
-
-
 def versions():
     names = {"python": sys.version.split()[0], "torch": torch.__version__,
              "transformers": transformers.__version__, "numpy": np.__version__,
@@ -245,14 +237,21 @@ def versions():
     return {**names, "commit": git.stdout.strip() if git and git.returncode == 0 else None}
 
 
+def phase_of(line):
+    """The phase of a log line; None if a kill or a full disk has cut it."""
+    try:
+        return json.loads(line)["phase"]
+    except (ValueError, LookupError, TypeError):
+        return None
+
+
 def open_log(path, phase):
     """log(shown, **values): a JSON line for each event of a phase in the file `path`, and the line `shown` on
     the screen, filled in with the values; from rank 0. An earlier, broken-off attempt's lines are removed."""
     path = Path(path)
     if rank() == 0 and path.exists():
-        lines = path.read_text().splitlines(True)
-        whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
-        write_text(path, "".join(line for line in whole if json.loads(line)["phase"] != phase))
+        lines = path.read_text(errors="replace").splitlines(True)
+        write_text(path, "".join(line for line in lines if phase_of(line) not in (None, phase)))
 
     def log(shown="", **values):
         if rank() == 0:
@@ -268,15 +267,25 @@ def parts_of(out):
     return Path(out).with_name(f".{Path(out).name}.parts")
 
 
-def in_blocks(rows, size, out, work, what):
-    """Write work(block)'s rows for every block of `size` rows to the JSONL file `out`, processes in turn.
+def has_rows(path, count):
+    """Whether a JSONL file of our own is there and whole."""
+    try:
+        return [type(row) for row in read_jsonl(path)] == [dict] * count
+    except (OSError, Problem):
+        return False
+
+
+def in_blocks(rows, size, out, work, what, each=1):
+    """Write work(block)'s rows, `each` for every row of a block of `size`, to the JSONL file `out`; processes
+    take blocks in turn.
 
     The blocks don't depend on the number of processes, so neither do the shapes that models see. A block is
-    kept as soon as it is done: after an interruption only unfinished blocks are computed again.
+    kept as soon as it is done: after an interruption only unfinished or damaged ones are computed again.
     """
     out, parts = Path(out), parts_of(out)
     starts = range(0, len(rows), size)
-    mine = [s for s in starts[rank()::world()] if not (parts / f"{size}-{s}.jsonl").exists()]
+    mine = [s for s in starts[rank()::world()]
+            if not has_rows(parts / f"{size}-{s}.jsonl", each * len(rows[s:s + size]))]
     for s in tqdm(mine, desc=what, disable=rank() > 0, unit="block", leave=False):
         write_jsonl(parts / f"{size}-{s}.jsonl", work(rows[s:s + size]))
     barrier()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+import manifest
 import reward
 import run
 from data import read_jsonl
@@ -27,12 +28,14 @@ def measure(o):
             lines.append({**lines[-1], "policy": label})  # the run had stopped
             continue
         by_r0 = folder / "r0.jsonl"
-        run.due(out, by_r0, Path(policy).parent)  # answers of an earlier policy are refused
+        manifest.due(out, by_r0, Path(policy).parent)  # answers of an earlier policy are refused
         rows = sample_and_score(o, policy, o.rm, parts(o.seed)["test"], 2, f"{o.seed}/test/{label}", by_r0)
+        manifest.done(out, by_r0)
         base = base or rows
         for path, answers in ((folder / "base.jsonl", base), (folder / "own.jsonl", rows)):
-            if run.due(out, path, by_r0, Path(rm).parent):
+            if manifest.due(out, path, by_r0, Path(rm).parent):
                 reward.score(rm, answers, path, o.score_batch)
+            manifest.done(out, path)
         values, base_values = [gold_of(row) for row in rows[::2]], [gold_of(row) for row in base[::2]]
         lines.append(dict(
             policy=label, rm=Path(rm).parts[-3] if rm != o.rm else "r0", gold=float(np.mean(values)),
