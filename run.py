@@ -37,7 +37,9 @@ def launch(main, **arguments):
     except (Problem, OSError, SafetensorError, torch.cuda.OutOfMemoryError) as error:
         if rank() > 0:
             time.sleep(3)  # most problems are everybody's: rank 0 has spoken, and torchrun ends the others
-        if isinstance(error, torch.cuda.OutOfMemoryError):
+        if "o space left" in str(error):
+            error = f"{error}; make room and run the same command again: what is finished stays"
+        elif isinstance(error, torch.cuda.OutOfMemoryError):
             error = ("out of GPU memory; run the same command with a smaller --sample_batch, "
                      f"--score_batch or --micro_batch ({first_line(error)})")
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)

@@ -1,0 +1,151 @@
+"""Kill runs of the loop again and again, go on with the same command, and compare every file in the end.
+
+    python bench/kills.py --times 100                   # one process
+    python bench/kills.py --times 100 --processes 2     # one of two is killed, as by the system
+
+A kill (SIGKILL) comes right before a random operation on a file of the run folder (opening for writing,
+renaming, removing, making a folder), or at a random time; most runs that go on are killed, too. The result
+must be that of a run that nobody disturbed, byte by byte, and nothing may be left behind. The models are tiny
+and random. Processes are forked from one that has imported everything, so that a restart takes no time.
+"""
+import argparse
+import os
+import random
+import signal
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification  # noqa: E402
+
+import mt  # noqa: E402
+import run  # noqa: E402
+import toy  # noqa: E402
+from data import write_jsonl  # noqa: E402
+
+EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "shutil.rmtree")
+
+
+def inputs(folder):
+    """Tiny models and prompts; returns the words of a command."""
+    words = toy.tokenizer()
+    for name, kind in (("policy", LlamaForCausalLM), ("rm", LlamaForSequenceClassification)):
+        torch.manual_seed(0)
+        model = kind(LlamaConfig(
+            vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_labels=1,
+            num_attention_heads=2, max_position_embeddings=64, initializer_range=0.3, pad_token_id=0,
+            bos_token_id=1, eos_token_id=2))
+        model.save_pretrained(folder / name)
+        words.save_pretrained(folder / name)
+    prompts = random.Random(0).sample(toy.all_prompts(), 25)
+    write_jsonl(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
+    flags = dict(policy=folder / "policy", rm=folder / "rm", prompts=folder / "prompts.jsonl", out="run",
+                 samples=3, max_new_tokens=8, max_length=48, policy_batch=3, policy_lr=1e-3, rm_batch=4,
+                 rm_lr=1e-3, tau=0, save_every=1, select_prompts=4, sample_batch=2)
+    return [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
+
+
+def killed_before(operation):
+    """From now on, this process dies before its `operation`-th operation on a file of the run."""
+    left = [operation]
+
+    def hook(event, arguments):
+        writes = event != "open" or isinstance(arguments[1], str) and arguments[1][0] in "wax"
+        if event in EVENTS and writes and "run/" in f"{arguments[0]}/":
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+
+
+def start(words, folder, rank, processes, port, operation):
+    """A forked process of a run; returns its pid."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        os.environ |= {name: str(value) for name, value in dict(
+            RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes,
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items()}
+        os.chdir(folder)
+        with open("log", "a") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        sys.argv = ["mt.py", *words]
+        if operation:
+            killed_before(operation)
+        run.launch(mt.main)
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def attempt(words, folder, processes, rng=None):
+    """Run the command, kill it if there is an `rng`; returns whether it came to its end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    victim, by_time = (rng.randrange(processes), rng.random() < 0.3) if rng else (None, False)
+    operation = rng.randint(1, 40) if rng and not by_time else 0
+    pids = [start(words, folder, r, processes, port, operation * (r == victim)) for r in range(processes)]
+    if by_time:
+        time.sleep(rng.uniform(0.05, 1.5))
+        os.kill(pids[victim], signal.SIGKILL)  # which has perhaps ended, but is not yet waited for
+    codes, alive = [], set(pids)
+    while alive:
+        pid, status = os.wait()
+        alive.remove(pid)
+        codes.append(status)
+        if status:  # as torchrun does
+            for other in alive:
+                os.kill(other, signal.SIGKILL)
+    if any(codes) and not any(os.WIFSIGNALED(code) and os.WTERMSIG(code) == signal.SIGKILL for code in codes):
+        sys.exit(f"kills.py: the run failed by itself:\n{(folder / 'log').read_text()[-3000:]}")
+    return not any(codes)
+
+
+def files(folder):
+    """Everything in a run folder but its note and what a picture library stamps: name -> bytes."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
+            if p.is_file() and not p.is_symlink() and p.name not in ("run.json", "report.png", "report.html")}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--times", type=int, default=100, help="kills")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    o = parser.parse_args()
+    torch.set_num_threads(1)
+    rng, kills, runs = random.Random(o.seed), 0, 0
+    with tempfile.TemporaryDirectory() as scratch:
+        scratch = Path(scratch)
+        words = inputs(scratch / "inputs")
+        (scratch / "undisturbed").mkdir()
+        assert attempt(words, scratch / "undisturbed", o.processes)
+        expected = files(scratch / "undisturbed" / "run")
+        while kills < o.times:
+            folder = scratch / f"disturbed{runs}"
+            folder.mkdir()
+            runs, done = runs + 1, False
+            while not done:
+                again = kills < o.times and rng.random() < 0.7
+                done = attempt(words, folder, o.processes, rng if again else None)
+                kills += not done
+            found = files(folder / "run")
+            for name in sorted({*expected, *found}):
+                if expected.get(name) != found.get(name):
+                    sys.exit(f"kills.py: after {kills} kills, run {runs}: {name} differs")
+            print(f"{kills} kills, {runs} runs: all files as in the undisturbed run", flush=True)
+    print(f"{kills} kills in {runs} runs with {o.processes} process{'es' * (o.processes > 1)}: "
+          f"{len(expected)} files, not one byte different")
+
+
+if __name__ == "__main__":
+    main()
