@@ -24,6 +24,7 @@ from data import check_context, load_tokenizer, quiet, read_pairs
 from packing import ResponseLogps, collate, pair_rows
 from parallel import device, say, shard, world
 from run import option
+from training import resume_of
 
 
 def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, pairs=None):
@@ -38,7 +39,8 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
-def train(folder, pairs, *, beta, lr, batch, micro_batch, max_length, epochs=1, seed=0, recompute=False, log):
+def train(folder, pairs, *, beta, lr, batch, micro_batch, max_length, epochs=1, seed=0, recompute=False,
+          resume=None, log):
     """DPO from the policy in `folder`; `pairs` as read_pairs gives them, perhaps with a `weight`.
     After each step yields its number, how many there are, and the policy, to be saved or not."""
     rows, kept = pair_rows(load_tokenizer(folder), pairs, max_length, unfinished=True)
@@ -72,7 +74,7 @@ def train(folder, pairs, *, beta, lr, batch, micro_batch, max_length, epochs=1, 
     reference = reference_logps(logps, steps[:len(steps) // epochs], len(rows))
     first_loss = training.mean(steps[0], lambda numbers: pair_loss(numbers, reference[numbers])[0])
     for number in training.optimise(
-            policy, steps, loss, lr=lr, log=log, first_loss=first_loss,
+            policy, steps, loss, lr=lr, log=log, first_loss=first_loss, resume=resume,
             shown="margins {rewards/margins:+.4f}  accuracies {rewards/accuracies:.3f}  "):
         yield number, len(steps), policy
 
@@ -103,6 +105,7 @@ class Options:
     micro_batch: int = option(2, "pairs per forward pass and process")
     max_length: int = option(2048, "tokens of prompt and answer; longer pairs are left out")
     seed: int = option(0)
+    resume_every: int = option(0, "steps of training that a kill may cost; 0: all")
     recompute: bool = option(torch.cuda.is_available(), "recompute activations: slower, less memory")
 
 
@@ -114,9 +117,10 @@ def main():
         for step, steps, policy in train(
                 folder, pairs, beta=o.beta, lr=o.lr, batch=o.batch, micro_batch=o.micro_batch,
                 max_length=o.max_length, epochs=o.epochs, seed=o.seed, recompute=o.recompute,
-                log=run.open_log(out / "metrics.jsonl", "dpo")):
+                resume=(resume_of(out), o.resume_every), log=run.open_log(out / "metrics.jsonl", "dpo")):
             if step == steps:
                 models.save(policy, folder, out)
+    run.remove_all(resume_of(out))
     say(f"{out} is complete")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from data import Problem
 from parallel import from_rank0, rank
-from run import note_of, read_note, write_text
+from run import note_of, read_note, remove, write_text
 
 
 def due(out, path, *made_from):
@@ -38,19 +38,20 @@ def on_rank0(work, *arguments):
 def _due(out, path, made_from):
     note, name = read_note(note_of(out)), os.path.relpath(path, out)
     made = note.setdefault("made", {})
-    if not Path(path).exists():
-        made.pop(name, None)
-        made[name] = None  # last, so newer than all others
-        write_text(note_of(out), json.dumps(note, indent=1) + "\n")
-        return True
     later = list(made)[list(made).index(name) + 1:] if name in made else list(made)
-    for source in (os.path.relpath(source, out) for source in made_from):
-        newer = [other for other in later if other == source or other.startswith(f"{source}/")]
-        if newer:
-            older = [name, *later[:later.index(newer[0])]]
-            return (f"{path} is older than {out / newer[0]}, which it was made from; "
-                    f"to make it again delete {listed(out, older, Path(newer[0]).parent)}")
-    return False
+    sources = [os.path.relpath(source, out) for source in made_from]
+    newer = [other for other in later if any(other == s or other.startswith(f"{s}/") for s in sources)]
+    if Path(path).exists():
+        older = [name, *later[:later.index(newer[0])]] if newer else []
+        return newer and (f"{path} is older than {out / newer[0]}, which it was made from; to make it again "
+                          f"delete {listed(out, older, Path(newer[0]).parent)}") or False
+    if name in made and newer:  # what an attempt before left was made from something else
+        for leftover in Path(path).parent.glob(f"*{Path(path).stem}.*"):
+            remove(leftover)
+    made.pop(name, None)
+    made[name] = None  # last, so newer than all others
+    write_text(note_of(out), json.dumps(note, indent=1) + "\n")
+    return True
 
 
 def _done(out, path):

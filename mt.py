@@ -30,6 +30,7 @@ import models
 import reward
 import run
 import toy
+import training
 from data import Problem, load_tokenizer, read_jsonl, read_prompts
 from evals import gold, report
 from parallel import rank, say
@@ -65,6 +66,7 @@ class Options:
     sample_batch: int = option(64, "responses decoded at a time in each process")
     score_batch: int = option(8, "prompts scored at a time in each process")
     micro_batch: int = option(2, "pairs per forward pass and process in training")
+    resume_every: int = option(0, "steps of training that a kill may cost; 0: all")
     recompute: bool = option(torch.cuda.is_available(), "recompute activations: slower, less memory")
 
 
@@ -104,7 +106,7 @@ def e_step(o, policy, rm, prompts, folder, judge=None):
     kept = json.loads(manifest.done(o.out, selection).read_text())["chosen"]
     if kept and manifest.due(o.out, folder / "policy") and rank() == 0:
         os.replace(folder / "checkpoints" / kept, folder / "policy")
-    run.remove_all(folder / "checkpoints")  # the losers go
+    run.remove_all(folder / "checkpoints", training.resume_of(folder / "checkpoints"))  # the losers go
     return str(manifest.done(o.out, folder / "policy")) if kept else None
 
 
@@ -167,11 +169,11 @@ def train_policy(o, policy, pairs, path):
     """DPO; returns the checkpoints, in order of steps."""
     if manifest.due(o.out, path, pairs):
         run.remove_all(path.with_name("select"), path.with_name("policy"))  # of checkpoints before
-        with run.writing(path) as temporary:
+        with run.writing(path, go_on=training.resume_of(path).exists()) as temporary:
             for step, steps, trained in dpo.train(
                     policy, read_jsonl(pairs), beta=o.beta, lr=o.policy_lr, batch=o.policy_batch, seed=o.seed,
                     micro_batch=o.micro_batch, max_length=o.max_length, recompute=o.recompute,
-                    log=log_of(o, path)):
+                    resume=(training.resume_of(path), o.resume_every), log=log_of(o, path)):
                 if step == steps or o.select and step % o.save_every == 0:
                     models.save(trained, policy, temporary / f"step-{step}")
     return sorted(path.iterdir(), key=lambda p: int(p.name.removeprefix("step-")))
@@ -234,8 +236,9 @@ def train_reward(o, preferences, path):
         with run.writing(path) as temporary:
             model = reward.train(o.rm, pairs, lr=o.rm_lr, batch=o.rm_batch, seed=o.seed,
                                  micro_batch=o.micro_batch, max_length=o.max_length, recompute=o.recompute,
-                                 log=log_of(o, path))
+                                 resume=(training.resume_of(path), o.resume_every), log=log_of(o, path))
             models.save(model, o.rm, temporary)
+    run.remove_all(training.resume_of(path))
     return str(manifest.done(o.out, path))
 
 

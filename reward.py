@@ -6,7 +6,7 @@
 The reward is the raw logit at the last token of the chat. A causal LM is taken too and gets a fresh head.
 Twin of dpo.py.
 
-Left out on purpose: margins and centring in the loss, heads with several labels, resuming inside an epoch.
+Left out on purpose: margins and centring in the loss, heads with several labels.
 """
 from dataclasses import dataclass
 from itertools import chain
@@ -25,6 +25,7 @@ from data import Problem, by_prompt, check_context, encode_chat, load_tokenizer,
 from packing import collate, pack, pair_rows
 from parallel import device, replicate, say, shard
 from run import option
+from training import resume_of
 
 
 def bradley_terry_loss(chosen_rewards, rejected_rewards, pairs=None):
@@ -47,7 +48,7 @@ class Rewards(torch.nn.Module):
 
 
 def train(folder, pairs, *, lr, batch, micro_batch, max_length, epochs=1, seed=0, recompute=False,
-          fresh_head=False, log):
+          fresh_head=False, resume=None, log):
     """Bradley-Terry from the model in `folder`; `pairs` as read_pairs gives them, perhaps with a `weight`.
     Returns the model, to be saved."""
     rows, kept = pair_rows(load_tokenizer(folder), pairs, max_length)
@@ -67,7 +68,7 @@ def train(folder, pairs, *, lr, batch, micro_batch, max_length, epochs=1, seed=0
             "accuracy": (chosen > rejected).float(), "margin": chosen - rejected,
             "mean_reward": (chosen + rejected) / 2}
 
-    for _ in training.optimise(model, steps, loss, lr=lr, log=log,
+    for _ in training.optimise(model, steps, loss, lr=lr, log=log, resume=resume,
                                shown="margin {margin:+.4f}  accuracy {accuracy:.3f}  "):
         pass  # nothing is saved on the way
     return model
@@ -139,6 +140,7 @@ class Options:
     micro_batch: int = option(2, "pairs (scoring: prompts) per forward pass and process")
     max_length: int = option(2048, "tokens of prompt and answer; longer pairs are left out")
     seed: int = option(0)
+    resume_every: int = option(0, "steps of training that a kill may cost; 0: all")
     recompute: bool = option(torch.cuda.is_available(), "recompute activations: slower, less memory")
 
 
@@ -155,7 +157,9 @@ def main():
         models.save(train(
             folder, pairs, lr=o.lr, batch=o.batch, micro_batch=o.micro_batch, max_length=o.max_length,
             epochs=o.epochs, seed=o.seed, recompute=o.recompute, fresh_head=True,
+            resume=(resume_of(out), o.resume_every),
             log=run.open_log(out / "metrics.jsonl", "reward")), folder, out)
+    run.remove_all(resume_of(out))
     if test:
         right = ordered(str(out), test, o.micro_batch)
         say(f"accuracy on {o.test}: {np.mean(right):.4f} of {len(test)} pairs")

@@ -40,8 +40,8 @@ def launch(main, **arguments):
         if "o space left" in str(error):
             error = f"{error}; make room and run the same command again: what is finished stays"
         elif isinstance(error, torch.cuda.OutOfMemoryError):
-            error = ("out of GPU memory; run the same command with a smaller --sample_batch, "
-                     f"--score_batch or --micro_batch ({first_line(error)})")
+            error = ("out of GPU memory; run the same command with a smaller --sample_batch, --score_batch "
+                     f"or --micro_batch ({first_line(error)})")
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
         os._exit(2)  # no waiting for processes that are inside a collective
     except KeyboardInterrupt:
@@ -65,7 +65,7 @@ def parse(options, words=None, **defaults):
         complain(f"unknown: {' '.join(unknown)}")
     for name, value in vars(chosen).items():
         if type(value) in (int, float) and name not in ("seed", "tau") and (
-                value < 0 or value == 0 and name not in ("temperature", "select_prompts")
+                value < 0 or value == 0 and name not in ("temperature", "select_prompts", "resume_every")
                 or value > 1 and name == "top_p"):
             complain(f"--{name} {value} makes no sense")
     return chosen
@@ -87,13 +87,15 @@ def exists(path):
 
 
 @contextmanager
-def writing(path):
-    """A temporary name for all processes to write to, renamed to `path` at the end: what exists is whole."""
+def writing(path, go_on=False):
+    """A temporary name for all processes to write to, renamed to `path` at the end: what exists is whole.
+    go_on: with what an attempt before has left."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     if rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove(temporary)
+        if not go_on:
+            remove(temporary)
     barrier()
     yield temporary
     barrier()
@@ -148,7 +150,8 @@ def remove_all(*paths):
 
 # ---------------------------------------------------------------- what a result belongs to
 LOCKS = {}  # path -> open file
-ROUNDING = ("sample_batch", "score_batch", "micro_batch", "recompute")  # options that change nothing else
+# options that change rounding at the most
+ROUNDING = ("sample_batch", "score_batch", "micro_batch", "recompute", "resume_every")
 
 
 def note_of(path):
@@ -291,7 +294,5 @@ def in_blocks(rows, size, out, work, what, each=1):
     for s in tqdm(mine, desc=what, disable=rank() > 0, unit="block", leave=False):
         write_jsonl(parts / f"{size}-{s}.jsonl", work(rows[s:s + size]))
     barrier()
-    if rank() == 0:
-        write_jsonl(out, chain.from_iterable(read_jsonl(parts / f"{size}-{s}.jsonl") for s in starts))
-        remove(parts)
-    barrier()
+    write_rows(out, chain.from_iterable(read_jsonl(parts / f"{size}-{s}.jsonl") for s in starts))
+    remove_all(parts)

@@ -4,8 +4,9 @@ dpo.py and reward.py hand it a loss, and so does the embedded task for the super
 policy. The mean is over the global batch, so results don't depend on the number of processes or on the size
 of micro-batches.
 
-Left out on purpose: resuming inside an epoch, other optimisers, weight decay.
+Left out on purpose: other optimisers, weight decay.
 """
+import json
 import math
 from collections import defaultdict
 from typing import NamedTuple
@@ -13,10 +14,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
+import run
 from data import Problem
-from parallel import device, rank, world
+from parallel import device, from_rank0, rank, world
 
 
 class MicroBatch(NamedTuple):
@@ -46,16 +50,21 @@ def steps_of(lengths, batch, micro_batch, seed, epochs=1, counts=None):
     return steps
 
 
-def optimise(model, steps, loss, *, lr, log, shown="", first_loss=None):
+def optimise(model, steps, loss, *, lr, log, shown="", first_loss=None, resume=None):
     """Take the steps of `steps_of` by AdamW; yields the number of each, from 1, when it is done.
 
     loss(numbers) -> losses (B,), {metric: (B,)}: of the rows with these numbers. first_loss: what the mean
-    loss of the first step must be. shown: what a line on the screen says beside it.
+    loss of the first step must be. shown: what a line on the screen says beside it. resume: (folder, N): the
+    state is kept there every N steps (0: never), and taken up again if there is one.
     """
     if isinstance(model, FSDPModule):
         model.reshard()  # a forward pass before, of a reference, leaves the root's parameters gathered
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
-    for number, step in enumerate(steps, 1):
+    folder, every = resume or (None, 0)
+    lines = restore(folder, model, optimizer) if folder else []
+    for line in lines:
+        log(**line)
+    for number, step in enumerate(steps[len(lines):], len(lines) + 1):
         sums = defaultdict(float)
         for micro in step:
             losses, metrics = loss(micro.numbers)
@@ -75,10 +84,13 @@ def optimise(model, steps, loss, *, lr, log, shown="", first_loss=None):
             group["lr"] = learning_rate
         optimizer.step()
         optimizer.zero_grad()
+        lines.append(dict(step=number, steps=len(steps), **metrics, learning_rate=learning_rate,
+                          grad_norm=grad_norm))
         log(f"step {{step}}/{{steps}}  loss {{loss:.4f}}  {shown}grad_norm {{grad_norm:.2f}}  "
-            "lr {learning_rate:.2e}", step=number, steps=len(steps), **metrics, learning_rate=learning_rate,
-            grad_norm=grad_norm)
+            "lr {learning_rate:.2e}", **lines[-1])
         yield number
+        if every and number % every == 0 and number < len(steps):
+            keep(folder, model, optimizer, lines)
 
 
 def mean(step, losses):
@@ -97,6 +109,50 @@ def check_loss(loss, number, first_loss):
                           "the policy differs from its own reference")
 
 
+# ---------------------------------------------------------------- going on within an epoch
+def resume_of(path):
+    """The folder of what is kept while the result `path` is made."""
+    return path.with_name(f".{path.name}.resume")
+
+
+def keep(folder, model, optimizer, lines):
+    """Keep this process's part of the weights and of Adam's moments, and the log so far; the last one only.
+    Safetensors and JSON: torch's distributed checkpoints would have to be unpickled."""
+    older = list(folder.glob("*")) if folder.exists() else []
+    with run.writing(folder / str(len(lines))) as temporary:
+        temporary.mkdir(exist_ok=True)
+        save_file(local_state(model, optimizer), temporary / f"{rank()}-of-{world()}.safetensors")
+        if rank() == 0:
+            (temporary / "log.json").write_text(json.dumps(lines))
+    run.remove_all(*older)
+
+
+def restore(folder, model, optimizer):
+    """Take up what `keep` left, if there is any by as many processes; returns the log's lines so far."""
+    found = [path for path in folder.glob("*") if (path / f"0-of-{world()}.safetensors").exists()]
+    found = from_rank0(max(found, key=lambda path: int(path.name), default=None))
+    if not found:
+        return []
+    for p in model.parameters():
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                              "exp_avg_sq": torch.zeros_like(p)}
+    state = load_file(found / f"{rank()}-of-{world()}.safetensors")
+    for name, tensor in local_state(model, optimizer).items():
+        tensor.copy_(state[name])
+    return json.loads((found / "log.json").read_text())
+
+
+@torch.no_grad()
+def local_state(model, optimizer):
+    """{name: tensor}: this process's own shards, no copies."""
+    state = {}
+    for number, p in enumerate(model.parameters()):
+        for name, tensor in {"weight": p.detach(), **optimizer.state[p]}.items():
+            state[f"{number}.{name}"] = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return state
+
+
+# ---------------------------------------------------------------- schedule and sums
 def cosine(step, steps, warmup=0.1):
     """Factor of the learning rate in step 0 … steps−1: linear warm-up, then half a cosine towards 0."""
     ramp = math.ceil(warmup * steps)

@@ -176,6 +176,22 @@ def test_a_damaged_block_is_made_again(tmp_path, damage):
     assert [block[0] for block in calls] == [0, 2, 4, 6, 2, 6, 8]  # only what was missing or damaged
 
 
+def test_what_an_earlier_attempt_left_is_not_taken_for_a_result_made_from_something_newer(tmp_path):
+    write_jsonl(tmp_path / "run.json", [dict(settings={})])
+    source, result = tmp_path / "round1" / "pairs.jsonl", tmp_path / "round1" / "samples.jsonl"
+    leftovers = [result.with_name(name) for name in (".samples.jsonl.parts", "samples.unscored.jsonl")]
+    for again in (False, True):
+        assert manifest.due(tmp_path, source)
+        write_jsonl(source, [{"again": again}])
+        manifest.done(tmp_path, source)
+        assert manifest.due(tmp_path, result, source)  # begun, and broken off
+        assert not any(path.exists() for path in leftovers)
+        for path in leftovers:
+            path.write_text("")
+        assert manifest.due(tmp_path, result, source) and all(path.exists() for path in leftovers)
+        source.unlink()
+
+
 def test_a_manifest_knows_every_result_of_a_run(finished):
     made = json.loads((finished / "run.json").read_text())["made"]
     for path in [*finished.glob("round*/*/*.json*"), *finished.glob("prompts/*"), *finished.glob("*/*/rm"),

@@ -311,3 +311,35 @@ def test_a_folder_with_other_things_in_it_is_refused(tiny, call, written, pairs,
     written("out/notes.jsonl", [{}])
     with pytest.raises(Problem, match="exists and was not written by this command"):
         call(dpo, "--model", tiny(), "--pairs", written("pairs.jsonl", pairs[:8]), "--out", tmp_path / "out")
+
+
+# ---------------------------------------------------------------- going on within an epoch
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("name", TRAIN)
+@pytest.mark.parametrize("kills", [[4], [9], [10, 15]])
+def test_a_training_that_was_killed_goes_on_to_the_same_bytes(
+        tiny, call, written, pairs, tmp_path, monkeypatch, name, kills):
+    module, words = TRAIN[name]
+    words = [*words, "--model", tiny(reward=name == "reward"), "--pairs", written("pairs.jsonl", pairs),
+             "--batch", 5, "--resume_every", 4]
+    call(module, *words, "--out", tmp_path / "undisturbed")
+    cosine, taken = training.cosine, []
+    for last in kills:
+        def dies(step, steps, last=last):
+            if step == last - 1:
+                raise Killed
+            return cosine(step, steps)
+        monkeypatch.setattr(training, "cosine", dies)
+        with pytest.raises(Killed):
+            call(module, *words, "--out", tmp_path / "killed")
+    monkeypatch.setattr(training, "cosine", lambda step, steps: taken.append(step) or cosine(step, steps))
+    call(module, *words, "--out", tmp_path / "killed")
+    kept = (max(kills) - 1) // 4 * 4
+    assert taken == list(range(kept, 20))  # only what was not kept is done again
+    ours, theirs = ({path.name: path.read_bytes() for path in (tmp_path / out).iterdir()
+                     if path.name != "run.json"} for out in ("killed", "undisturbed"))
+    assert ours == theirs
+    assert not list(tmp_path.glob(".*.resume"))
