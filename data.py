@@ -11,89 +11,26 @@ import functools
 import hashlib
 import json
 import os
-import re
+import signal
+import threading
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
 from transformers import AutoTokenizer
 
-
-class Problem(Exception):
-    """Something the user can mend: shown as one line, exit code 2."""
-
-
-# ---------------------------------------------------------------- files
-def read_rows(source):
-    """[(where, row)] of a JSONL, JSON or parquet file or a hub id; `where` is 'file:line', for messages."""
-    path = Path(source)
-    if path.is_dir():
-        raise Problem(f"{source}: a folder; a JSONL, JSON or parquet file is needed")
-    if path.suffix == ".parquet" or not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) \
-            and path.suffix not in (".json", ".jsonl"):
-        rows = _read_with_datasets(source)
-    elif not path.exists():
-        raise Problem(f"{source}: no such file")
-    else:
-        rows = _read_json(path)
-    if not rows:
-        raise Problem(f"{source}: empty")
-    for where, row in rows:
-        if not isinstance(row, dict):
-            raise Problem(f"{where}: a JSON object is needed, this is {type(row).__name__}")
-    return rows
-
-
-def _read_json(path):
-    def value(text, before=0):
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
-            raise Problem(f"{path}:{before + error.lineno}: not JSON ({error.msg})") from None
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise Problem(f"{path}: not UTF-8 text ({error})") from None
-    if path.suffix != ".json":
-        lines = enumerate(text.split("\n"))
-        return [(f"{path}:{i + 1}", value(line, i)) for i, line in lines if line.strip()]
-    rows = value(text) if text.strip() else []
-    return [(f"{path}:row {i}", row) for i, row in enumerate(rows if isinstance(rows, list) else [rows], 1)]
-
-
-def _read_with_datasets(source):
-    try:
-        import datasets
-    except ImportError:
-        raise Problem(f"{source}: hub ids and parquet files need `pip install datasets`") from None
-    try:
-        if str(source).endswith(".parquet"):
-            rows = datasets.load_dataset("parquet", data_files=str(source), split="train")
-        else:
-            splits = datasets.get_dataset_split_names(source)
-            rows = datasets.load_dataset(source, split="train_prefs" if "train_prefs" in splits else "train")
-    except Exception as error:  # the library raises dozens of kinds; all mean that the data could not be had
-        raise Problem(f"{source}: could not be loaded ({first_line(error)})") from None
-    return [(f"{source}:row {i}", row) for i, row in enumerate(rows, 1)]
-
-
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def write_jsonl(path, rows):
-    """Write under a temporary name and rename: a file that exists is complete."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(temporary, path)
-
-
-def read_jsonl(path):
-    """The rows of a file of our own, which may be empty."""
-    return [row for _, row in _read_json(Path(path))]
+from rows import (  # noqa: F401  (some for those that import them from here)
+    LONGEST,
+    Problem,
+    check_field,
+    first_line,
+    read_json,
+    read_jsonl,
+    read_rows,
+    write_jsonl,
+)
+from spelled import Careful, special_texts
 
 
 # ---------------------------------------------------------------- prompts and pairs
@@ -113,18 +50,24 @@ def by_prompt(rows):
         yield list(group)
 
 
+def _is_chat(value):
+    return isinstance(value, list) and value and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in value)
+
+
 def check_prompt(where, prompt):
-    if isinstance(prompt, str) and prompt.strip():
-        return prompt
-    if isinstance(prompt, list) and prompt and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-            for m in prompt):
-        if prompt[-1]["role"] == "assistant":
-            raise Problem(f"{where}: the prompt ends with an assistant turn; "
-                          "it must end where the answer begins")
-        return prompt
-    raise Problem(f"{where}: no prompt "
-                  "(a field `prompt` with text, or a list of messages with role and content)")
+    messages = as_messages(prompt)
+    if not _is_chat(messages) or not any(m["content"].strip() for m in messages):
+        raise Problem(f"{where}: no prompt "
+                      "(a field `prompt` with text, or a list of messages with role and content)")
+    if messages[-1]["role"] == "assistant":
+        raise Problem(f"{where}: the prompt ends with an assistant turn; "
+                      "it must end where the answer begins")
+    if len(prompt_id(prompt)) > LONGEST:
+        raise Problem(f"{where}: a prompt of {len(prompt_id(prompt)):,} characters; leave out what is longer "
+                      f"than {LONGEST:,}")
+    return prompt
 
 
 def read_prompts(source):
@@ -153,25 +96,58 @@ def read_pairs(source):
             if prompt != rejected[:-1]:
                 raise Problem(f"{where}: chosen and rejected answer different prompts")
         prompt = check_prompt(where, prompt)
+        for name in ("weight", "subset", "chosen_finished", "rejected_finished"):
+            if row.get(name) is not None:
+                check_field(where, row, name)
         pairs.append({**row, "prompt": prompt, "chosen": _answer(where, "chosen", chosen, prompt),
                       "rejected": _answer(where, "rejected", rejected, prompt)})
+    for what, count in (("equal answers", sum(pair["chosen"] == pair["rejected"] for pair in pairs)),
+                        ("an empty answer", sum(not pair["chosen"].strip() or not pair["rejected"].strip()
+                                                for pair in pairs))):
+        if count and not quiet():
+            print(f"WARNING: {source}: {count} of {len(pairs)} pairs have {what}", flush=True)
     return pairs
 
 
 def _answer(where, field, value, prompt):
-    if isinstance(value, list) and value and isinstance(value[-1], dict) \
-            and value[-1].get("role") == "assistant":
-        value = value[-1].get("content")
+    def turns(chat):
+        return [(m["role"], m["content"].strip()) for m in as_messages(chat)]
+    if _is_chat(value) and value[-1]["role"] == "assistant":
+        if value[:-1] and turns(value[:-1]) != turns(prompt):
+            raise Problem(f"{where}: the messages of `{field}` answer another prompt than `prompt`; "
+                          "make them agree or leave `prompt` out")
+        value = value[-1]["content"]
     elif isinstance(value, str) and isinstance(prompt, str) and value.startswith(prompt) and value != prompt:
         value = value[len(prompt):]
     if not isinstance(value, str):
         raise Problem(f"{where}: no answer in `{field}` (text, or messages that end with the assistant's)")
-    return value
+    return check_field(where, {field: value}, field)
+
+
+def read_samples(source, *fields):
+    """The rows of a file of responses: each with its prompt and these fields."""
+    rows = read_rows(source)
+    for where, row in rows:
+        check_prompt(where, row.get("prompt"))
+        for name in fields:
+            check_field(where, row, name)
+    return [row for _, row in rows]
+
+
+def kept_of(kept, total):
+    """How many of the pairs are short enough, in words."""
+    if total - kept <= total / 10:
+        return f"{kept} pairs ({total - kept} too long)"
+    return f"{kept} pairs; WARNING: {total - kept} OF {total} ARE TOO LONG AND LEFT OUT"
 
 
 # ---------------------------------------------------------------- chats to tokens
 def load_tokenizer(folder):
     """A tokenizer with a chat template."""
+    for path in (Path(folder) / f"{name}config.json" for name in ("", "tokenizer_", "generation_")):
+        eos = read_json(path).get("eos_token_id") if path.exists() else None
+        if not all(type(i) in (int, type(None)) for i in (eos if isinstance(eos, list) else [eos])):
+            raise Problem(f"{path}: eos_token_id {eos!r:.40} is not a token's number, or a list of such")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:
@@ -197,10 +173,12 @@ def encode_chat(tokenizer, prompt, response=None, finished=True, whole=False):
     last word. `whole`: with all that the template writes after it, as reward models were trained to read it.
     """
     messages = as_messages(prompt)
-    head = text = _render(tokenizer, messages, add_generation_prompt=True)
+    said = [str(value) for message in messages for value in message.values()] + [response or ""]
+    careful = Careful(tokenizer) if any(map(special_texts(tokenizer).search, said)) else None
+    head = text = _render(tokenizer, messages, careful, add_generation_prompt=True)
     if response is not None:
         # rendered with a stand-in: templates trim and rewrite contents, we train on what was really said
-        answered = _render(tokenizer, [*messages, {"role": "assistant", "content": "\u241f"}])
+        answered = _render(tokenizer, [*messages, {"role": "assistant", "content": "\u241f"}], careful)
         before, _, tail = answered.rpartition("\u241f")
         if not before.startswith(head):
             raise Problem(f"{tokenizer.name_or_path}: this chat template's generation prompt is not "
@@ -208,8 +186,11 @@ def encode_chat(tokenizer, prompt, response=None, finished=True, whole=False):
         between = before[len(head):]  # a space belongs to the answer; words would be put into its mouth
         text = head + (between if between.isspace() else "") + response
         content_end, text = len(text), text + tail
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    if careful:
+        ids, offsets = careful.encode(text)
+    else:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
     if _adds_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id]:
         ids, offsets = [tokenizer.bos_token_id, *ids], [(0, 0), *offsets]
     if response is None:
@@ -226,12 +207,34 @@ def encode_chat(tokenizer, prompt, response=None, finished=True, whole=False):
     return Chat(ids, min(start, last))
 
 
-def _render(tokenizer, messages, **options):
+def _render(tokenizer, messages, careful=None, **options):
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        shown = careful.hide(messages) if careful else messages
+        with _time_limit(10):
+            text = tokenizer.apply_chat_template(shown, tokenize=False, **options)
+        if not text.strip():
+            raise ValueError("it writes nothing")
+        return careful.reveal(text) if careful else text
     except Exception as error:  # a template may refuse a role or an order of roles, in words of its own
         raise Problem(f"{tokenizer.name_or_path}: its chat template refuses {str(messages)[:80]}… "
                       f"({first_line(error)})") from None
+
+
+@contextmanager
+def _time_limit(seconds):
+    """End what loops; in the main thread only, which alone hears signals."""
+    def stop(*_):
+        raise TimeoutError(f"it takes more than {seconds} seconds")
+    if threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+    else:
+        yield
 
 
 @functools.cache
@@ -246,13 +249,13 @@ def _adds_bos(tokenizer):
     return bos is not None and tokenizer("")["input_ids"][:1] == [bos]
 
 
-def check_context(rows, model, folder):
+def check_context(rows, model, folder, mend="set a smaller --max_length"):
     """A chat that is longer than the model's context, or a token that it doesn't know, is a Problem."""
     chats = [row.trunk + branch for row in rows for branch in row.branches]
     longest, highest = max(map(len, chats), default=0), max(map(max, chats), default=0)
     if longest > model.context:
         raise Problem(f"{folder}: a chat of {longest} tokens does not fit into its context of "
-                      f"{model.context}; leave out long prompts or set a smaller --max_length")
+                      f"{model.context}; leave it out or {mend}")
     if highest >= model.config.vocab_size:
         raise Problem(f"{folder}: the tokenizer has more tokens than the model's {model.config.vocab_size}")
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 import models
 import run
 import training
-from data import check_context, load_tokenizer, quiet, read_pairs
+from data import check_context, kept_of, load_tokenizer, quiet, read_pairs
 from packing import ResponseLogps, collate, pair_rows
 from parallel import device, say, shard, world
 from run import option
@@ -49,7 +49,7 @@ def train(folder, pairs, *, beta, lr, batch, micro_batch, max_length, epochs=1, 
     policy = shard(ResponseLogps(policy), recompute)
     steps = training.steps_of([len(row) for row in rows], batch, micro_batch, seed, epochs)
     weights = torch.tensor([pair.get("weight", 1.0) for pair in kept], device=device())
-    say(f"DPO: {len(kept)} pairs ({len(pairs) - len(kept)} too long), {len(steps)} steps of {batch}")
+    say(f"DPO: {kept_of(len(kept), len(pairs))}, {len(steps)} steps of {batch}")
     mean_tokens = {f"{side}_tokens": sum(len(r.branches[i]) - r.starts[i] for r in rows) / len(rows)
                    for i, side in enumerate(("chosen", "rejected"))}
     log(pairs=len(kept), pairs_dropped=len(pairs) - len(kept), **mean_tokens)

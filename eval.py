@@ -37,6 +37,7 @@ from models import local_folder
 from parallel import say
 from rollout import sample_and_score
 from run import claim, launch, parse
+from sampler import encode_prompts
 
 
 @dataclass
@@ -58,6 +59,7 @@ class WinRate:
 def winrate(o):
     prompts, _ = read_prompts(o.prompts)
     judge, out = local_folder(o.rm), Path(o.out)
+    encode_prompts(judge, prompts, o.max_new_tokens)  # what the judge can't read is said before sampling
     claim(out, replace(o, json=""))
     scored = {side: sample_and_score(o, local_folder(policy), judge, prompts, 1, f"{o.seed}/{side}",
                                      out / f"{side}.jsonl")
@@ -86,14 +88,17 @@ class Accuracy:
     pairs: str = field(metadata={"help": "preference pairs: prompt, chosen, rejected, perhaps subset"})
     json: str = field(**JSON)
     score_batch: int = 8
+    max_length: int = field(default=10**6, metadata={
+        "help": "tokens of prompt and answer; pairs that are longer, or than the RM's context, are left out"})
 
 
 def pair_accuracy(o):
-    pairs = read_pairs(o.pairs)
-    right = reward.ordered(local_folder(o.rm), pairs, o.score_batch)
+    folder = local_folder(o.rm)
+    pairs = reward.readable(folder, read_pairs(o.pairs), o.max_length)
+    right = reward.ordered(folder, pairs, o.score_batch)
     say(f"accuracy {np.mean(right):.4f} on {len(pairs)} pairs")
     characters = [np.array([len(pair[side]) for pair in pairs]) for side in ("chosen", "rejected")]
-    subsets = [pair.get("subset", "-") for pair in pairs] if any("subset" in pair for pair in pairs) else ()
+    subsets = [pair.get("subset") or "-" for pair in pairs] if any("subset" in pair for pair in pairs) else ()
     publish(shares(right, "accuracy", *characters, subsets), o.json)
 
 

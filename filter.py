@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 import run
-from data import Problem, by_prompt, check_prompt, prompt_id, read_rows
+from data import Problem, prompt_id, read_samples
 from parallel import say
 from run import option
 
@@ -43,12 +43,14 @@ def choose_pair(scores, lengths):
 
 
 def preference_pairs(samples):
-    """Scored samples, those of one prompt next to each other -> (pairs, number of prompts without a pair).
+    """Scored samples, a prompt's wherever they stand -> (pairs, number of prompts without a pair).
 
     Two answers with the same text make no pair either.
     """
-    pairs, without = [], 0
-    for group in by_prompt(samples):
+    pairs, without, groups = [], 0, {}
+    for row in samples:
+        groups.setdefault(prompt_id(row["prompt"]), []).append(row)
+    for group in groups.values():
         choice = choose_pair([row["score"] for row in group], [row["tokens"] for row in group])
         if choice is None or group[choice[0]]["response"] == group[choice[1]]["response"]:
             without += 1
@@ -93,7 +95,7 @@ def compare(new, old, use_filter=True):
     """
     for after, before in zip(new, old, strict=True):
         if prompt_id(after["prompt"]) != prompt_id(before["prompt"]):
-            raise Problem("new and old answer different prompts: "
+            raise Problem("new and old answer different prompts, or not in the same order: "
                           f"{str(after['prompt'])[:40]!r}, {str(before['prompt'])[:40]!r}")
     passed, margins, epsilon = margin_filter([row["score"] for row in new], [row["score"] for row in old])
     rows = []
@@ -137,28 +139,16 @@ class Options:
     old: str = option("", "M-step: the same of the policy before")
 
 
-def _scored(path):
-    rows = read_rows(path)
-    for where, row in rows:
-        check_prompt(where, row.get("prompt"))
-        missing = [k for k in ("response", "tokens", "finished", "score") if k not in row]
-        if missing:
-            raise Problem(f"{where}: no field {missing[0]!r}; "
-                          "score samples first: python reward.py --samples")
-        if not isinstance(row["score"], (int, float)) or not np.isfinite(row["score"]):
-            raise Problem(f"{where}: the score {row['score']!r} is not a finite number")
-    return [row for _, row in rows]
-
-
 def main():
     o = run.parse(Options)
-    if bool(o.samples) == bool(o.new and o.old):
+    if bool(o.samples) == bool(o.new or o.old) or bool(o.new) != bool(o.old):
         raise Problem("give --samples, or --new and --old")
-    rows = _scored(o.samples) if o.samples else (_scored(o.new), _scored(o.old))
+    paths = [o.samples] if o.samples else [o.new, o.old]
+    rows = [read_samples(path, "response", "tokens", "finished", "score") for path in paths]
     run.claim(o.out, o, file=True)
     if not run.exists(o.out):
         if o.samples:
-            rows, without = preference_pairs(rows)
+            rows, without = preference_pairs(*rows)
             say(f"{len(rows)} pairs; {without} prompts gave none")
         else:
             if len(rows[0]) != len(rows[1]):

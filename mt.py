@@ -13,7 +13,6 @@ skipped when its result is there: run the same command again to go on after an i
 replace the function in the module that defines it and call main(), as variants/ do. The defaults are the
 paper's; without --policy they are those of the embedded task (toy.py: SETTINGS).
 """
-import json
 import os
 import sys
 from collections import Counter
@@ -35,6 +34,7 @@ from data import Problem, load_tokenizer, read_jsonl, read_prompts
 from evals import gold, report
 from parallel import rank, say
 from rollout import sample_and_score
+from rows import read_selection
 from run import option
 from sampler import encode_prompts
 
@@ -103,7 +103,7 @@ def e_step(o, policy, rm, prompts, folder, judge=None):
     if manifest.due(o.out, selection, pairs, Path(rm).parent):
         checkpoints = train_policy(o, policy, pairs, folder / "checkpoints")
         select(o, policy, rm, checkpoints, selection, judge)
-    kept = json.loads(manifest.done(o.out, selection).read_text())["chosen"]
+    kept = read_selection(manifest.done(o.out, selection))["chosen"]
     if kept and manifest.due(o.out, folder / "policy") and rank() == 0:
         os.replace(folder / "checkpoints" / kept, folder / "policy")
     run.remove_all(folder / "checkpoints", training.resume_of(folder / "checkpoints"))  # the losers go
@@ -129,8 +129,8 @@ def split(o):
         if third < 1:
             raise Problem(f"{o.prompts}: {len(prompts)} different prompts; --select_prompts "
                           f"{o.select_prompts} and three subsets need at least {o.select_prompts + 3}")
-        for model in (o.policy, o.rm):
-            encode_prompts(model, prompts)  # a prompt that is too long is said now, not hours later
+        for model, answer in ((o.policy, 1), (o.rm, o.max_new_tokens)):
+            encode_prompts(model, prompts, answer)  # what is too long is said now, not hours later
         shuffled = [{"prompt": prompts[i]} for i in np.random.default_rng(o.seed).permutation(len(prompts))]
         say(f"{len(prompts)} prompts ({repeats} repeated ones left out): "
             f"{o.select_prompts} for model selection, three subsets of {third}")

@@ -21,7 +21,7 @@ import data
 import models
 import run
 import training
-from data import Problem, by_prompt, check_context, encode_chat, load_tokenizer, quiet
+from data import Problem, by_prompt, check_context, encode_chat, kept_of, load_tokenizer, quiet
 from packing import collate, pack, pair_rows
 from parallel import device, replicate, say, shard
 from run import option
@@ -57,7 +57,7 @@ def train(folder, pairs, *, lr, batch, micro_batch, max_length, epochs=1, seed=0
     model = shard(Rewards(model), recompute)
     steps = training.steps_of([len(row) for row in rows], batch, micro_batch, seed, epochs)
     weights = torch.tensor([pair.get("weight", 1.0) for pair in kept], device=device())
-    say(f"reward model: {len(kept)} pairs ({len(pairs) - len(kept)} too long), {len(steps)} steps of {batch}")
+    say(f"reward model: {kept_of(len(kept), len(pairs))}, {len(steps)} steps of {batch}")
     log(pairs=len(kept), pairs_dropped=len(pairs) - len(kept))
 
     def loss(numbers):
@@ -79,7 +79,7 @@ def score_answers(model, tokenizer, prompt_answers, score_batch):
     """[(prompt, [answers])] -> [[reward]], `score_batch` prompts in a forward pass, like lengths together."""
     rows = [pack([encode_chat(tokenizer, prompt, answer, whole=True) for answer in answers])
             for prompt, answers in prompt_answers]
-    check_context(rows, model.model, tokenizer.name_or_path)
+    check_context(rows, model.model, tokenizer.name_or_path, "sample with a smaller --max_new_tokens")
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     rewards = [None] * len(rows)
     for at in range(0, len(order), score_batch):
@@ -127,6 +127,20 @@ def ordered(folder, pairs, score_batch):
     return right
 
 
+def readable(folder, pairs, max_length):
+    """The pairs of which both answers fit into the context of the RM in `folder`, and into `max_length`."""
+    tokenizer, limit = load_tokenizer(folder), min(max_length, models.context_of(folder))
+    kept = [pair for pair in tqdm(pairs, desc="tokens", leave=False, disable=quiet()) if all(
+        len(encode_chat(tokenizer, pair["prompt"], pair[side], whole=True).ids) <= limit
+        for side in ("chosen", "rejected"))]
+    if not kept:
+        raise Problem(f"none of {len(pairs)} pairs fits into {limit} tokens, the smaller of --max_length and "
+                      f"of the context of {folder}")
+    if len(kept) < len(pairs):
+        say(kept_of(len(kept), len(pairs)))
+    return kept
+
+
 @dataclass
 class Options:
     model: str = option(help="reward model, or a causal LM to give a head to: a folder or hub id")
@@ -151,7 +165,8 @@ def main():
     folder, out = models.local_folder(o.model), Path(o.out)
     if o.samples:
         return score_file(folder, o)
-    pairs, test = data.read_pairs(o.pairs), data.read_pairs(o.test) if o.test else []
+    pairs = data.read_pairs(o.pairs)
+    test = readable(folder, data.read_pairs(o.test), o.max_length) if o.test else []
     run.claim(out, o)
     if not run.exists(out / "config.json"):
         models.save(train(
@@ -167,14 +182,10 @@ def main():
 
 
 def score_file(folder, o):
-    rows = data.read_rows(o.samples)
-    for where, row in rows:
-        data.check_prompt(where, row.get("prompt"))
-        if not isinstance(row.get("response"), str):
-            raise Problem(f"{where}: no response (a field `response` with text)")
+    rows = data.read_samples(o.samples, "response")
     run.claim(o.out, o, file=True)
     if not run.exists(o.out):
-        score(folder, [row for _, row in rows], o.out, o.micro_batch)
+        score(folder, rows, o.out, o.micro_batch)
     say(f"{o.out} is complete")
 
 

@@ -24,6 +24,7 @@ from transformers import HfArgumentParser
 
 from data import Problem, first_line, read_jsonl, write_jsonl
 from parallel import barrier, device, from_rank0, rank, start, world
+from rows import check_flag
 
 
 def launch(main, **arguments):
@@ -39,6 +40,8 @@ def launch(main, **arguments):
             time.sleep(3)  # most problems are everybody's: rank 0 has spoken, and torchrun ends the others
         if "o space left" in str(error):
             error = f"{error}; make room and run the same command again: what is finished stays"
+        elif isinstance(error, OSError) and error.filename:
+            error = f"{error.filename}: {error.strerror}"
         elif isinstance(error, torch.cuda.OutOfMemoryError):
             error = ("out of GPU memory; run the same command with a smaller --sample_batch, --score_batch "
                      f"or --micro_batch ({first_line(error)})")
@@ -64,10 +67,7 @@ def parse(options, words=None, **defaults):
     if unknown:
         complain(f"unknown: {' '.join(unknown)}")
     for name, value in vars(chosen).items():
-        if type(value) in (int, float) and name not in ("seed", "tau") and (
-                value < 0 or value == 0 and name not in ("temperature", "select_prompts", "resume_every")
-                or value > 1 and name == "top_p"):
-            complain(f"--{name} {value} makes no sense")
+        check_flag(name, value)
     return chosen
 
 

@@ -230,15 +230,16 @@ def stop_tokens(folder, tokenizer):
     return sorted({*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None})
 
 
-def encode_prompts(folder, prompts):
-    """The prompts' tokens; one that leaves no room for a response in the model's context is a Problem."""
+def encode_prompts(folder, prompts, answer=1):
+    """The prompts' tokens; one that leaves no room for an answer of so many tokens is a Problem."""
     tokenizer, context = load_tokenizer(folder), models.context_of(folder)
     encoded = [encode_chat(tokenizer, prompt).ids
                for prompt in tqdm(prompts, desc="tokens", leave=False, disable=quiet())]
     for prompt, ids in zip(prompts, encoded):
-        if len(ids) >= context:
-            raise Problem(f"prompt of {len(ids)} tokens does not fit into the context of {context} tokens "
-                          f"of {folder}: {str(prompt)[:60]!r}…")
+        if len(ids) + answer > context:
+            mend = "leave it out" + " or set a smaller --max_new_tokens" * (len(ids) < context)
+            raise Problem(f"prompt of {len(ids)} tokens does not fit into the context of {context} tokens of "
+                          f"{folder} with an answer of {answer}; {mend}: {str(prompt)[:60]!r}…")
     return encoded
 
 

@@ -10,6 +10,7 @@ Left out on purpose: asking a judge (it needs a network and a key), the cross-va
 official fit (it moves the result by 0.1 at most).
 """
 import csv
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -116,13 +117,13 @@ def read_annotations(path):
     rows = [row for _, row in read_rows(path)]
     try:
         if isinstance(rows[0]["preference"], list):
-            names = [(rows[0]["model"], rows[0]["baseline"])]
+            names = [(str(rows[0]["model"]), str(rows[0]["baseline"]))]
             columns = [rows[0][key] for key in ("preference", "len_output", "len_baseline")]
         else:
-            names = [(row["generator_2"], row["generator_1"]) for row in rows]
+            names = [(str(row["generator_2"]), str(row["generator_1"])) for row in rows]
             columns = zip(*((row["preference"], len(row["output_2"]), len(row["output_1"])) for row in rows))
         raw, *lengths = (np.array(column, float) for column in columns)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise Problem(f"{path}: not AlpacaEval's annotations ({error!r})") from None
     if len(set(names)) > 1 or len({len(column) for column in (raw, *lengths)}) > 1:
         raise Problem(f"{path}: several models, or columns of different lengths; one model's rows are needed")
@@ -140,7 +141,7 @@ def read_gamed(path):
         if np.isnan(table[:, :3]).any():
             raise ValueError("a number is missing")
         index, length, difficulty, preference = table.T
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, csv.Error) as error:
         raise Problem(f"{path}: not AlpacaEval's df_gamed.csv ({error!r})") from None
     first = np.unique(index, return_index=True)[1]
     gamed = np.stack([np.tanh(length), difficulty, preference], axis=1)
@@ -173,12 +174,14 @@ def alpaca_generate(o):
 
 def answer(o, prompts):
     """(generator's name, a row of sampler.py for every prompt, in their order)."""
-    path = Path(o.out) / "samples.jsonl"
+    path, name = Path(o.out) / "samples.jsonl", o.name or Path(o.policy).name
+    if not re.fullmatch(r"[^./\\][^/\\]*", name):
+        raise Problem(f"--name {name!r}: a plain name is needed, since a file is called so")
     claim(o.out, o)
     if not exists(path):
         sample(local_folder(o.policy), prompts, path, samples=1, temperature=o.temperature, top_p=o.top_p,
                max_new_tokens=o.max_new_tokens, rows=o.sample_batch, seed=o.seed)
-    return o.name or Path(o.policy).name, read_jsonl(path)
+    return name, read_jsonl(path)
 
 
 @dataclass

@@ -86,11 +86,12 @@ def arena(o):
     try:
         verdicts = [[game and game["score"] for game in row["games"]] for _, row in rows]
         models = {row["model"] for _, row in rows}
+        given = sum(verdict in GAMES for pair in verdicts for verdict in pair)
     except (KeyError, TypeError) as error:
         raise Problem(f"{o.judgments}: not Arena-Hard's judgments ({error!r})") from None
     if len(models) > 1 or {len(pair) for pair in verdicts} != {2}:
         raise Problem(f"{o.judgments}: two games per question are needed, and all of one model")
-    if not any(verdict in GAMES for pair in verdicts for verdict in pair):
+    if not given:
         raise Problem(f"{o.judgments}: no verdict (as score: {', '.join(GAMES)})")
     say(f"{models.pop()} against the baseline")
     publish(arena_figures(verdicts), o.json)

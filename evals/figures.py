@@ -5,7 +5,6 @@ rows. Plots are functions on a matplotlib axis, for report.png and for the page 
 only where something is drawn, so everything else works without.
 """
 import io
-import json
 import random
 import re
 from collections import Counter
@@ -15,10 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from data import Problem, by_prompt, prompt_id
+from rows import from_json, is_number, read_json, read_selection
 
 # ---------------------------------------------------------------- files, one row at a time
+NUMBER = (int, float)
 KINDS = {**dict.fromkeys(("response", "new", "old", "reason"), str), "index": int,
-         **dict.fromkeys(("score", "tokens", "margin", "epsilon", "gold", "r0"), (int, float))}
+         **dict.fromkeys(("score", "tokens", "margin", "epsilon", "gold", "r0"), NUMBER)}
 GOLD = ("policy", "rm", "gold", "gold_se", "win_rate", "tokens", "reward_r0", "accuracy_base",
         "accuracy_current", "length_slope")
 
@@ -30,22 +31,13 @@ def stream(path, *fields):
         raise Problem(f"{path}: no such file; this is not a whole run")
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise Problem(f"{path}:{number}: not JSON ({error.msg})") from None
+            row = from_json(line, path, number - 1)
             for name in fields:
                 kind = KINDS.get(name.rpartition("_")[2], object)
-                if not isinstance(row, dict) or name not in row or not isinstance(row[name], kind):
+                if not isinstance(row, dict) or name not in row or not isinstance(row[name], kind) \
+                        or kind == NUMBER and not is_number(row[name]):
                     raise Problem(f"{path}:{number}: no field {name!r} of the right kind")
             yield row
-
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise Problem(f"{path}: not JSON ({error})") from None
 
 
 class Sample:
@@ -116,7 +108,7 @@ def steps_of(run, shown=0):
 
 
 def read_e_step(phase, folder, shown):
-    choice, sample, columns = read_json(folder / "selection.json"), Sample(shown), ([], [], [])
+    choice, sample, columns = read_selection(folder / "selection.json"), Sample(shown), ([], [], [])
     for group in by_prompt(stream(
             folder / "samples.jsonl", "prompt", "response", "score", "tokens", "finished")):
         sample.add((group, []))
@@ -226,6 +218,8 @@ def lengths_of(run):
 
 
 # ---------------------------------------------------------------- plots
+HIDDEN = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f"
+                    "\ud800-\udfff\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]")
 SERIES = ["#2f6fb5", "#c8612a", "#3c8d5a", "#8a5bb1", "#b03a5b", "#7a6a1f"]  # the page's --s0, --s1, …
 INK, QUIET = "#22252b", "#8b9099"                                            # and --ink, --quiet
 STYLE = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9.5, "text.color": INK,
@@ -233,6 +227,11 @@ STYLE = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9.5, "te
          "xtick.color": QUIET, "ytick.color": QUIET, "axes.spines.top": False, "axes.spines.right": False,
          "legend.frameon": False, "legend.fontsize": 9, "lines.markersize": 4.5, "lines.linewidth": 1.5,
          "text.parse_math": False}
+
+
+def visible(text):
+    """A text in which what would not be seen, or would turn the writing round, is named."""
+    return HIDDEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)
 
 
 def can_plot():
@@ -255,7 +254,7 @@ def svg(name, caption, plot):
         plot(figure.subplots())
         figure.savefig(file, format="svg", transparent=True,
                        metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    text = file.getvalue().partition("<svg")[2]
+    text = visible(file.getvalue().partition("<svg")[2])
     text = re.sub(r' (xmlns(:xlink)?|width|height)="[^"]*"', "", text, count=4)
     text = re.sub(r'((?<= )id="|url\(#|href="#)', rf"\g<1>{name}-", text)
     for variable, colour in [*((f"s{i}", c) for i, c in enumerate(SERIES)), ("ink", INK), ("quiet", QUIET)]:

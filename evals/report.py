@@ -11,9 +11,9 @@ page's policy (CSP) lets no other script run and nothing be loaded.
 """
 import base64
 import hashlib
+import html
 import os
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -64,12 +64,16 @@ def tell(run):
 def write(path, parts):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8", errors="replace") as file:  # JSON may hold half a surrogate
+    with open(temporary, "w", encoding="utf-8") as file:
         file.writelines(parts)
     os.replace(temporary, path)
 
 
 # ---------------------------------------------------------------- the page
+def escape(text):
+    return html.escape(figures.visible(text))
+
+
 def page(runs):
     """The page's parts, in order."""
     name = escape(" · ".join(run["name"] for run in runs))
@@ -275,7 +279,7 @@ def step_texts(run, step, budget):
     items, used = [], 0
     for number, drawn in enumerate(step["sample"]):
         item = (comparison if step["kind"] == "M" else responses)(run, drawn, number)
-        used += len(item.encode(errors="replace"))
+        used += len(item.encode())
         if used > budget:
             break
         items.append(item)

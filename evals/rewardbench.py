@@ -60,6 +60,8 @@ class RewardBench:
         "help": "the two xstest weights exchanged, as in tables of before September 2024"})
     json: str = field(**JSON)
     score_batch: int = 8
+    max_length: int = field(default=10**6, metadata={
+        "help": "tokens of prompt and answer; pairs that are longer, or than the RM's context, are left out"})
 
 
 def rewardbench(o):
@@ -68,7 +70,9 @@ def rewardbench(o):
     if unknown:
         raise Problem(f"{o.data}: not a subset of RewardBench v1: {', '.join(sorted(unknown)[:3])} "
                       "(other pairs: eval.py accuracy)")
-    right = np.array(reward.ordered(local_folder(o.rm), pairs, o.score_batch))
+    folder = local_folder(o.rm)
+    pairs = reward.readable(folder, pairs, o.max_length)
+    right = np.array(reward.ordered(folder, pairs, o.score_batch))
     subsets = np.array([pair["subset"] for pair in pairs])
     accuracies = {s: 100 * float(right[subsets == s].mean()) for s in SUBSETS if s in subsets}
     missing = [s for s in SUBSETS if s not in accuracies]

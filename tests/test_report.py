@@ -30,7 +30,7 @@ from filter import compare, preference_pairs
 
 RATES = {"e1": {"step-1": 0.5, "step-2": 0.75}, "e2": {"step-1": 0.25}}
 HOSTILE = ['<script>window.pwned=1</script>', '</script><img src=x onerror="window.pwned=1">', '"\'>&amp;<b>',
-           "</style></details></li><svg onload=window.pwned=1>", "\u202eevil\x00\ud800 $\\frac$", "--> ]]>"]
+           "</style></details></li><svg onload=window.pwned=1>", "\u202eevil\x00\x1b $\\frac$", "--> ]]>"]
 
 
 def answers(prompts, samples, rng, text):
@@ -229,6 +229,15 @@ def test_text_cannot_inject_markup(tmp_path, prompts):
         assert text in pages[1].text
 
 
+def test_characters_that_hide_or_turn_the_writing_round_are_named(tmp_path, prompts):
+    marks, kept = [0, 7, 0x1b, 0x7f, 0x9b, 0x202e, 0x2066, 0xfeff, 0xe0041], "\t\n naïve 你好 👩\u200d🚀"
+    hostile = "".join(map(chr, marks)) + kept
+    run = make_run(tmp_path / "run", [hostile], lambda prompt, rng: f"{rng.random()} {hostile}")
+    page = written_page(run)
+    assert not [char for char in hostile if char in page and char not in kept]
+    assert page.count("".join(f"⟨U+{mark:04X}⟩" for mark in marks) + kept) == 3 + 12  # prompts, answers
+
+
 def test_the_page_loads_nothing(run):
     page = written_page(run)
     assert "http://" not in page and "https://" not in page and "@import" not in page
@@ -286,10 +295,15 @@ def test_runs_stand_side_by_side_by_their_ablations_names(tmp_path, prompts, cal
 BROKEN = {
     "run.json": ["{", "[1]"],
     "metrics.jsonl": ["{}"],
-    "round1/e1/selection.json": ["{}", "no"],
+    "round1/e1/selection.json": ["{}", "no", "[]", '{"chosen": "../../victim", "win_rates": {}}',
+                                 '{"chosen": null, "win_rates": {"../../victim": 0.5}}',
+                                 '{"chosen": null, "win_rates": {"step-1": NaN}}'],
     "round1/e1/samples.jsonl": [
         "", "{", "{}", '{"prompt": "p", "response": 1, "score": 1, "tokens": 1, "finished": true}',
-        '{"prompt": "p", "response": "r", "score": "<b>", "tokens": 1, "finished": true}'],
+        '{"prompt": "p", "response": "r", "score": "<b>", "tokens": 1, "finished": true}',
+        '{"prompt": "p", "response": "r", "score": NaN, "tokens": 1, "finished": true}',
+        '{"prompt": "p", "response": "\\ud800", "score": 1, "tokens": 1, "finished": true}', "[" * 100_000,
+        '{"prompt": "p", "response": "r", "score": ' + "1" * 5000 + ', "tokens": 1, "finished": true}'],
     "round1/e1/pairs.jsonl": ["[]"],
     "round1/m/comparisons.jsonl": ["", '{"prompt": "p"}'],
     "gold.jsonl": ['{"policy": "base"}'],
