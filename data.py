@@ -89,6 +89,7 @@ def read_pairs(source):
     """
     pairs = []
     for where, row in read_rows(source):
+        row = {name: value for name, value in row.items() if value is not None}  # parquet fills up with null
         chosen, rejected = row.get("chosen"), row.get("rejected")
         prompt = row.get("prompt")
         if prompt is None and isinstance(chosen, list) and isinstance(rejected, list):
@@ -97,7 +98,7 @@ def read_pairs(source):
                 raise Problem(f"{where}: chosen and rejected answer different prompts")
         prompt = check_prompt(where, prompt)
         for name in ("weight", "subset", "chosen_finished", "rejected_finished"):
-            if row.get(name) is not None:
+            if name in row:
                 check_field(where, row, name)
         pairs.append({**row, "prompt": prompt, "chosen": _answer(where, "chosen", chosen, prompt),
                       "rejected": _answer(where, "rejected", rejected, prompt)})
@@ -160,6 +161,9 @@ def load_tokenizer(folder):
     return tokenizer
 
 
+SECONDS = 10  # for a template to write a chat
+
+
 class Chat(NamedTuple):
     ids: list    # tokens of prompt and response
     start: int   # index of the response's first token
@@ -210,7 +214,7 @@ def encode_chat(tokenizer, prompt, response=None, finished=True, whole=False):
 def _render(tokenizer, messages, careful=None, **options):
     try:
         shown = careful.hide(messages) if careful else messages
-        with _time_limit(10):
+        with _time_limit(SECONDS):
             text = tokenizer.apply_chat_template(shown, tokenize=False, **options)
         if not text.strip():
             raise ValueError("it writes nothing")

@@ -54,7 +54,7 @@ def launch(main, **arguments):
 def parse(options, words=None, **defaults):
     """The command line (or `words`) as the dataclass `options`; `defaults` replace the dataclass's own."""
     def complain(message):
-        raise Problem(f"{message} (see --help)")
+        raise Problem(f"{message:.200} (see --help)")
     parser = HfArgumentParser(options, description=sys.modules[options.__module__].__doc__,
                               usage="%(prog)s [--flag VALUE …]", allow_abbrev=False, formatter_class=_Help)
     parser.error = complain
