@@ -1,4 +1,4 @@
-"""Checkpoints in and out: folders and hub ids, what is supported, loading and saving."""
+"""Checkpoints in and out: folders and hub ids, loading and saving."""
 import gc
 import math
 import shutil
@@ -12,8 +12,9 @@ import torch.distributed as dist
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.core_model_loading import revert_weight_conversion
 
-import packing  # noqa: F401  (registers the attention)
+import attention  # noqa: F401  (registers itself)
 from data import Problem, first_line, load_tokenizer
 from parallel import barrier, device, rank, say
 
@@ -39,15 +40,7 @@ def local_folder(name):
 
 def load_policy(folder, training=False):
     """A causal LM; in every process, but only rank 0's copy has weights until `replicate` or `shard`."""
-    config = _config(folder)
-    for name in ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier"):
-        if getattr(config, name, None) not in (None, 1, 1.0):
-            raise Problem(f"{folder}: {config.model_type} models change their logits ({name}), "
-                          "which is not supported")
-    model = _load(AutoModelForCausalLM, folder, config, training)
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        raise Problem(f"{folder}: its head has a bias, which is not supported")
-    return model
+    return _load(AutoModelForCausalLM, folder, _config(folder), training)
 
 
 def check_reward(folder, fresh_head=False):
@@ -71,29 +64,28 @@ def load_reward(folder, training=False, fresh_head=False, seed=0):
     config.num_labels = 1
     torch.manual_seed(seed)  # the fresh head's
     model = _load(AutoModelForSequenceClassification, folder, config, training)
-    if not hasattr(model, "score"):
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear) or model.score.bias is not None:
         raise Problem(f"{folder}: {type(model).__name__} has no linear head `score`, which is not supported")
     return model
 
 
 def _config(folder):
     try:
-        config = AutoConfig.from_pretrained(folder)
+        return AutoConfig.from_pretrained(folder)
     except Exception as error:
         raise Problem(f"{folder}: not a model folder ({first_line(error)})") from None
-    if getattr(config, "attn_logit_softcapping", None):
-        raise Problem(f"{folder}: {config.model_type} models cap their attention's logits, "
-                      "which is not supported")
-    return config
 
 
 def context_of(folder, config=None):
-    """The longest sequence in tokens: all positions, or one attention window (our attention knows none)."""
-    config = config or _config(folder)
+    """The longest sequence in tokens: all positions, or those up to which a chat is read alike whatever its
+    length (longrope changes its frequencies there) and attention is not cut into chunks."""
+    config = (config or _config(folder)).get_text_config()
     if not hasattr(config, "max_position_embeddings"):
         raise Problem(f"{folder}: {config.model_type} models are not supported (no max_position_embeddings)")
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    return min(config.max_position_embeddings, window or math.inf)
+    rope = getattr(config, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
+    chunk = getattr(config, "attention_chunk_size", None)
+    return min(config.max_position_embeddings, original or math.inf, chunk or math.inf)
 
 
 def _load(kind, folder, config, training):
@@ -115,12 +107,7 @@ def _load(kind, folder, config, training):
                 model = kind.from_config(config, dtype=dtype, attn_implementation="sdpa")
     except Exception as error:
         raise Problem(f"{folder}: can't be loaded as a model ({first_line(error)})") from None
-    model.set_attn_implementation("packed")  # of packing.py; loading it by that name would not ask for SDPA
-    foreign = [name for name, _ in model.named_modules()
-               if any(word in name for word in ("mamba", "linear_attn", "conv", "recurrent", "ssm"))]
-    if foreign or model.config._attn_implementation != "packed":
-        raise Problem(f"{folder}: {config.model_type} models are not supported "
-                      f"({foreign[0] if foreign else 'an attention of their own'})")
+    model.set_attn_implementation("packed")  # of attention.py; loading it by that name would not ask for SDPA
     model.stored_dtype, model.context = stored, context_of(folder, config)
     return model.eval()  # and so it stays: dropout would make a policy differ from itself as reference
 
@@ -135,10 +122,11 @@ def save(root, source, folder):
     weights = get_model_state_dict(root, options=options) if dist.is_initialized() else root.state_dict()
     model = root.model
     if rank() == 0:
-        weights = {name.removeprefix("model."): w.to(model.stored_dtype, copy=True)
-                   for name, w in weights.items()}
+        weights = {name.removeprefix("model."): w for name, w in weights.items()}
         if model.config.tie_word_embeddings:
             weights = {name: w for name, w in weights.items() if name not in (model._tied_weights_keys or {})}
+        weights = {name: w.to(model.stored_dtype, copy=True)
+                   for name, w in revert_weight_conversion(model, weights).items()}  # to the names of the hub
         folder.mkdir(parents=True, exist_ok=True)
         save_torch_state_dict(weights, folder, max_shard_size="5GB")
         load_tokenizer(source).save_pretrained(folder)

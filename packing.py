@@ -3,23 +3,19 @@
 A Row is a prompt (the trunk) with its answers (the branches): the two of a pair, or five samples. `collate`
 lays the tokens of many rows end to end as one sequence. Everything in a transformer but attention treats
 tokens one by one, so attention alone must know where a chat begins and ends: it takes the chats apart again,
-attends in each as usual and puts the results back. Models know it by the name "packed", which models.py
-gives them; models in which tokens meet in other ways, such as state-space layers, are refused there.
-tests/test_packing.py holds all of it to separate sequences.
-
-Left out on purpose: kernels of our own; attention windows, sinks and caps.
+attends in each as usual and puts the results back (attention.py). At its first use every model is held to
+plain forward passes of itself (`verify`), and those in which tokens meet in other ways are refused.
 """
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
-from data import Problem, encode_chat, quiet
+import attention  # noqa: F401  (registers itself as "packed")
+from data import Problem, encode_chat, first_line, quiet
 
 LOGITS = 2**23  # logits in memory at a time (32 MB in fp32)
 TOGETHER = 8  # chats of like lengths that attend in one call, padded to the longest of them
@@ -74,7 +70,7 @@ def collate(rows, device="cpu"):
     """Rows to one sequence of T tokens, as a dict.
 
     inputs: for the model. input_ids, position_ids (1, T): positions go on from the trunk in every branch;
-    chats, places: see `attention`.
+    chats, places: see attention.py.
     targets, sources, owners (N,): the responses' tokens, the index into T of the token that predicts each,
     and the number of the answer that each belongs to.
     last (answers,): index of each answer's last token.
@@ -112,36 +108,106 @@ def collate(rows, device="cpu"):
                 last=tensor([chat[-1] for chat in chats]))
 
 
-def attention(module, query, key, value, attention_mask, scaling=None, chats=None, places=None, slots=None,
-              **options):
-    """Causal attention within each chat of a packed sequence. The sampler's steps come with `slots`
-    (sampler.Slots) instead, and calls with neither get transformers' own attention.
-
-    query (1, heads, T, D); key, value (1, kv_heads, T, D).
-    chats: per group (C, L), the indices into T of the tokens of C chats. places (T,): where each token finds
-    its result among those of all groups (a trunk's are the same in all its chats). Returns (1, T, heads, D).
-    """
-    if chats is None and slots is None:
-        if attention_mask is not None and not attention_mask.numel():  # it is collate's: chats were given
-            raise Problem(f"{module.config.model_type} models tell their attention nothing of who shares a "
-                          "sequence, so they are not supported")
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    for name in ("softcap", "s_aux", "sinks", "position_bias", "indices"):
-        if options.get(name) is not None:
-            raise Problem(f"{module.config.model_type} models have {name} in their attention, "
-                          "which is not supported")
-    if slots is not None:
-        return slots.attend(module.layer_idx, query, key, value, scaling), None
-    results = []
-    for chat in chats:
-        q, k, v = (x[0].transpose(0, 1)[chat].transpose(1, 2) for x in (query, key, value))  # (C, …, L, D)
-        result = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
-        results.append(result.transpose(1, 2).flatten(0, 1))
-    return torch.cat(results)[places][None], None
+# ---------------------------------------------------------------- held to plain forward passes
+def decoder(model):
+    """A model without its head."""
+    body = model.get_decoder()
+    return body if body is not model else model.model
 
 
-AttentionInterface.register("packed", attention)
-AttentionMaskInterface.register("packed", sdpa_mask)  # for calls without chats
+def hidden_states(model, packed):
+    """(T, H): the last hidden states of a packed sequence, by a model that has been held to plain passes."""
+    verify(model)
+    return decoder(model)(**packed["inputs"], use_cache=False).last_hidden_state[0]
+
+
+def own_logits(model, packed):
+    """(N, V) logits for the tokens of the responses, by the model's own way from its hidden states."""
+    return model(**packed["inputs"], use_cache=False, logits_to_keep=packed["sources"]).logits[0]
+
+
+def plain(model, ids):
+    """(L, H) hidden states and logits of one chat, by a forward pass with transformers' own attention."""
+    seen = []
+    hook = decoder(model).register_forward_hook(lambda _, __, out: seen.append(out.last_hidden_state[0]))
+    model.set_attn_implementation("sdpa")
+    try:
+        logits = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0]
+    finally:
+        model.set_attn_implementation("packed")
+        hook.remove()
+    return seen[0], logits
+
+
+def probe_rows(model):
+    """Four chats of random tokens: two with one trunk, a short one and, if the context allows, a long one."""
+    config, rng = model.config.get_text_config(), np.random.default_rng(0)
+    tokens = np.setdiff1d(np.arange(config.vocab_size), [config.pad_token_id or 0])
+    long = min(200, config.max_position_embeddings, getattr(model, "context", 200))
+    return [Row(rng.choice(tokens, trunk).tolist(), [rng.choice(tokens, n).tolist() for n in branches],
+                [0] * len(branches)) for trunk, branches in ((7, (5, 9)), (1, (11,)), (1, (long - 1,)))]
+
+
+@contextmanager
+def trial(model, part):
+    """What is raised inside becomes a Problem that names the part. Attention windows are 6 tokens meanwhile:
+    so short chats reach beyond them."""
+    narrow = [(owner, owner.sliding_window) for owner in (model.config.get_text_config(), *model.modules())
+              if isinstance(getattr(owner, "sliding_window", None), int)]
+    try:
+        for owner, _ in narrow:
+            owner.sliding_window = 6
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise Problem(f"{model.name_or_path}: {model.config.model_type} models are not supported: "
+                      f"{part}: {first_line(error)}") from None
+    finally:
+        for owner, window in narrow:
+            owner.sliding_window = window
+
+
+def compare(ours, theirs, size=None):
+    """Raises where `ours` is another than `theirs` by more than rounding, measured by `size` (theirs)."""
+    if not theirs.isfinite().all():
+        raise Problem("NaN or infinite numbers")
+    difference = (ours.float() - theirs.float()).norm()
+    size = theirs.float().norm() if size is None else size
+    if not difference <= size * (1e-4 if theirs.dtype == torch.float32 else 0.1):
+        raise Problem(f"off by {difference / size:.1e} of the size of what plain forward passes give")
+
+
+@torch.no_grad()
+def verify(model):
+    """At a model's first use, by the processes and in the shards that use it: hold packed attention and the
+    head to plain forward passes; where they differ a Problem is raised. Sets model.plain_head: whether logits
+    are nothing but hidden states times a matrix."""
+    if hasattr(model, "plain_head"):
+        return
+    for name, weight in model.named_parameters():
+        weight = weight.to_local() if hasattr(weight, "to_local") else weight
+        if not weight.sum(dtype=torch.float32).isfinite():
+            raise Problem(f"{model.name_or_path}: damaged weights: NaN or infinite numbers in {name}")
+    rows = probe_rows(model)
+    packed = collate(rows, model.device)
+    with trial(model, "packed attention"):
+        hidden, logits = zip(*(plain(model, row.trunk + branch) for row in rows for branch in row.branches))
+        cuts = [len(row.trunk) - 1 for row in rows for _ in row.branches]
+        ours = decoder(model)(**packed["inputs"], use_cache=False).last_hidden_state[0][packed["sources"]]
+        compare(ours, torch.cat([h[cut:-1] for cut, h in zip(cuts, hidden)]))
+    with trial(model, "head"):
+        if hasattr(model, "score"):
+            last, weight = torch.stack([h[-1] for h in hidden]).float(), model.score.weight.float()
+            size = last.norm() * weight.norm() / weight.numel()**0.5  # of a product without meaning
+            compare(F.linear(last, weight), torch.stack(logits), size)
+            head = False
+        else:
+            head = model.get_output_embeddings()
+            head = head.bias is None and torch.equal(F.linear(hidden[0], head.weight), logits[0])
+            if not head:
+                compare(own_logits(model, packed), torch.cat([x[cut:-1] for cut, x in zip(cuts, logits)]))
+    model.plain_head = head
 
 
 # ---------------------------------------------------------------- log-probabilities
@@ -152,10 +218,15 @@ class ResponseLogps(torch.nn.Module):
         self.model = model
 
     def forward(self, packed):
-        hidden = self.model.base_model(**packed["inputs"], use_cache=False).last_hidden_state
-        hidden = hidden[0][packed["sources"]]  # (N, H): positions that predict a response token
-        head = self.model.get_output_embeddings().weight
-        logps = TokenLogps.apply(hidden, head, packed["targets"])  # (N,)
+        verify(self.model)
+        if self.model.plain_head:
+            hidden = hidden_states(self.model, packed)
+            hidden = hidden[packed["sources"]]  # (N, H): positions that predict a response token
+            head = self.model.get_output_embeddings().weight
+            logps = TokenLogps.apply(hidden, head, packed["targets"])  # (N,)
+        else:  # slower, and the logits of all tokens exist at once
+            logits = own_logits(self.model, packed).float()
+            logps = -F.cross_entropy(logits, packed["targets"], reduction="none")
         return torch.zeros(len(packed["last"]), device=logps.device).index_add(0, packed["owners"], logps)
 
 

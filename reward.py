@@ -22,7 +22,7 @@ import models
 import run
 import training
 from data import Problem, by_prompt, check_context, encode_chat, kept_of, load_tokenizer, quiet
-from packing import collate, pack, pair_rows
+from packing import collate, hidden_states, pack, pair_rows
 from parallel import device, replicate, say, shard
 from run import option
 from training import resume_of
@@ -42,9 +42,8 @@ class Rewards(torch.nn.Module):
         self.model = model
 
     def forward(self, packed):
-        hidden = self.model.base_model(**packed["inputs"], use_cache=False).last_hidden_state
-        last = hidden[0][packed["last"]].float()  # (answers, H)
-        return F.linear(last, self.model.score.weight.float())[:, 0]
+        last = hidden_states(self.model, packed)[packed["last"]].float()  # (answers, H)
+        return F.linear(last, self.model.score.weight.float()).sum(-1)  # of one; [:, 0] is a view: FSDP warns
 
 
 def train(folder, pairs, *, lr, batch, micro_batch, max_length, epochs=1, seed=0, recompute=False,

@@ -12,19 +12,21 @@ them. So the order, the number of processes and an interruption change nothing, 
 results through rounding alone. tests/test_sampler.py has the same thing written slowly and obviously, and
 holds `generate` to it token for token.
 
-Left out on purpose: top-k, repetition penalties, beams, sliding-window attention beyond one window.
+Left out on purpose: top-k, repetition penalties, beams.
 """
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import DynamicCache, GenerationConfig
+from transformers import GenerationConfig
 
 import models
+import packing
 import run
+from attention import Slots
 from data import Problem, check_context, encode_chat, load_tokenizer, prompt_id, quiet, read_prompts, seed_of
 from packing import alone, collate
 from parallel import replicate, say
@@ -92,77 +94,33 @@ def nucleus(probs, top_p):
 
 
 # ---------------------------------------------------------------- the cache
-class Slots:
-    """Keys (R, kv_heads, D, capacity) and values (R, kv_heads, capacity, D) of R rows in flight, per layer;
-    these are the layouts in which the two products of attention run fastest.
-
-    Row r's tokens lie at 0 … at[r], whatever the others' lengths: no padding, positions are indices. The last
-    one, token[r], is drawn, but not yet in the cache.
-    """
-    def __init__(self, rows, capacity, device):
-        self.rows, self.capacity, self.layers = rows, capacity, []
-        self.token = torch.zeros(rows, dtype=torch.long, device=device)
-        self.at = torch.zeros(rows, dtype=torch.long, device=device)
-
-    def fill(self, rows, prompts):
-        """Copy prefilled prompts, per layer keys and values (kv_heads, length, D), one into each row."""
-        if not self.layers:
-            for k, v in prompts[0]:
-                self.layers.append((k.new_zeros(self.rows, len(k), k.shape[2], self.capacity),
-                                    v.new_zeros(self.rows, len(v), self.capacity, v.shape[2])))
-        for _, group in groupby(zip(rows, prompts), key=lambda pair: id(pair[1])):  # samples of one prompt
-            some, (prompt, *_) = zip(*group)
-            some, length = torch.tensor(some, device=self.at.device), prompt[0][0].shape[1]
-            for (keys, values), (k, v) in zip(self.layers, prompt):
-                keys[some, :, :, :length] = k.transpose(1, 2)
-                values[some, :, :length] = v
-            self.at[some] = length
-
-    def keep(self, rows):
-        """Close the gaps: from now on there are only these rows."""
-        rows = torch.as_tensor(rows, device=self.at.device)
-        for i, (keys, values) in enumerate(self.layers):  # a layer at a time: two caches never exist at once
-            self.layers[i] = keys[rows], values[rows]
-        self.rows, self.token, self.at = len(rows), self.token[rows], self.at[rows]
-
-    def step(self, model):
-        """(R, V) logits of the next token of each row."""
-        self.width = int(self.at.max()) + 1
-        later = torch.arange(self.width, device=self.at.device) > self.at[:, None]
-        bias = torch.zeros(later.shape, device=self.at.device).masked_fill_(later, -torch.inf)
-        self.bias = bias[:, None, None]
-        hidden = model.base_model(input_ids=self.token[:, None], position_ids=self.at[:, None],
-                                  attention_mask=self.bias, slots=self, use_cache=False).last_hidden_state
-        return model.get_output_embeddings()(hidden[:, -1])
-
-    def attend(self, layer, query, key, value, scaling):
-        """Attention of this step's tokens (R, heads, 1, D) to their rows so far -> (R, 1, heads, D).
-        The model calls it in every layer, by way of `packing.attention`."""
-        keys, values = self.layers[layer]
-        every = torch.arange(self.rows, device=query.device)
-        keys[every, :, :, self.at], values[every, :, self.at] = key[:, :, 0], value[:, :, 0]
-        grouped = query.view(self.rows, keys.shape[1], -1, query.shape[-1])  # heads that share keys
-        scores = _fp32_product(grouped, keys[..., :self.width]) * scaling + self.bias
-        result = scores.softmax(-1).to(values.dtype) @ values[:, :, :self.width]
-        return result.view(self.rows, 1, -1, values.shape[-1])
-
-
-def _fp32_product(a, b):
-    """(R, H, M, D) @ (R, H, D, N) in fp32, also where the factors are bf16 (on GPUs only)."""
-    if a.dtype == torch.float32:
-        return a @ b
-    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32).unflatten(0, a.shape[:2])
-
-
 def prefill(model, prompts):
     """Token lists -> per prompt (keys and values per layer, logits of its first response token)."""
-    cache = DynamicCache()
-    packed = collate([alone(prompt) for prompt in prompts], model.device)
-    hidden = model.base_model(**packed["inputs"], past_key_values=cache, use_cache=True).last_hidden_state
-    logits = model.get_output_embeddings()(hidden[0, packed["last"]])
+    packed, kept = collate([alone(prompt) for prompt in prompts], model.device), []
+    logits = model(**packed["inputs"], kept=kept, logits_to_keep=packed["last"], use_cache=False).logits[0]
     lengths = [len(prompt) for prompt in prompts]
-    layers = [zip(kv.keys[0].split(lengths, 1), kv.values[0].split(lengths, 1)) for kv in cache.layers]
+    layers = [zip(keys.split(lengths, 1), values.split(lengths, 1)) for keys, values in kept]
     return list(zip(zip(*layers), logits))
+
+
+@torch.no_grad()
+def verify(model):
+    """At a model's first use: hold a prefill and two steps to plain forward passes."""
+    if hasattr(model, "cache_holds"):
+        return
+    packing.verify(model)
+    chats = [row.trunk + branch for row in packing.probe_rows(model) for branch in row.branches][:3]
+    with packing.trial(model, "the sampler's cache"):
+        starts, logits = zip(*prefill(model, [chat[:-2] for chat in chats]))
+        slots, ours = Slots(len(chats), max(map(len, chats)), model.device), [torch.stack(logits)]
+        slots.fill(range(len(chats)), starts)
+        for last in (-2, -1):
+            slots.token[:] = torch.tensor([chat[last] for chat in chats])
+            ours.append(slots.step(model))
+            slots.at += 1
+        theirs = torch.stack([packing.plain(model, chat)[1][-3:] for chat in chats], 1)
+        packing.compare(torch.stack(ours), theirs)
+    model.cache_holds = True
 
 
 # ---------------------------------------------------------------- many responses
@@ -184,6 +142,7 @@ def generate(model, prompts, keys, *, stop_ids, temperature, top_p, max_new_toke
     `rows` responses are decoded at a time. One ends at a stop token, at max_new_tokens or where the context
     ends.
     """
+    verify(model)
     limits = [min(max_new_tokens, model.context - len(prompt)) for prompt in prompts]
     capacity = max(len(prompt) + limit for prompt, limit in zip(prompts, limits))
     responses = [[[] for _ in samples] for samples in keys]

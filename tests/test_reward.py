@@ -118,9 +118,16 @@ def test_equal_rewards_are_no_success(tiny, tmp_path, pairs):
     assert reward.ordered(folder, pairs[:10], 4) == [False] * 10
 
 
-def test_a_reward_that_is_not_finite_is_named_by_its_prompt(
-        call, samples, questions, tmp_path, without_numbers):
+def test_a_reward_that_is_not_finite_is_named_by_its_prompt(tiny, questions):
+    model = Rewards(load_reward(tiny(reward=True)))
+    score_answers(model, load_tokenizer(tiny(reward=True)), questions, 4)
+    model.model.score.weight.data[0, 3] = float("nan")
     with pytest.raises(Problem, match=f"gives the rewards .*nan.* to the answers to '{questions[0][0][:20]}"):
+        score_answers(model, load_tokenizer(tiny(reward=True)), questions, 4)
+
+
+def test_a_reward_model_with_damaged_weights_scores_nothing(call, samples, tmp_path, without_numbers):
+    with pytest.raises(Problem, match="nan: damaged weights: NaN or infinite numbers in score.weight"):
         call(reward, "--model", without_numbers, "--samples", samples, "--out", tmp_path / "scored.jsonl")
     assert not (tmp_path / "scored.jsonl").exists()
 

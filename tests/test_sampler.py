@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import attention
 import sampler
 from data import Problem, encode_chat, load_tokenizer, prompt_id, read_jsonl, seed_of
 from models import load_policy
@@ -129,7 +130,7 @@ def test_greedy_tokens_are_the_peers(golden):
 @pytest.mark.parametrize("device, dtype", [("cpu", torch.float32), ("meta", torch.bfloat16)])
 def test_scores_are_fp32_in_either_precision(device, dtype):
     keys = torch.zeros(3, 2, 8, 10, dtype=dtype, device=device)[..., :7]
-    scores = sampler._fp32_product(torch.zeros(3, 2, 4, 8, dtype=dtype, device=device), keys)
+    scores = attention._fp32_product(torch.zeros(3, 2, 4, 8, dtype=dtype, device=device), keys)
     assert scores.dtype == torch.float32 and scores.shape == (3, 2, 4, 7)
 
 
