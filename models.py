@@ -83,9 +83,11 @@ def context_of(folder, config=None):
     if not hasattr(config, "max_position_embeddings"):
         raise Problem(f"{folder}: {config.model_type} models are not supported (no max_position_embeddings)")
     rope = getattr(config, "rope_parameters", None) or {}
-    original = rope.get("original_max_position_embeddings") if rope.get("rope_type") == "longrope" else None
-    chunk = getattr(config, "attention_chunk_size", None)
-    return min(config.max_position_embeddings, original or math.inf, chunk or math.inf)
+    ropes = [rope, *rope.values()]  # one for all layers, or one for each kind of layer
+    ends = [rope["original_max_position_embeddings"] for rope in ropes
+            if isinstance(rope, dict) and rope.get("rope_type") == "longrope"]
+    chunk = getattr(config, "attention_chunk_size", None) or math.inf
+    return min(config.max_position_embeddings, chunk, *ends)
 
 
 def _load(kind, folder, config, training):

@@ -111,8 +111,8 @@ def collate(rows, device="cpu"):
 # ---------------------------------------------------------------- held to plain forward passes
 def decoder(model):
     """A model without its head."""
-    body = model.get_decoder()
-    return body if body is not model else model.model
+    body = model.base_model if model.base_model is not model else model.model
+    return body.get_decoder()
 
 
 def hidden_states(model, packed):

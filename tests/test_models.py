@@ -1,0 +1,309 @@
+"""pytest tests/test_models.py
+
+The families of transformers' decoders, each built tiny and random: sampling, log-probabilities, gradients,
+rewards and saved weights are those of plain transformers, or the model is refused in one line. docs/models.md
+is the table of it.
+"""
+import inspect
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from test_sampler import STOPS, generate_reference
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS,
+)
+
+import attention
+import data
+import models
+import packing
+import sampler
+import toy
+from data import Problem
+from models import load_policy, load_reward
+from packing import ResponseLogps, Row, collate
+from reward import Rewards
+
+SHAPE = dict(
+    vocab_size=len(toy.tokenizer()), pad_token_id=0, bos_token_id=1, eos_token_id=2, hidden_size=32,
+    intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+    max_position_embeddings=96, num_experts=4, num_local_experts=4, n_routed_experts=4, moe_num_experts=4,
+    num_experts_per_tok=2, moe_k=2, moe_topk=2, moe_intermediate_size=16, n_embd=32, n_layer=2, n_head=4,
+    n_positions=96, n_inner=64, ffn_dim=64, word_embed_proj_dim=32)
+WINDOW = dict(sliding_window=8)  # shorter than prompts
+MIXED = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention"])
+LATENT = dict(head_dim=8, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8,
+              qk_head_dim=16, v_head_dim=12, num_key_value_heads=4)
+LATENT_MOE = LATENT | dict(n_group=1, topk_group=1, first_k_dense_replace=1)
+LONGROPE = dict(original_max_position_embeddings=48, rope_parameters=dict(
+    rope_type="longrope", rope_theta=1e4, factor=2.0, short_factor=[1.0, 1.1, 1.2, 1.3],
+    long_factor=[1.0, 2.0, 3.0, 4.0]))
+CHUNKS = dict(attention_chunk_size=48, layer_types=["chunked_attention", "full_attention"])
+DECODER = dict(d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=64)
+
+PLAIN = ("llama", "qwen2", "qwen3", "gemma", "olmo", "olmo2", "glm", "glm4", "smollm3", "helium", "arcee",
+         "apertus", "seed_oss", "ernie4_5", "hunyuan_v1_dense", "jais2", "bitnet", "persimmon", "gpt_neox",
+         "gpt2", "gpt_bigcode", "opt", "biogpt", "phi", "nanochat", "modernbert-decoder", "qwen3_moe",
+         "olmoe", "flex_olmo", "granitemoe", "phimoe", "jetmoe", "ernie4_5_moe", "minimax_m2", "glm4_moe",
+         "hunyuan_v1_moe", "diffllama", "hrm_text")
+EQUAL = dict.fromkeys(PLAIN, {}) | {  # family: what its config has other than SHAPE
+    "mistral": WINDOW, "ministral3": WINDOW, "starcoder2": WINDOW, "mixtral": WINDOW, "ministral": MIXED,
+    "gemma3_text": MIXED, "olmo3": MIXED, "exaone4": MIXED, "cwm": MIXED,
+    "cohere2": MIXED | dict(logit_scale=0.3), "cohere": dict(logit_scale=0.3), "phi3": LONGROPE,
+    "granite": dict(logits_scaling=4.0, attention_multiplier=0.3), "hyperclovax": dict(logits_scaling=3.0),
+    "ctrl": dict(dff=64), "qwen2_moe": dict(shared_expert_intermediate_size=16), "llama4_text": CHUNKS,
+    "deepseek_v2": LATENT_MOE, "deepseek_v3": LATENT_MOE, "glm4_moe_lite": LATENT_MOE, "youtu": LATENT,
+    "minicpm3": LATENT,
+}
+OTHER_HEADS = ("ctrl", "modernbert-decoder")  # equal as policies, refused as reward models
+NO_SDPA = "does not support an attention implementation"
+UNTOLD = "packed attention: attention is told nothing of who shares a sequence"
+LEAKS = "packed attention: off by"
+REFUSED = {  # family: its config, and what the line says
+    "gemma2": ({}, NO_SDPA), "gpt_oss": ({}, NO_SDPA), "gptj": ({}, NO_SDPA), "bloom": ({}, NO_SDPA),
+    "mpt": ({}, NO_SDPA), "mamba": ({}, NO_SDPA),
+    "gpt_neo": (dict(num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]), NO_SDPA),
+    "falcon": ({}, "packed attention: "), "doge": ({}, "packed attention: "), "stablelm": ({}, UNTOLD),
+    "nemotron": ({}, UNTOLD), "inkling_text": ({}, "packed attention: attention has position_bias"),
+    "minimax": ({}, LEAKS), "jamba": (dict(use_mamba_kernels=False), LEAKS), "falcon_h1": ({}, LEAKS),
+    "lfm2": (dict(layer_types=["conv", "full_attention"]), LEAKS), "qwen3_next": ({}, LEAKS),
+    "nemotron_h": ({}, LEAKS), "recurrent_gemma": ({}, "no max_position_embeddings"),
+    "bart": (DECODER, "packed attention: "), "mbart": (DECODER, "packed attention: "),
+}
+
+
+def config_of(kind, changes, **more):
+    config = CONFIG_MAPPING[kind]
+    known = {*inspect.signature(config.__init__).parameters, *getattr(config, "attribute_map", {})}
+    always = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
+    config = config(**{k: v for k, v in SHAPE.items() if k in known or k in always} | changes | more)
+    return config
+
+
+def build(kind, changes, folder, auto=AutoModelForCausalLM, noise=0.1, **more):
+    """A tiny random model in the folder."""
+    torch.manual_seed(0)
+    model = auto.from_config(config_of(kind, changes, **more)).eval()
+    assert sum(p.numel() for p in model.parameters()) < 2e6
+    for weight in model.parameters():  # large enough for tokens, positions and biases to matter
+        weight.data.add_(torch.randn_like(weight), alpha=noise)
+    model.save_pretrained(folder)
+    toy.tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """A pair of answers to one prompt, a lone answer and a long one."""
+    rng = np.random.default_rng(1)
+    return [Row(*([rng.integers(3, 100, n).tolist() for n in some] if isinstance(some, tuple) else
+                  rng.integers(3, 100, some).tolist() for some in (trunk, branches)), [1] * len(branches))
+            for trunk, branches in ((9, (4, 12)), (2, (7,)), (20, (10,)))]
+
+
+def chats_of(rows):
+    return [(row.trunk + branch, len(row.trunk) + start)
+            for row in rows for branch, start in zip(row.branches, row.starts)]
+
+
+def assert_same_gradients(ours, theirs):
+    expected, got = dict(theirs.named_parameters()), dict(ours.named_parameters())
+    assert expected.keys() == got.keys()
+    for name, weight in expected.items():
+        if weight.grad is not None and weight.grad.abs().max() > 0:
+            error = (got[name].grad - weight.grad).norm() / weight.grad.norm()
+            assert error < 1e-3 or weight.grad.norm() < 1e-5, (name, error)
+
+
+def check_sampling(model, usual):
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 100, n).tolist() for n in (5, 21, 1)]
+    keys = rng.integers(0, 2**64, (3, 2), np.uint64)
+    settings = dict(stop_ids=STOPS, temperature=1.0, top_p=0.95, max_new_tokens=10)
+    usual.context = model.context
+    assert sampler.generate(model, prompts, keys, rows=4, **settings) == generate_reference(
+        usual, prompts, keys, **settings)
+
+
+def check_logps(model, usual, rows):
+    def alone(ids, start):
+        logits = usual(torch.tensor([ids]), use_cache=False).logits[0, start - 1:-1]
+        return -F.cross_entropy(logits, torch.tensor(ids[start:]), reduction="sum")
+
+    ours, theirs = ResponseLogps(model)(collate(rows)), torch.stack([alone(*chat) for chat in chats_of(rows)])
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    for values in (ours, theirs):
+        (values * torch.linspace(-1, 2, len(values))).sum().backward()
+    assert_same_gradients(model, usual)
+
+
+def check_rewards(folder, rows):
+    usual = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    model = load_reward(folder)
+    ours = Rewards(model)(collate(rows))
+    theirs = torch.stack([usual(torch.tensor([ids]), use_cache=False).logits[0, 0]
+                          for ids, _ in chats_of(rows)])
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    for values in (ours, theirs):
+        (values * torch.linspace(-1, 2, len(values))).sum().backward()
+    assert_same_gradients(model, usual)
+
+
+def check_saving(model, usual, source, folder):
+    usual.save_pretrained(folder / "expected")
+    models.save(ResponseLogps(model), source, folder / "saved")
+    expected, got = (load_file(folder / name / "model.safetensors") for name in ("expected", "saved"))
+    assert expected.keys() == got.keys()
+    for name, weight in expected.items():
+        assert torch.equal(weight, got[name]), name
+    load_policy(folder / "saved")
+
+
+@pytest.mark.parametrize("kind", EQUAL)
+def test_a_family_is_equal_to_plain_transformers(kind, rows, tmp_path):
+    folder = build(kind, EQUAL[kind], tmp_path / "policy")
+    usual, model = AutoModelForCausalLM.from_pretrained(folder).eval(), load_policy(folder)
+    check_sampling(model, usual)
+    check_logps(model, usual, rows)
+    check_saving(model, usual, folder, tmp_path)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in EQUAL if kind in CLASSIFIERS])
+def test_a_familys_reward_models_are_equal_to_plain_transformers_or_refused(kind, rows, tmp_path):
+    folder = build(kind, EQUAL[kind], tmp_path / "rm", AutoModelForSequenceClassification, num_labels=1)
+    if kind in OTHER_HEADS:
+        with pytest.raises(Problem, match="no linear head `score`"):
+            load_reward(folder)
+    else:
+        check_rewards(folder, rows)
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_family_is_refused_in_one_line(kind, tmp_path):
+    changes, message = REFUSED[kind]
+    folder = build(kind, changes, tmp_path / "policy")
+    with pytest.raises(Problem, match=message) as refusal:
+        sampler.verify(load_policy(folder))
+    assert "\n" not in str(refusal.value)
+
+
+# ---------------------------------------------------------------- what the probe sees
+def without_chats(module, query, key, value, mask, chats=None, **options):
+    """A mistake: the tokens of a packed sequence see all that stand before them."""
+    if chats is not None:
+        chats, options["places"] = [torch.arange(query.shape[2])[None]], torch.arange(query.shape[2])
+    return attention.attention(module, query, key, value, mask, chats=chats, **options)
+
+
+def without_window(module, query, key, value, mask, chats=None, slots=None, sliding_window=None, **options):
+    """A mistake: attention windows are forgotten, in packed attention."""
+    window = sliding_window if slots else None
+    return attention.attention(module, query, key, value, mask, chats=chats, slots=slots,
+                               sliding_window=window, **options)
+
+
+def without_window_in_steps(module, query, key, value, mask, slots=None, sliding_window=None, **options):
+    """A mistake: attention windows are forgotten, in the cache."""
+    window = None if slots else sliding_window
+    return attention.attention(module, query, key, value, mask, slots=slots, sliding_window=window, **options)
+
+
+def with_another_scale(module, query, key, value, mask, slots=None, **options):
+    """A mistake: the cache's scores are scaled as they are not elsewhere."""
+    query = query * 1.1 if slots else query
+    return attention.attention(module, query, key, value, mask, slots=slots, **options)
+
+
+@pytest.mark.parametrize("mistake, part, deviation", [
+    (without_chats, "packed attention", 0.02), (without_chats, "packed attention", 0.002),
+    (without_window, "packed attention", 0.02), (without_window, "packed attention", 0.002),
+    (without_window_in_steps, "the sampler's cache", 0.02),
+    (without_window_in_steps, "the sampler's cache", 0.002),
+    (with_another_scale, "the sampler's cache", 0.1)])
+def test_a_mistake_in_attention_is_seen_even_if_weights_are_small_and_windows_long(
+        monkeypatch, tmp_path, mistake, part, deviation):
+    folder = build("mistral", dict(sliding_window=64, initializer_range=deviation), tmp_path, noise=0)
+    sampler.verify(load_policy(folder))
+    monkeypatch.setitem(AttentionInterface._global_mapping, "packed", mistake)
+    with pytest.raises(Problem, match=f"mistral models are not supported: {part}: off by "):
+        sampler.verify(load_policy(folder))
+
+
+@pytest.mark.parametrize("name, index", [
+    ("model.embed_tokens.weight", (0, 0)), ("model.layers.1.mlp.up_proj.weight", (3, 5)),
+    ("lm_head.weight", (99, 0))])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_weights_that_are_not_finite_are_named(tiny, tmp_path, name, index, value):
+    folder = Path(shutil.copytree(tiny(), tmp_path / "damaged"))
+    weights = load_file(folder / "model.safetensors")
+    weights[name][index] = float(value)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    for use in (sampler.verify, lambda model: ResponseLogps(model)(collate([Row([5], [[6]], [0])]))):
+        with pytest.raises(Problem, match=f"damaged: damaged weights: NaN or infinite numbers in {name}"):
+            use(load_policy(folder))
+
+
+@pytest.mark.parametrize("kind, context", [
+    ("phi3", 48), ("llama4_text", 48), ("mistral", 96), ("gemma3_text", 96)])
+def test_the_context_ends_where_a_chat_would_be_read_otherwise_and_not_at_a_window(kind, context, tmp_path):
+    build(kind, EQUAL[kind], tmp_path)
+    assert load_policy(tmp_path).context == context == models.context_of(tmp_path)
+
+
+def test_a_model_is_held_to_plain_passes_once(tiny, monkeypatch):
+    passes, plain = [], packing.plain
+    monkeypatch.setattr(packing, "plain", lambda *inputs: passes.append(0) or plain(*inputs))
+    model = load_policy(tiny())
+    sampler.verify(model)
+    assert passes
+    passes.clear()
+    sampler.verify(model)
+    ResponseLogps(model)(collate([Row([5], [[6]], [0])]))
+    assert not passes
+
+
+# ---------------------------------------------------------------- two processes
+def test_two_processes_train_a_head_that_is_more_than_a_matrix_as_one_does(script, written, pairs, tmp_path):
+    folder, path = build("granite", EQUAL["granite"], tmp_path / "policy"), written("pairs.jsonl", pairs[:8])
+    losses = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        done = script("dpo.py", "--model", folder, "--pairs", path, "--out", out, "--batch", 4, "--lr", 1e-3,
+                      processes=processes)
+        assert done.returncode == 0, done.stderr
+        losses.append([row["loss"] for row in data.read_jsonl(out / "metrics.jsonl") if "loss" in row])
+    assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_two_processes_save_the_names_of_the_hub_and_return_no_views(script, written, pairs, tmp_path):
+    folder = build("qwen3_moe", {}, tmp_path / "rm", AutoModelForSequenceClassification, num_labels=1)
+    done = script("reward.py", "--model", folder, "--pairs", written("pairs.jsonl", pairs[:8]), "--batch", 4,
+                  "--out", tmp_path / "out", processes=2)
+    assert done.returncode == 0 and "view" not in done.stderr, done.stderr
+    names, expected = (load_file(tmp_path / name / "model.safetensors").keys() for name in ("out", "rm"))
+    assert names == expected and "model.layers.0.mlp.experts.3.up_proj.weight" in names
+
+
+def test_two_processes_refuse_a_model_in_one_line(script, written, pairs, tmp_path):
+    folder = build("stablelm", {}, tmp_path / "policy")
+    done = script("dpo.py", "--model", folder, "--pairs", written("pairs.jsonl", pairs[:8]), "--batch", 4,
+                  "--out", tmp_path / "out", processes=2)
+    assert [line for line in done.stderr.splitlines() if line.startswith("dpo.py:")] == [
+        f"dpo.py: {folder}: stablelm models are not supported: packed attention: "
+        "attention is told nothing of who shares a sequence"]
+
+
+def test_the_table_in_the_documentation_is_this_files():
+    text = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+    for families, heading in ((EQUAL, "Equal"), (REFUSED, "Refused")):
+        table = text.split(f"## {heading}\n")[1].split("\n## ")[0]
+        assert set(re.findall(r"`([\w-]+)`", "".join(
+            line.split("|")[2] for line in table.splitlines() if line.startswith("| ")))) == {*families}
