@@ -20,6 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from data import Problem
+from packing import decoder
 
 
 def rank():
@@ -88,7 +89,7 @@ def replicate(model):
 
 
 def decoder_layers(model):
-    return next(module for module in model.base_model.modules() if isinstance(module, torch.nn.ModuleList))
+    return next(module for module in decoder(model).modules() if isinstance(module, torch.nn.ModuleList))
 
 
 def shard(root, recompute=False):

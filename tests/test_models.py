@@ -61,7 +61,14 @@ EQUAL = dict.fromkeys(PLAIN, {}) | {  # family: what its config has other than S
     "granite": dict(logits_scaling=4.0, attention_multiplier=0.3), "hyperclovax": dict(logits_scaling=3.0),
     "ctrl": dict(dff=64), "qwen2_moe": dict(shared_expert_intermediate_size=16), "llama4_text": CHUNKS,
     "deepseek_v2": LATENT_MOE, "deepseek_v3": LATENT_MOE, "glm4_moe_lite": LATENT_MOE, "youtu": LATENT,
-    "minicpm3": LATENT,
+    "minicpm3": LATENT, "longcat_flash": LATENT | dict(
+        num_layers=1, ffn_hidden_size=32, expert_ffn_hidden_size=16, zero_expert_num=2),
+    "dots1": dict(n_group=1, topk_group=1, n_shared_experts=1, first_k_dense_replace=1), "solar_open": {},
+    "exaone_moe": MIXED, "gemma4_text": MIXED | dict(
+        num_kv_shared_layers=0, hidden_size_per_layer_input=0, global_head_dim=8),
+    "gemma3n_text": MIXED | dict(
+        num_kv_shared_layers=0, hidden_size_per_layer_input=8, vocab_size_per_layer_input=SHAPE["vocab_size"],
+        laurel_rank=4, activation_sparsity_pattern=[0.0, 0.0]),
 }
 OTHER_HEADS = ("ctrl", "modernbert-decoder")  # equal as policies, refused as reward models
 NO_SDPA = "does not support an attention implementation"
@@ -69,8 +76,9 @@ UNTOLD = "packed attention: attention is told nothing of who shares a sequence"
 LEAKS = "packed attention: off by"
 REFUSED = {  # family: its config, and what the line says
     "gemma2": ({}, NO_SDPA), "gpt_oss": ({}, NO_SDPA), "gptj": ({}, NO_SDPA), "bloom": ({}, NO_SDPA),
-    "mpt": ({}, NO_SDPA), "mamba": ({}, NO_SDPA),
+    "mpt": ({}, NO_SDPA), "mamba": ({}, NO_SDPA), "vaultgemma": ({}, NO_SDPA),
     "gpt_neo": (dict(num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]), NO_SDPA),
+    "deepseek_v32": (LATENT_MOE, "packed attention: "),
     "falcon": ({}, "packed attention: "), "doge": ({}, "packed attention: "), "stablelm": ({}, UNTOLD),
     "nemotron": ({}, UNTOLD), "inkling_text": ({}, "packed attention: attention has position_bias"),
     "minimax": ({}, LEAKS), "jamba": (dict(use_mamba_kernels=False), LEAKS), "falcon_h1": ({}, LEAKS),

@@ -21,6 +21,7 @@ from transformers import (
 import dpo
 import models
 import mt
+import packing
 import parallel
 import reward
 import run
@@ -139,10 +140,19 @@ def test_the_first_loss_is_ln_2_even_for_a_model_with_dropout(tiny, call, writte
     assert (first["rewards/margins"], first["rewards/accuracies"]) == (0, 0)
 
 
+def with_dropout(monkeypatch):
+    """Policies are loaded with a dropout that comes after the probe, which would have seen it."""
+    def load(*inputs, **settings):
+        model = load_policy(*inputs, **settings)
+        packing.verify(model)
+        return model.train()
+    load_policy = models.load_policy
+    monkeypatch.setattr(models, "load_policy", load)
+
+
 def test_a_policy_that_differs_from_its_own_reference_is_refused(
         tiny, call, written, pairs, tmp_path, monkeypatch):
-    load = models.load_policy
-    monkeypatch.setattr(models, "load_policy", lambda *a, **b: load(*a, **b).train())  # dropout
+    with_dropout(monkeypatch)
     with pytest.raises(Problem, match="loss of step 1 is .* not 0.6931"):
         call(dpo, "--model", tiny("gpt2"), "--pairs", written("pairs.jsonl", pairs[:8]), "--beta", 1,
              "--out", tmp_path / "out")
@@ -231,8 +241,7 @@ def test_the_first_loss_is_held_to_the_references_whatever_the_loss(tiny, pairs,
     monkeypatch.setattr(dpo, "dpo_loss", ipo_loss)
     lines, _ = trained("dpo", tiny(), pairs[:8])
     assert lines[0]["loss"] == pytest.approx(25)
-    load = models.load_policy
-    monkeypatch.setattr(models, "load_policy", lambda *a, **b: load(*a, **b).train())  # dropout
+    with_dropout(monkeypatch)
     with pytest.raises(Problem, match="loss of step 1 is .* not 25.0"):
         trained("dpo", tiny("gpt2"), pairs[:8])
 
