@@ -179,7 +179,7 @@ def compare(ours, theirs, size=None):
         raise Problem("NaN or infinite numbers")
     difference = off(ours, theirs, size)
     if not difference <= (1e-4 if theirs.dtype == torch.float32 else 0.1):
-        raise Problem(f"off by {difference:.1e} of the size of what plain forward passes give")
+        raise Problem(f"off by {100 * difference:.2g}% from plain forward passes")
 
 
 @torch.no_grad()
