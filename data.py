@@ -1,4 +1,4 @@
-"""Prompts, pairs and chats: what comes from files, and how it becomes tokens.
+"""Prompts, pairs and chats: what rows of files mean, and how it becomes tokens.
 
 Everything on disk is text or messages. Policy and reward model have templates and vocabularies of their own,
 so ids never travel between them: `encode_chat` is the one place where a chat becomes tokens, for both.

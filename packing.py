@@ -170,7 +170,8 @@ def trial(model, part):
 
 def off(ours, theirs, size=None):
     """By how much `ours` is another than `theirs`, in units of `size` (by default theirs)."""
-    return (ours.float() - theirs.float()).norm() / (theirs.float().norm() if size is None else size)
+    size = theirs.float().norm() if size is None else size
+    return (ours.float() - theirs.float()).norm() / size.clamp(min=1e-30)
 
 
 def compare(ours, theirs, size=None):

@@ -171,7 +171,8 @@ def claim(path, options, file=False, **more):
         raise Problem(f"--out {path}: " + ("a file is written; its name must end in .jsonl" if file else
                                            "a folder is written; its name must not end in .jsonl"))
     if rank() == 0:
-        lock(note.with_name(f".{note.name}.lock"))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock(path)
         new = {"settings": {k: v for k, v in asdict(options).items() if k != "out"}, **more,
                "versions": versions(), "sources": sources()}
         files = [path, parts_of(path)] if file else path.glob("[!.]*")
@@ -190,15 +191,15 @@ def claim(path, options, file=False, **more):
 
 
 def lock(path):
-    """Hold a lock until this process ends, however it ends; another process that holds it is a Problem."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    LOCKS[path] = open(path, "w")  # closing it would let go
+    """Hold `path` until this process ends, however it ends; another process that holds it is a Problem."""
+    path = path.resolve()
     try:
+        LOCKS[path] = open(path.with_name(f".{path.name}.lock"), "w")  # closing it would let go
         fcntl.lockf(LOCKS[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise Problem(f"{path.parent} is in use by another process; wait, or choose another --out") from None
+    except BlockingIOError:
+        raise Problem(f"{path} is in use by another process; wait, or choose another --out") from None
     except OSError:
-        pass  # this file system knows no locks
+        pass  # this file system knows no locks, or can't be written: the next line will say so
 
 
 def read_note(note):

@@ -4,7 +4,6 @@
 """
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 
@@ -70,7 +69,7 @@ def answers_of(run, prompts):
     """{PM: [a prompt's rows]}: with gold the answers to test prompts after each round, with a field `gold`;
     else those of the E-steps to their first prompts."""
     if run["gold"]:
-        files = {g["policy"]: run["folder"] / "test" / Path(g["policy"].replace(" ", "")).name / "r0.jsonl"
+        files = {g["policy"]: run["folder"] / "test" / g["policy"].replace(" ", "") / "r0.jsonl"
                  for g in run["gold"]}
         rows = {pm: [row | {"gold": gold_of(row)} for row in figures.stream(file)]
                 for pm, file in files.items() if file.exists()}  # rounds after a stop have none

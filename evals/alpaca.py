@@ -10,7 +10,6 @@ Left out on purpose: asking a judge (it needs a network and a key), the cross-va
 official fit (it moves the result by 0.1 at most).
 """
 import csv
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -174,14 +173,12 @@ def alpaca_generate(o):
 
 def answer(o, prompts):
     """(generator's name, a row of sampler.py for every prompt, in their order)."""
-    path, name = Path(o.out) / "samples.jsonl", o.name or Path(o.policy).name
-    if not re.fullmatch(r"[^./\\][^/\\]*", name):
-        raise Problem(f"--name {name!r}: a plain name is needed, since a file is called so")
+    path = Path(o.out) / "samples.jsonl"
     claim(o.out, o)
     if not exists(path):
         sample(local_folder(o.policy), prompts, path, samples=1, temperature=o.temperature, top_p=o.top_p,
                max_new_tokens=o.max_new_tokens, rows=o.sample_batch, seed=o.seed)
-    return name, read_jsonl(path)
+    return o.name or Path(o.policy).name, read_jsonl(path)
 
 
 @dataclass

@@ -8,6 +8,7 @@ model and gives its score against the baseline, in percent.
 
 Left out on purpose: asking a judge (it needs a network and a key), style control, version 2.
 """
+import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,6 +61,8 @@ class ArenaGenerate(AlpacaGenerate):
 
 
 def arena_generate(o):
+    if not re.fullmatch(r"[^./\\][^/\\]*", o.name or Path(o.policy).name):
+        raise Problem(f"--name {o.name!r}: a plain name is needed, since a file is called so")
     rows = read_rows(need(o.prompts, QUESTIONS))
     try:
         ids = [row["question_id"] for _, row in rows]

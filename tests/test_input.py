@@ -13,6 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import Unigram
+from transformers import PreTrainedTokenizerFast
 
 import data
 import dpo
@@ -355,10 +358,29 @@ def test_test_pairs_are_read_before_training(call, here, monkeypatch):
 
 
 # ---------------------------------------------------------------- special tokens that a message spells
-@pytest.fixture(params=["embedded", "golden", "stories"])
+def added():
+    """The embedded task's tokenizer with a stop token that its vocabulary doesn't have."""
+    tokenizer = mt.toy.tokenizer()
+    tokenizer.add_special_tokens({"eos_token": "<|eot_id|>"})
+    return tokenizer
+
+
+def unigram():
+    """One of letters, as sentencepiece makes them."""
+    pieces = [("<pad>", 0.0), ("<s>", 0.0), ("</s>", 0.0), *((letter, -3.0) for letter in sorted(set(
+        "▁" + "".join(map(chr, range(33, 127))))))]
+    model = Tokenizer(Unigram(pieces, unk_id=0, byte_fallback=False))
+    model.pre_tokenizer, model.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        chat_template=mt.toy.tokenizer().chat_template)
+
+
+@pytest.fixture(params=["embedded", "added", "unigram", "golden", "stories"])
 def tokenizer(request):
-    if request.param == "embedded":
-        return mt.toy.tokenizer()
+    made = dict(embedded=mt.toy.tokenizer, added=added, unigram=unigram)
+    if request.param in made:
+        return made[request.param]()
     shared = request.getfixturevalue("shared")
     return load_tokenizer(shared / ("golden/policy" if request.param == "golden" else "models/stories3M"))
 
