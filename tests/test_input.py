@@ -130,7 +130,7 @@ CASES = [
     ("new", line(prompt="b"), "new and old answer different prompts, or not in the same order"),
     # ------------------------------------------------------------ flags
     *[(how, words, f"{words.split()[0]} {value} makes no sense") for how, words, value in (
-        ("dpo", "--lr nan", "nan"), ("dpo", "--lr inf", "inf"), ("dpo", "--lr 1e30", "1e+30"),
+        ("dpo", "--lr nan", "nan"), ("dpo", "--lr inf", "inf"), ("dpo", "--lr 1e100", "1e+100"),
         ("dpo", "--lr -1", "-1"), ("rm", "--lr 0", "0"), ("dpo", "--beta nan", "nan"),
         ("dpo", "--epochs 100000000000", "1e+11"), ("sample", "--temperature nan", "nan"),
         ("sample", "--temperature inf", "inf"), ("sample", "--temperature 1e-40", "1e-40"),
