@@ -28,6 +28,7 @@ from rows import (  # noqa: F401  (some for those that import them from here)
     read_json,
     read_jsonl,
     read_rows,
+    read_selection,
     write_jsonl,
 )
 from spelled import Careful, special_texts
@@ -260,8 +261,9 @@ def check_context(rows, model, folder, mend="set a smaller --max_length"):
     if longest > model.context:
         raise Problem(f"{folder}: a chat of {longest} tokens does not fit into its context of "
                       f"{model.context}; leave it out or {mend}")
-    if highest >= model.config.vocab_size:
-        raise Problem(f"{folder}: the tokenizer has more tokens than the model's {model.config.vocab_size}")
+    vocabulary = model.config.get_text_config().vocab_size
+    if highest >= vocabulary:
+        raise Problem(f"{folder}: the tokenizer has more tokens than the model's {vocabulary}")
 
 
 def quiet():

@@ -122,20 +122,40 @@ def save(root, source, folder):
     """
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(root, options=options) if dist.is_initialized() else root.state_dict()
-    model = root.model
     if rank() == 0:
-        weights = {name.removeprefix("model."): w for name, w in weights.items()}
-        if model.config.tie_word_embeddings:
-            weights = {name: w for name, w in weights.items() if name not in (model._tied_weights_keys or {})}
-        weights = {name: w.to(model.stored_dtype, copy=True)
-                   for name, w in revert_weight_conversion(model, weights).items()}  # to the names of the hub
-        folder.mkdir(parents=True, exist_ok=True)
-        save_torch_state_dict(weights, folder, max_shard_size="5GB")
-        load_tokenizer(source).save_pretrained(folder)
-        generation = Path(source) / "generation_config.json"
-        if generation.exists() and model.can_generate():
-            shutil.copy(generation, folder)
-        model.config.architectures = [type(model).__name__]
-        config = model.config.to_dict() | {"dtype": str(model.stored_dtype).removeprefix("torch.")}
-        type(model.config).from_dict(config).save_pretrained(folder)
+        try:
+            _write(root.model, weights, source, folder)
+        except Exception as error:  # tokenizers has no exceptions of its own for a full disk
+            raise Problem(f"{folder}: not saved: {first_line(error)}") from None
     barrier()
+
+
+def _write(model, weights, source, folder):
+    weights = {name.removeprefix("model."): w for name, w in weights.items()}
+    damaged = [name for name, w in weights.items() if not w.isfinite().all()]
+    if damaged:
+        raise Problem(f"NaN or infinite numbers in {damaged[0]}; try a smaller learning rate")
+    if model.config.tie_word_embeddings:
+        weights = {name: w for name, w in weights.items() if name not in (model._tied_weights_keys or {})}
+    weights = {name: w.to(model.stored_dtype, copy=True)
+               for name, w in revert_weight_conversion(model, weights).items()}  # to the names of the hub
+    folder.mkdir(parents=True, exist_ok=True)
+    save_torch_state_dict(weights, folder, max_shard_size="5GB")
+    load_tokenizer(source).save_pretrained(folder)
+    generation = Path(source) / "generation_config.json"
+    if generation.exists() and model.can_generate():
+        shutil.copy(generation, folder)
+    model.config.architectures = [type(model).__name__]
+    config = model.config.to_dict() | {"dtype": str(model.stored_dtype).removeprefix("torch.")}
+    type(model.config).from_dict(config).save_pretrained(folder)
+
+
+def say_room(o, steps):
+    """Say how much the models of a run (mt.Options; `steps` in a DPO) will take, and whether that fits."""
+    policy, rm = (sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+                  for folder in (o.policy, o.rm))
+    checkpoints = steps // o.save_every + 1 if o.select else 1
+    need = o.rounds * (2 * policy + o.update_rm * rm) + checkpoints * policy
+    free = shutil.disk_usage(o.out).free
+    say(f"models: up to {need / 1e9:.2f} GB will be written; {free / 1e9:.2f} GB are free"
+        + "; THAT IS TOO LITTLE" * (need > free))

@@ -30,11 +30,10 @@ import reward
 import run
 import toy
 import training
-from data import Problem, load_tokenizer, read_jsonl, read_prompts
+from data import Problem, load_tokenizer, read_jsonl, read_prompts, read_selection
 from evals import gold, report
 from parallel import rank, say
 from rollout import sample_and_score
-from rows import read_selection
 from run import option
 from sampler import encode_prompts
 
@@ -134,6 +133,7 @@ def split(o):
         shuffled = [{"prompt": prompts[i]} for i in np.random.default_rng(o.seed).permutation(len(prompts))]
         say(f"{len(prompts)} prompts ({repeats} repeated ones left out): "
             f"{o.select_prompts} for model selection, three subsets of {third}")
+        models.say_room(o, -(-third // o.policy_batch))
         run.write_rows(held_out, shuffled[:o.select_prompts])
         for i, file in enumerate(files):
             run.write_rows(file, shuffled[o.select_prompts + i * third:o.select_prompts + (i + 1) * third])

@@ -34,7 +34,10 @@ def launch(main, **arguments):
         gc.freeze()  # what imports made stays; looking through it costs 0.2 s for every model loaded
         main(**arguments)
         if dist.is_initialized():
+            barrier()  # nobody leaves before rank 0 is done
             dist.destroy_process_group()
+            sys.stdout.flush()
+            os._exit(0)  # past the group's threads, which now and then abort a regular exit
     except (Problem, OSError, SafetensorError, torch.cuda.OutOfMemoryError) as error:
         if rank() > 0:
             time.sleep(3)  # most problems are everybody's: rank 0 has spoken, and torchrun ends the others
@@ -150,8 +153,7 @@ def remove_all(*paths):
 
 # ---------------------------------------------------------------- what a result belongs to
 LOCKS = {}  # path -> open file
-# options that change rounding at the most
-ROUNDING = ("sample_batch", "score_batch", "micro_batch", "recompute", "resume_every")
+ROUNDING = "sample_batch score_batch micro_batch recompute resume_every".split()  # these change no more
 
 
 def note_of(path):
@@ -283,10 +285,8 @@ def has_rows(path, count):
 
 def in_blocks(rows, size, out, work, what, each=1):
     """Write work(block)'s rows, `each` for every row of a block of `size`, to the JSONL file `out`; processes
-    take blocks in turn.
-
-    The blocks don't depend on the number of processes, so neither do the shapes that models see. A block is
-    kept as soon as it is done: after an interruption only unfinished or damaged ones are computed again.
+    take blocks in turn. The blocks don't depend on their number, so neither do the shapes that models see. A
+    block is kept as soon as it is done: after an interruption only unfinished or damaged ones are made again.
     """
     out, parts = Path(out), parts_of(out)
     starts = range(0, len(rows), size)

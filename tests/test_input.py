@@ -21,6 +21,7 @@ import data
 import dpo
 import eval as eval_script
 import filter as filter_script
+import manifest
 import mt
 import reward
 import run
@@ -430,7 +431,8 @@ def test_a_selection_cannot_move_a_folder_from_elsewhere_into_the_run(here, monk
     (Path("out") / "e1" / "checkpoints").mkdir(parents=True)
     for name in ("scored_samples", "make_pairs"):
         monkeypatch.setattr(mt, name, lambda *_: Path("pairs.jsonl"))
-    monkeypatch.setattr(run, "due", lambda *_: False)
+    monkeypatch.setattr(manifest, "due", lambda *_: False)
+    monkeypatch.setattr(manifest, "done", lambda out, path: path)
     for chosen in ("../../../victim", "/etc", "..", "", 3, ["step-1"], "step-1/../../../victim"):
         (Path("out") / "e1" / "selection.json").write_text(json.dumps(dict(chosen=chosen, win_rates={})))
         with pytest.raises(Problem, match="selection.json: not as mt.py writes it"):
