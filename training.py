@@ -129,7 +129,7 @@ def keep(folder, model, optimizer, lines):
 
 def restore(folder, model, optimizer):
     """Take up what `keep` left, if there is any by as many processes; returns the log's lines so far."""
-    found = [path for path in folder.glob("*") if (path / f"0-of-{world()}.safetensors").exists()]
+    found = [path for path in folder.glob("[0-9]*") if (path / f"0-of-{world()}.safetensors").exists()]
     found = from_rank0(max(found, key=lambda path: int(path.name), default=None))
     if not found:
         return []
