@@ -73,7 +73,7 @@ def listed(out, names, folder):
 
 
 def digest(path):
-    """{bytes, sha256} of a file, or of all files of a folder with their names."""
+    """{bytes, sha256} of a file or of all files of a folder, with their names; and the rows of JSONL."""
     path, size, total = Path(path), 0, hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
@@ -81,4 +81,5 @@ def digest(path):
                 inner = hashlib.file_digest(opened, "sha256").hexdigest()
             total.update(f"{file.relative_to(path)} {inner}\n".encode())
             size += file.stat().st_size
-    return {"bytes": size, "sha256": total.hexdigest()}
+    rows = {"rows": path.read_bytes().count(b"\n")} if path.suffix == ".jsonl" else {}
+    return {"bytes": size, **rows, "sha256": total.hexdigest()}

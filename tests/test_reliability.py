@@ -197,6 +197,8 @@ def test_a_manifest_knows_every_result_of_a_run(finished):
     for path in [*finished.glob("round*/*/*.json*"), *finished.glob("prompts/*"), *finished.glob("*/*/rm"),
                  *finished.glob("*/*/policy"), *finished.glob("*/*/select/*")]:
         assert made[str(path.relative_to(finished))] == manifest.digest(path)
+    rows = read_jsonl(finished / "round1" / "e1" / "samples.jsonl")
+    assert made["round1/e1/samples.jsonl"]["rows"] == len(rows) == 24
 
 
 # ---------------------------------------------------------------- disks
