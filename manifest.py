@@ -41,10 +41,12 @@ def _due(out, path, made_from):
     later = list(made)[list(made).index(name) + 1:] if name in made else list(made)
     sources = [os.path.relpath(source, out) for source in made_from]
     newer = [other for other in later if any(other == s or other.startswith(f"{s}/") for s in sources)]
+    if Path(path).exists() and not newer:
+        return False
     if Path(path).exists():
-        older = [name, *later[:later.index(newer[0])]] if newer else []
-        return newer and (f"{path} is older than {out / newer[0]}, which it was made from; to make it again "
-                          f"delete {listed(out, older, Path(newer[0]).parent)}") or False
+        older = [name, *later[:later.index(newer[0])]]
+        return (f"{path} is older than {out / newer[0]}, which it was made from; to make it again delete "
+                f"{listed(out, older, Path(newer[0]).parent)}")
     if name in made and newer:  # what an attempt before left was made from something else
         for leftover in Path(path).parent.glob(f"*{Path(path).stem}.*"):
             remove(leftover)
