@@ -268,14 +268,14 @@ def link(o, policy, rm):
     run.link(Path(o.out) / "rm", rm)
 
 
-def main(**defaults):  # of options, in the place of the paper's: for variants
-    o = run.parse(Options, **defaults)
+def main(options=Options, **defaults):  # for variants: a subclass with flags of its own, other defaults
+    o = run.parse(options, **defaults)
     embedded = not o.policy
     if embedded:
         if o.rm or o.prompts:
             raise Problem("--rm and --prompts need --policy")
         say("no --policy: running the embedded task (toy.py)")
-        o = run.parse(Options, **toy.SETTINGS | defaults)
+        o = run.parse(options, **toy.SETTINGS | defaults)
     elif not (o.rm and o.prompts):
         raise Problem("--policy needs --rm and --prompts")
     if o.samples < 2:

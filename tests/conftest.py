@@ -45,6 +45,9 @@ KINDS = {"llama": (LlamaConfig, SHAPE), "qwen2": (Qwen2Config, SHAPE), "mistral"
          "gpt2": (GPT2Config, dict(n_embd=32, n_layer=2, n_head=4, n_positions=96)),
          "opt": (OPTConfig, SHAPE | dict(ffn_dim=64, word_embed_proj_dim=32))}
 
+FEW = ["--samples", 4, "--max_new_tokens", 10, "--max_length", 64, "--policy_batch", 8, "--policy_lr", 1e-3,
+       "--rm_batch", 8, "--select_prompts", 6, "--tau", 0]  # options of a tiny run of mt.py
+
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
@@ -132,6 +135,22 @@ def script(tmp_path_factory):
         command = [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / name), *map(str, words)]
         return subprocess.run(command, cwd=cwd or tmp_path_factory.mktemp("cwd"), text=True,
                               capture_output=True, timeout=300)
+    return run
+
+
+@pytest.fixture
+def variant(tiny, written, prompts, tmp_path):
+    """variant("simpo", "--seed", 1, processes=2) -> the folder of a tiny run of a script in variants/."""
+    path = written("prompts.jsonl", [{"prompt": p} for p in prompts])
+
+    def run(name, *words, processes=1):
+        out = tmp_path / f"{name}{processes}"
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        words = ["--policy", tiny(), "--rm", tiny(reward=True), "--prompts", path, "--out", out, *FEW, *words]
+        done = subprocess.run([sys.executable, *(torchrun if processes > 1 else []), "-m", f"variants.{name}",
+                               *map(str, words)], cwd=ROOT, text=True, capture_output=True, env=os.environ)
+        assert done.returncode == 0, done.stderr
+        return out
     return run
 
 

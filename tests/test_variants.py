@@ -3,36 +3,12 @@
 Each variant does what it says, and its command runs.
 """
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from data import read_jsonl
 from variants import best_of_n, simpo
-
-ROOT = Path(__file__).parents[1]
-FEW = ["--samples", 4, "--max_new_tokens", 10, "--max_length", 64, "--policy_batch", 8, "--policy_lr", 1e-3,
-       "--rm_batch", 8, "--select_prompts", 6, "--tau", 0]
-
-
-@pytest.fixture
-def variant(tiny, written, prompts, tmp_path):
-    """variant("simpo", processes=2) -> the folder of a tiny run by the command that its docstring names."""
-    path = written("prompts.jsonl", [{"prompt": p} for p in prompts])
-
-    def run(name, processes=1):
-        out = tmp_path / f"{name}{processes}"
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        words = ["--policy", tiny(), "--rm", tiny(reward=True), "--prompts", path, "--out", out, *FEW]
-        done = subprocess.run([sys.executable, *(torchrun if processes > 1 else []), "-m", f"variants.{name}",
-                               *map(str, words)], cwd=ROOT, text=True, capture_output=True, env=os.environ)
-        assert done.returncode == 0, done.stderr
-        return out
-    return run
 
 
 def test_simpo_compares_log_probabilities_per_token():
@@ -50,7 +26,7 @@ def test_best_of_n_takes_the_highest_and_the_lowest():
 
 
 def test_simpo_runs_and_two_processes_give_its_losses(variant):
-    one, two = (read_jsonl(variant("simpo", processes) / "metrics.jsonl") for processes in (1, 2))
+    one, two = (read_jsonl(variant("simpo", processes=processes) / "metrics.jsonl") for processes in (1, 2))
     losses, others = ([row["loss"] for row in rows if row["phase"] == "round1/e1/checkpoints"
                        and "loss" in row] for rows in (one, two))
     assert losses and losses == pytest.approx(others, abs=1e-5)
