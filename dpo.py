@@ -17,6 +17,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import manifest
 import models
 import run
 import training
@@ -112,7 +113,7 @@ class Options:
 def main():
     o = run.parse(Options)
     folder, pairs, out = models.local_folder(o.model), read_pairs(o.pairs), Path(o.out)
-    run.claim(out, o)
+    manifest.claim(out, o)
     if not run.exists(out / "config.json"):
         for step, steps, policy in train(
                 folder, pairs, beta=o.beta, lr=o.lr, batch=o.batch, micro_batch=o.micro_batch,

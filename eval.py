@@ -33,10 +33,11 @@ from evals.report import Report, report
 from evals.rewardbench import RewardBench, rewardbench
 from evals.stats import JSON, publish, shares, standard_error
 from filter import wins
+from manifest import claim
 from models import local_folder
 from parallel import say
 from rollout import sample_and_score
-from run import claim, launch, parse
+from run import launch, parse
 from sampler import encode_prompts
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+import manifest
 import run
 from data import Problem, prompt_id, read_samples
 from parallel import say
@@ -145,7 +146,7 @@ def main():
         raise Problem("give --samples, or --new and --old")
     paths = [o.samples] if o.samples else [o.new, o.old]
     rows = [read_samples(path, "response", "tokens", "finished", "score") for path in paths]
-    run.claim(o.out, o, file=True)
+    manifest.claim(o.out, o, file=True)
     if not run.exists(o.out):
         if o.samples:
             rows, without = preference_pairs(*rows)

@@ -1,17 +1,141 @@
-"""A run's results in the order of their making, with their digests: `made` in run.json.
+"""What run.json says of a run: its settings and sources, and its results with their digests, in the order of
+their making (`made`).
 
-So that no phase builds on what is older than its own sources, or on a file that is not what was written.
+So a run goes on only with the same settings and code, and not twice at a time; and no phase builds on what is
+older than its own sources, or on a file that is not what was written.
 """
+import errno
+import fcntl
 import hashlib
 import json
+import math
 import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+import torch
+import transformers
+
 from data import Problem
-from parallel import from_rank0, rank
-from run import note_of, read_note, remove, write_text
+from parallel import barrier, device, from_rank0, rank, world
+from run import parts_of, remove, write_text
+
+# ---------------------------------------------------------------- settings and sources
+LOCKS = {}  # path -> open file
+HEARTBEAT = 20  # seconds
+ROUNDING = "sample_batch score_batch micro_batch recompute resume_every".split()  # these change no more
 
 
+def note_of(path):
+    """The file that says how `path`, a folder or a JSONL file, came about."""
+    path = Path(path)
+    return path.with_name(path.name + ".run.json") if path.suffix == ".jsonl" else path / "run.json"
+
+
+def claim(path, options, file=False, **more):
+    """Note down which settings and sources `path` belongs to; others are refused, with the differences.
+
+    file: whether `path` is a JSONL file, else it is a folder. A run may go on with other batch sizes and with
+    more rounds.
+    """
+    path, note = Path(path), note_of(path)
+    if (path.suffix == ".jsonl") != file:
+        raise Problem(f"--out {path}: " + ("a file is written; its name must end in .jsonl" if file else
+                                           "a folder is written; its name must not end in .jsonl"))
+    if rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock(path)
+        new = {"settings": {k: v for k, v in asdict(options).items() if k != "out"}, **more,
+               "versions": versions(), "sources": sources()}
+        files = [path, parts_of(path)] if file else path.glob("[!.]*")
+        results = [p for p in files if p.exists() and p.name not in (note.name, "metrics.jsonl")]
+        if results and not note.exists():
+            raise Problem(f"{path} exists and was not written by this command; choose another --out")
+        if results:  # without them, it is of a failed start
+            old = read_note(note)
+            check_same(path, old, new)
+            new |= {key: value for key, value in old.items() if value}
+            new["settings"] |= {"rounds": options.rounds} if hasattr(options, "rounds") else {}
+        text = json.dumps(new, indent=1) + "\n"
+        if not note.exists() or note.read_text() != text:
+            write_text(note, text)
+    barrier()
+
+
+def lock(path):
+    """Hold `path` until this process ends, however it ends; another process that holds it is a Problem."""
+    path = path.resolve()
+    file = path.with_name(f".{path.name}.lock")
+    quiet_for = time.time() - file.stat().st_mtime if file.exists() else math.inf
+    try:
+        LOCKS[path] = open(file, "a")  # closing it would let go
+        fcntl.lockf(LOCKS[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Problem(f"{path} is in use by another process; wait, or choose another --out") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            return  # it can't be written: the next line will say so
+        if quiet_for < 3 * HEARTBEAT:
+            raise Problem(f"{path} is in use by another process, or was {quiet_for:.0f} seconds ago; wait "
+                          f"{3 * HEARTBEAT} seconds, or choose another --out") from None
+        threading.Thread(target=beat, args=[file], daemon=True).start()
+
+
+def beat(file):
+    """Where a file system has no locks, the time of the file says that its process lives."""
+    while True:
+        file.touch()
+        time.sleep(HEARTBEAT)
+
+
+def read_note(note):
+    try:
+        value = json.loads(note.read_text())
+        return {**value, "settings": {**value["settings"]}, "sources": {**(value.get("sources") or {})}}
+    except (OSError, ValueError, LookupError, TypeError):
+        raise Problem(f"{note} is damaged; choose another --out") from None
+
+
+def check_same(path, old, new):
+    """Refuse to go on with a run that has other settings or was made by other code."""
+    def differences(key):
+        theirs, ours = old[key], new[key]
+        return {k: (theirs.get(k), ours.get(k)) for k in {**theirs, **ours} if theirs.get(k) != ours.get(k)}
+    changed = [f"{k}: {there!r} there, {now!r} now" for k, (there, now) in differences("settings").items()
+               if k not in ROUNDING and not (k == "rounds" and there < now)]
+    files = differences("sources") if old["sources"] else ()
+    if files:
+        raise Problem(f"{path} was made by other code, {', '.join(files)} changed since; choose another "
+                      f"--out (to go on all the same, take \"sources\" out of {note_of(path)})")
+    if changed:
+        raise Problem(f"{path} belongs to another run; choose another --out ({'; '.join(changed)})")
+
+
+def sources():
+    """{file: digest} of the project's modules in use and of the script, without those that only look."""
+    home = Path(__file__).resolve().parent
+    files = {Path(m.__file__).resolve() for m in [*sys.modules.values()] if getattr(m, "__file__", None)}
+    ours = {os.path.relpath(f, home): f for f in files if f.is_file() and (
+        f.parent in (home, home / "variants") or f == Path(sys.argv[0]).resolve())}
+    return {name: hashlib.sha256(ours[name].read_bytes()).hexdigest()[:16] for name in sorted(ours)}
+
+
+def versions():
+    names = {"python": sys.version.split()[0], "torch": torch.__version__,
+             "transformers": transformers.__version__, "numpy": np.__version__,
+             "processes": world(), "device": str(device())}
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], text=True,
+                         cwd=Path(__file__).parent, capture_output=True) if shutil.which("git") else None
+    return {**names, "commit": git.stdout.strip() if git and git.returncode == 0 else None}
+
+
+# ---------------------------------------------------------------- results
 def due(out, path, *made_from):
     """Whether the result `path` of a phase is still to be made. One that is older than what it was made from
     is a Problem.

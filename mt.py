@@ -287,8 +287,8 @@ def main(options=Options, **defaults):  # for variants: a subclass with flags of
                 **(toy.build(o.seed) if embedded else {}))
     o = replace(o, policy=models.local_folder(o.policy), rm=models.local_folder(o.rm))
     models.check_reward(o.rm)
-    run.claim(o.out, o, templates={side: load_tokenizer(getattr(o, side)).chat_template
-                                   for side in ("policy", "rm")})
+    manifest.claim(o.out, o, templates={side: load_tokenizer(getattr(o, side)).chat_template
+                                        for side in ("policy", "rm")})
     mutual_taught(o)
     if embedded:
         gold.measure(o)

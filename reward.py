@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
+import manifest
 import models
 import run
 import training
@@ -166,7 +167,7 @@ def main():
         return score_file(folder, o)
     pairs = data.read_pairs(o.pairs)
     test = readable(folder, data.read_pairs(o.test), o.max_length) if o.test else []
-    run.claim(out, o)
+    manifest.claim(out, o)
     if not run.exists(out / "config.json"):
         models.save(train(
             folder, pairs, lr=o.lr, batch=o.batch, micro_batch=o.micro_batch, max_length=o.max_length,
@@ -182,7 +183,7 @@ def main():
 
 def score_file(folder, o):
     rows = data.read_samples(o.samples, "response")
-    run.claim(o.out, o, file=True)
+    manifest.claim(o.out, o, file=True)
     if not run.exists(o.out):
         score(folder, rows, o.out, o.micro_batch)
     say(f"{o.out} is complete")

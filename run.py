@@ -1,29 +1,24 @@
-"""A script's command line and errors, its run folder, its log, and work in blocks that survives a kill."""
+"""A script's command line and errors, files that are whole or not there, the log, and work in blocks."""
 import argparse
-import fcntl
 import gc
-import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, field
+from dataclasses import MISSING, field
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import transformers
 from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from data import Problem, first_line, read_jsonl, write_jsonl
-from parallel import barrier, device, from_rank0, rank, start, world
+from parallel import barrier, from_rank0, rank, start, world
 from rows import check_flag
 
 
@@ -41,13 +36,13 @@ def launch(main, **arguments):
     except (Problem, OSError, SafetensorError, torch.cuda.OutOfMemoryError) as error:
         if rank() > 0:
             time.sleep(3)  # most problems are everybody's: rank 0 has spoken, and torchrun ends the others
-        if "o space left" in str(error):
-            error = f"{error}; make room and run the same command again: what is finished stays"
-        elif isinstance(error, OSError) and error.filename:
+        if isinstance(error, OSError) and error.filename:
             error = f"{error.filename}: {error.strerror}"
         elif isinstance(error, torch.cuda.OutOfMemoryError):
             error = ("out of GPU memory; run the same command with a smaller --sample_batch, --score_batch "
                      f"or --micro_batch ({first_line(error)})")
+        if any(words in str(error) for words in ("o space left", "quota exceeded")):
+            error = f"{error}; make room and run the same command again: what is finished stays"
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
         os._exit(2)  # no waiting for processes that are inside a collective
     except KeyboardInterrupt:
@@ -151,100 +146,7 @@ def remove_all(*paths):
     barrier()
 
 
-# ---------------------------------------------------------------- what a result belongs to
-LOCKS = {}  # path -> open file
-ROUNDING = "sample_batch score_batch micro_batch recompute resume_every".split()  # these change no more
-
-
-def note_of(path):
-    """The file that says how `path`, a folder or a JSONL file, came about."""
-    path = Path(path)
-    return path.with_name(path.name + ".run.json") if path.suffix == ".jsonl" else path / "run.json"
-
-
-def claim(path, options, file=False, **more):
-    """Note down which settings and sources `path` belongs to; others are refused, with the differences.
-
-    file: whether `path` is a JSONL file, else it is a folder. A run may go on with other batch sizes and with
-    more rounds.
-    """
-    path, note = Path(path), note_of(path)
-    if (path.suffix == ".jsonl") != file:
-        raise Problem(f"--out {path}: " + ("a file is written; its name must end in .jsonl" if file else
-                                           "a folder is written; its name must not end in .jsonl"))
-    if rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock(path)
-        new = {"settings": {k: v for k, v in asdict(options).items() if k != "out"}, **more,
-               "versions": versions(), "sources": sources()}
-        files = [path, parts_of(path)] if file else path.glob("[!.]*")
-        results = [p for p in files if p.exists() and p.name not in (note.name, "metrics.jsonl")]
-        if results and not note.exists():
-            raise Problem(f"{path} exists and was not written by this command; choose another --out")
-        if results:  # without them, it is of a failed start
-            old = read_note(note)
-            check_same(path, old, new)
-            new |= {key: value for key, value in old.items() if value}
-            new["settings"] |= {"rounds": options.rounds} if hasattr(options, "rounds") else {}
-        text = json.dumps(new, indent=1) + "\n"
-        if not note.exists() or note.read_text() != text:
-            write_text(note, text)
-    barrier()
-
-
-def lock(path):
-    """Hold `path` until this process ends, however it ends; another process that holds it is a Problem."""
-    path = path.resolve()
-    try:
-        LOCKS[path] = open(path.with_name(f".{path.name}.lock"), "w")  # closing it would let go
-        fcntl.lockf(LOCKS[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise Problem(f"{path} is in use by another process; wait, or choose another --out") from None
-    except OSError:
-        pass  # this file system knows no locks, or can't be written: the next line will say so
-
-
-def read_note(note):
-    try:
-        value = json.loads(note.read_text())
-        return {**value, "settings": {**value["settings"]}, "sources": {**(value.get("sources") or {})}}
-    except (OSError, ValueError, LookupError, TypeError):
-        raise Problem(f"{note} is damaged; choose another --out") from None
-
-
-def check_same(path, old, new):
-    """Refuse to go on with a run that has other settings or was made by other code."""
-    def differences(key):
-        theirs, ours = old[key], new[key]
-        return {k: (theirs.get(k), ours.get(k)) for k in {**theirs, **ours} if theirs.get(k) != ours.get(k)}
-    changed = [f"{k}: {there!r} there, {now!r} now" for k, (there, now) in differences("settings").items()
-               if k not in ROUNDING and not (k == "rounds" and there < now)]
-    files = differences("sources") if old["sources"] else ()
-    if files:
-        raise Problem(f"{path} was made by other code, {', '.join(files)} changed since; choose another "
-                      f"--out (to go on all the same, take \"sources\" out of {note_of(path)})")
-    if changed:
-        raise Problem(f"{path} belongs to another run; choose another --out ({'; '.join(changed)})")
-
-
-def sources():
-    """{file: digest} of the project's modules in use and of the script, without those that only look."""
-    home = Path(__file__).resolve().parent
-    files = {Path(m.__file__).resolve() for m in [*sys.modules.values()] if getattr(m, "__file__", None)}
-    ours = {os.path.relpath(f, home): f for f in files if f.is_file() and (
-        f.parent in (home, home / "variants") or f == Path(sys.argv[0]).resolve())}
-    return {name: hashlib.sha256(ours[name].read_bytes()).hexdigest()[:16] for name in sorted(ours)}
-
-
-def versions():
-    names = {"python": sys.version.split()[0], "torch": torch.__version__,
-             "transformers": transformers.__version__, "numpy": np.__version__,
-             "processes": world(), "device": str(device())}
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], text=True,
-                         cwd=Path(__file__).parent, capture_output=True) if shutil.which("git") else None
-    return {**names, "commit": git.stdout.strip() if git and git.returncode == 0 else None}
-
-
+# ---------------------------------------------------------------- log, and work in blocks
 def phase_of(line):
     """The phase of a log line; None if a kill or a full disk has cut it."""
     try:

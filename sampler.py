@@ -23,6 +23,7 @@ import torch
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+import manifest
 import models
 import packing
 import run
@@ -246,7 +247,7 @@ def main():
     o = run.parse(Options)
     folder = models.local_folder(o.model)
     prompts, repeats = read_prompts(o.prompts)
-    run.claim(o.out, o, file=True)
+    manifest.claim(o.out, o, file=True)
     if not run.exists(o.out):
         say(f"{len(prompts)} prompts ({repeats} repeated ones left out), {o.samples} responses each")
         sample(folder, prompts, o.out, samples=o.samples, temperature=o.temperature, top_p=o.top_p,

@@ -36,6 +36,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+import manifest
 import models
 import reward
 import run
@@ -214,7 +215,8 @@ def build(seed):
     """The base policy, base RM and prompts of a seed, made on first use: {policy, rm, prompts}, as mt.py's
     options. Another process does it, with one thread: they don't depend on how many processes the run has."""
     torch.set_num_threads(1)  # the models are too small for more, and several threads may round differently
-    made_by = {name: digest for name, digest in run.sources().items() if name.removesuffix(".py") in SOURCES}
+    made_by = {name: digest for name, digest in manifest.sources().items()
+               if name.removesuffix(".py") in SOURCES}
     version = hashlib.sha256(f"{made_by} {torch.__version__} {transformers.__version__}".encode())
     folder = Path("runs") / "toy-base" / f"seed{seed}-{version.hexdigest()[:8]}"
     if not run.exists(folder / "rm" / "config.json"):

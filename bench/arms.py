@@ -19,8 +19,8 @@ sys.path.insert(0, str(HOME))
 import toy  # noqa: E402
 from data import read_jsonl, write_jsonl  # noqa: E402
 from evals import gold  # noqa: E402
+from manifest import claim  # noqa: E402
 from mt import Options  # noqa: E402
-from run import claim  # noqa: E402
 
 ROUNDS = 3
 ARMS = {

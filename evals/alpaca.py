@@ -17,9 +17,10 @@ import numpy as np
 
 from data import Problem, check_prompt, read_jsonl, read_rows
 from evals.stats import JSON, bootstrap, need, publish, standard_error
+from manifest import claim
 from models import local_folder
 from parallel import say
-from run import claim, exists, write_json
+from run import exists, write_json
 from sampler import sample
 
 # where the files are published

@@ -426,7 +426,7 @@ def test_ordinary_text_never_goes_the_careful_way(tokenizer, monkeypatch):
 # ---------------------------------------------------------------- paths and secrets
 def test_a_selection_cannot_move_a_folder_from_elsewhere_into_the_run(here, monkeypatch):
     o = run.parse(mt.Options, COMMANDS["mt"][1].split())
-    run.claim(o.out, o)
+    manifest.claim(o.out, o)
     Path("victim").mkdir()
     (Path("out") / "e1" / "checkpoints").mkdir(parents=True)
     for name in ("scored_samples", "make_pairs"):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import filter as filter_script
+import manifest
 import mt
 import reward
 import run
@@ -88,7 +89,7 @@ def test_the_split_depends_on_the_seed_and_nothing_else(words, here, undisturbed
     def split(seed, name):
         o = run.parse(mt.Options, words(seed=seed))
         o = replace(o, out=here / name)
-        run.claim(o.out, o)
+        manifest.claim(o.out, o)
         mt.split(o)
         return [prompts_of(here / name / "prompts" / f"{part}.jsonl") for part in PARTS]
     assert split(0, "a") == [prompts_of(undisturbed / "prompts" / f"{part}.jsonl") for part in PARTS]
@@ -504,7 +505,7 @@ def test_a_damaged_note_is_a_problem(call, words, copy):
 # ---------------------------------------------------------------- steps that can be replaced
 def test_a_judge_scores_in_the_place_of_the_reward_model(words, here, prompts):
     o = run.parse(mt.Options, words(select_prompts=0))
-    run.claim(o.out, o)
+    manifest.claim(o.out, o)
     subset = mt.split(o)[0]
 
     def judge(rm, samples, path, score_batch):

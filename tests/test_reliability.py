@@ -2,6 +2,7 @@
 
 Nothing lost, nothing wrong in silence: kills, damaged files, full disks, two runs at once.
 """
+import errno
 import json
 import os
 import shutil
@@ -63,6 +64,19 @@ def test_killed_again_and_again_a_run_ends_as_an_undisturbed_one(processes, time
     assert "not one byte different" in done.stdout
 
 
+def test_ctrl_c_ends_a_run_in_silence_and_the_same_command_goes_on(words, finished, tmp_path):
+    command = [sys.executable, ROOT / "mt.py", *words]
+    first = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "round1" / "e1" / "pairs.jsonl").exists():
+        assert first.poll() is None
+        time.sleep(0.01)
+    first.send_signal(signal.SIGINT)
+    assert first.wait() == 130 and "Traceback" not in first.stderr.read()
+    assert not (tmp_path / "run" / "report.html").exists()
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    assert contents(tmp_path / "run") == contents(finished)
+
+
 def test_torchrun_goes_on_by_itself_after_a_worker_was_killed(words, finished, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1",
                "--max-restarts", "3", ROOT / "mt.py", *words]
@@ -82,8 +96,8 @@ def test_torchrun_goes_on_by_itself_after_a_worker_was_killed(words, finished, t
 
 # ---------------------------------------------------------------- two at once
 def test_a_folder_in_use_is_refused_in_a_line_and_free_again_after_a_kill(tmp_path):
-    code = ("import sys, time, dataclasses; sys.path.insert(0, sys.argv[1]); import run\n"
-            "run.claim(sys.argv[2], dataclasses.make_dataclass('O', ['a'])(1))\n"
+    code = ("import sys, time, dataclasses; sys.path.insert(0, sys.argv[1]); import manifest\n"
+            "manifest.claim(sys.argv[2], dataclasses.make_dataclass('O', ['a'])(1))\n"
             "print('claimed', flush=True); time.sleep(float(sys.argv[3]))")
 
     def claim(seconds):
@@ -97,6 +111,22 @@ def test_a_folder_in_use_is_refused_in_a_line_and_free_again_after_a_kill(tmp_pa
     first.wait()
     third = claim(0)
     assert third.wait() == 0
+
+
+def test_where_there_are_no_locks_a_heartbeat_tells_of_another_process(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    file = tmp_path / ".run.lock"
+    monkeypatch.setattr(manifest.fcntl, "lockf", no_locks)
+    monkeypatch.setattr(manifest, "HEARTBEAT", 0.3)
+    manifest.lock(tmp_path / "run")
+    time.sleep(1.2)  # longer than what a dead process is waited for
+    with pytest.raises(Problem, match="in use by another process, or was 0 seconds ago; wait 0.* seconds"):
+        manifest.lock(tmp_path / "run")
+    monkeypatch.setattr(manifest, "beat", lambda file: None)  # from here on, nobody is alive
+    os.utime(file, (0, 0))
+    manifest.lock(tmp_path / "run")
 
 
 # ---------------------------------------------------------------- damaged files
@@ -239,6 +269,16 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(
 
 def small_disk_again(disk, kilobytes):
     subprocess.run(["mount", "-o", f"remount,size={kilobytes}k", disk], check=True)
+
+
+@pytest.mark.parametrize("error", [
+    "OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), 'samples.jsonl')",
+    "safetensors.SafetensorError('I/O error: Disk quota exceeded (os error 122)')"])
+def test_a_quota_is_one_line(error):
+    code = f"import errno, os, run, safetensors\ndef main():\n raise {error}\nrun.launch(main)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "quota exceeded" in done.stderr and "; make room and run the same command again" in done.stderr
 
 
 def test_a_read_only_disk_is_one_line(words, small_disk, tmp_path):

@@ -19,12 +19,12 @@ from transformers import (
 )
 
 import dpo
+import manifest
 import models
 import mt
 import packing
 import parallel
 import reward
-import run
 import training
 from data import Problem, load_tokenizer, read_jsonl
 from packing import ResponseLogps, collate, pair_rows
@@ -289,7 +289,7 @@ def test_checkpoints_are_saved_every_so_many_steps_and_at_the_end(
         tiny, pairs, written, tmp_path, select, save_every, names):
     o = mt.Options(out=tmp_path, beta=0.1, policy_lr=1e-3, policy_batch=4, micro_batch=4, max_length=96,
                    select=select, save_every=save_every)
-    run.claim(o.out, o)
+    manifest.claim(o.out, o)
     made = mt.train_policy(o, tiny(), written("pairs.jsonl", pairs[:27]), tmp_path / "round1" / "checkpoints")
     assert [path.name for path in made] == names
     for path in made:
