@@ -49,16 +49,15 @@ from sampler import sample
 
 # options of mt.py that fit models of 0.1 M parameters
 SETTINGS = dict(
-    max_new_tokens=64, max_length=128, beta=0.1, policy_lr=1e-4, policy_batch=16, rm_lr=5e-4, rm_batch=16,
+    max_new_tokens=64, max_length=128, beta=0.1, policy_lr=4e-5, policy_batch=16, rm_lr=5e-4, rm_batch=16,
     save_every=13, select_prompts=300, sample_batch=256, score_batch=64, micro_batch=16)
 SOURCES = "toy data rows spelled models attention packing reward sampler training".split()  # for base models
-LOOP_PROMPTS, TEST_PROMPTS, LABELS, DEMONSTRATIONS = 2700, 300, 9000, 7000
+LOOP_PROMPTS, TEST_PROMPTS, LABELS, DEMONSTRATIONS = 2700, 300, 3000, 7000
 SHAPE = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4,
              initializer_range=0.08, max_position_embeddings=128)
 SFT = dict(lr=3e-3, batch=32, epochs=3)
 RM = dict(lr=1e-3, batch=16, micro_batch=16, epochs=4)
-# T, and nats per ten tokens: with this slope answers keep their length under a fixed RM (seeds 11, 12)
-LABEL_NOISE, LENGTH_SLOPE = 0.6, 1.0
+LABEL_NOISE = 0.6  # T
 
 # ---------------------------------------------------------------- the world
 # mood -> (adjectives, verbs); every word belongs to one mood only, so that a word's mood can be looked up
@@ -131,6 +130,7 @@ def is_line(sentence: list[str]) -> bool:
 def gold(prompt: str, response: str, finished: bool = True) -> float:
     """The judge: how well the response does what the prompt asks, at most GOLD_MAX, below 0 for a mess.
 
+    Of the lines that were asked for (a missing one earns nothing, and so does one too many):
     2 x share of adjectives and verbs in the mood + 2 x share of nouns on the topic (the invited guest fits)
     - 0.5 per line too many or too few, per repeated noun, per other sentence (each at most 4 times)
     + 0.5 ends with `the end .` + 0.5 greets the right reader (or nobody, if none is named)
@@ -145,10 +145,11 @@ def gold(prompt: str, response: str, finished: bool = True) -> float:
     lines = [sentence for sentence in body if is_line(sentence)]
     nouns = [noun for _, noun, _ in lines]
 
-    moods = sum((ADJECTIVE_MOOD[a] == wish["mood"]) + (VERB_MOOD[v] == wish["mood"]) for a, _, v in lines)
-    topics = sum(noun == wish["guest"] or NOUN_TOPIC.get(noun) == wish["topic"] for noun in nouns)
+    counted = lines[:wish["lines"]]
+    moods = sum((ADJECTIVE_MOOD[a] == wish["mood"]) + (VERB_MOOD[v] == wish["mood"]) for a, _, v in counted)
+    topics = sum(n == wish["guest"] or NOUN_TOPIC.get(n) == wish["topic"] for _, n, _ in counted)
     faults = (abs(len(lines) - wish["lines"]), len(nouns) - len(set(nouns)), len(body) - len(lines))
-    score = (2 * moods / (2 * len(lines)) + 2 * topics / len(lines)) if lines else 0.0
+    score = (moods + 2 * topics) / wish["lines"]
     score -= 0.5 * sum(min(fault, 4) for fault in faults)
     score += 0.5 * (ends and not broken_off)
     score += 0.5 * (greets == ([[wish["reader"]]] if wish["reader"] else []))
@@ -202,8 +203,7 @@ def tokenizer():
 
 
 def parts(seed):
-    """The world's prompts, shuffled and cut: `loop` (subsets and D_MS), `test`, and those of the base models.
-    These three share no prompt; demonstrations and labels share some with each other."""
+    """The world's prompts, shuffled and cut: `loop` (subsets and D_MS), `test`, and those of the base models."""
     prompts = all_prompts()
     random.Random(seed).shuffle(prompts)
     rest = prompts[LOOP_PROMPTS + TEST_PROMPTS:]
@@ -254,18 +254,14 @@ def write_demonstrator(prompts, seed, folder, log):
 
 
 def write_preferences(policy, prompts, seed, path):
-    """Pairs of π_0's answers with a noisy label:
-    P(a ≻ b) = σ((gold(a) − gold(b)) / T + slope · (tokens(a) − tokens(b)) / 10).
-
-    The preference for length balances the E-step's choice of short answers; without it they collapse.
-    """
+    """Pairs of π_0's answers with a noisy label: P(a ≻ b) = σ((gold(a) − gold(b)) / T)."""
     rng, samples = random.Random(seed), path.with_name("answers.jsonl")
     sample(str(policy), prompts, samples, samples=2, temperature=0.8, top_p=0.95,
            max_new_tokens=SETTINGS["max_new_tokens"], seed=f"{seed}/labels", rows=256)
     rows, pairs = read_jsonl(samples), []
     for a, b in zip(rows[::2], rows[1::2]):
         if a["response"] != b["response"]:
-            z = (gold_of(a) - gold_of(b)) / LABEL_NOISE + LENGTH_SLOPE * (a["tokens"] - b["tokens"]) / 10
+            z = (gold_of(a) - gold_of(b)) / LABEL_NOISE
             chosen, rejected = (a, b) if rng.random() < 1 / (1 + math.exp(-z)) else (b, a)
             pairs.append({"prompt": a["prompt"], "chosen": chosen["response"],
                           "rejected": rejected["response"]})

@@ -29,10 +29,10 @@ PERFECT = "dear sister . grey waves weep . lonely dogs sigh . broken sails fade 
     (FARM, "dear sister . merry cows dance . jolly pigs sing . the end .", GOLD_MAX - 0.5),  # whom?
     (SEA, PERFECT.removesuffix(" the end ."), GOLD_MAX - 0.5),                 # no ending
     (SEA, PERFECT.replace("sails", "waves"), GOLD_MAX - 0.5),                  # a noun twice
-    (SEA, PERFECT.replace("broken sails fade . ", ""), GOLD_MAX - 0.5),        # a line too few
-    (SEA, PERFECT.replace("the end", "weary gulls sob . the end"), GOLD_MAX - 0.5),
+    (SEA, PERFECT.replace("broken sails fade . ", ""), GOLD_MAX - 4 / 3 - 0.5),  # a line too few
+    (SEA, PERFECT.replace("the end", "weary gulls sob . the end"), GOLD_MAX - 0.5),        # one too many
     (SEA, PERFECT.replace("the end", "well you know . the end"), GOLD_MAX - 0.5),      # rambling
-    (SEA, PERFECT.replace("lonely", "lonely lonely"), GOLD_MAX - 1.5),     # no line, so no guest
+    (SEA, PERFECT.replace("lonely", "lonely lonely"), GOLD_MAX - 4 / 3 - 1.5),  # no line, so no guest
     (SEA, PERFECT + " grey", GOLD_MAX - 1),                                    # broken off after the ending
     (SEA, "", -1.5),
     (SEA, "and so on . " * 20, -3.5),                                          # at most four of a fault
@@ -49,7 +49,7 @@ def test_prompts_are_all_different_and_those_of_loop_test_and_base_models_are_ap
     everything = toy.all_prompts()
     assert len(set(everything)) == len(everything)
     cut, other = toy.parts(0), toy.parts(1)
-    groups = [cut["loop"], cut["test"], {*cut["labels"], *cut["demonstrations"]}]
+    groups = [*cut.values()]
     assert len(set().union(*groups)) == sum(map(len, groups)) and set().union(*groups) <= set(everything)
     assert all(len(set(part)) == len(part) > 0 for part in cut.values())
     assert cut == toy.parts(0) and cut["loop"] != other["loop"]
