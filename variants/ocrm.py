@@ -1,0 +1,67 @@
+"""OCRM (arXiv 2507.15507): labelled pairs, weighted by how much likelier the new policy writes them.
+
+    torchrun -m variants.ocrm --rounds 3
+    torchrun -m variants.ocrm --policy … --rm … --prompts … --anchor labels.jsonl
+
+w = exp(η[ρ(y_w) + ρ(y_l)]), ρ(y) = log π_new(y|x) − log(α π_new(y|x) + (1 − α) π_0(y|x)). The base policy π_0
+stands for whoever wrote the labelled answers. They alone train the RM: the M-step's comparisons are but a
+record. The paper's RM starts from the policy, with a fresh head; here, as in all M-steps, from the base RM,
+which has learnt these labels before, unweighted.
+"""
+import numpy as np
+import torch
+
+import manifest
+import models
+import mt
+import run
+from data import load_tokenizer, read_jsonl
+from packing import ResponseLogps, collate, pair_rows
+from parallel import device, replicate
+from variants import anchored
+
+ALPHA, ETA = 0.1, 0.01
+
+
+class Options(anchored.Options):  # so that --help shows this file's head
+    pass
+
+
+def pair_weights(new_logps, base_logps):
+    """Log-probabilities of chosen and rejected answers, (N, 2) and (N, 2) -> weights (N,)."""
+    rho = new_logps - np.logaddexp(np.log(ALPHA) + new_logps, np.log(1 - ALPHA) + base_logps)
+    return np.exp(ETA * rho.sum(1))
+
+
+def write_logps(o, pairs, policies, path):
+    """The pairs that are short enough, with `logps`: of each policy (log π(chosen), log π(rejected))."""
+    rows, kept = pair_rows(load_tokenizer(policies[0]), pairs, o.max_length, unfinished=True)
+    loaded = [ResponseLogps(replicate(models.load_policy(folder))) for folder in policies]
+
+    def work(block):
+        for at in range(0, len(block), o.micro_batch):
+            some = block[at:at + o.micro_batch]
+            packed = collate([row for row, _ in some], device())
+            with torch.inference_mode():
+                logps = torch.stack([policy(packed).view(-1, 2) for policy in loaded], dim=1).tolist()
+            yield from (pair | {"logps": values} for (_, pair), values in zip(some, logps))
+
+    run.in_blocks(list(zip(rows, kept)), 64, path, work, "log-probabilities")
+
+
+def mix_weighted(o, comparisons, ranked, old_policy, path):
+    read = path.with_name("logps.jsonl")
+    if manifest.due(o.out, read, comparisons):
+        new_policy = read_jsonl(comparisons)[0]["new_policy"]
+        write_logps(o, anchored.labels(o), [new_policy, o.policy], read)
+    if manifest.due(o.out, path, manifest.done(o.out, read)):
+        rows = read_jsonl(read)
+        weights = pair_weights(*np.array([row.pop("logps") for row in rows]).swapaxes(0, 1))
+        run.write_rows(path, [row | {"weight": row.get("weight", 1.0) * weight}
+                              for row, weight in zip(rows, weights.tolist())])
+    return manifest.done(o.out, path)
+
+
+if __name__ == "__main__":
+    mt.mix, mt.mutual_taught = mix_weighted, anchored.with_labels
+    run.launch(mt.main, options=Options)
