@@ -1,0 +1,99 @@
+"""An ensemble of reward models, believed as far as its members agree (arXiv 2310.02743).
+
+    torchrun -m variants.ensemble --rounds 3
+    torchrun -m variants.ensemble --policy … --rm RM --others RM2 RM3 --prompts …
+
+r = mean_k r_k − λ · std_k r_k, or min_k r_k, in the E-step, in model selection and in the M-step's filter.
+The paper subtracts λ · variance, which has another unit than a reward. An M-step trains each member from its
+own base RM, in a data order of its own. The embedded task's base RMs learn the same labels by different
+seeds, as the paper's do; else --others names them. Bradley-Terry leaves open where a reward's zero lies: here
+it is a member's mean reward for the first samples that the ensemble judges (zeros.json). What shows one RM,
+such as OUT/rm and gold.jsonl, shows the first member.
+"""
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+import manifest
+import models
+import mt
+import reward
+import run
+import toy
+from data import Problem, read_json, read_jsonl, read_pairs
+from parallel import rank
+
+K = 3         # members, in the embedded task
+LAMBDA = 1.0  # None: the lowest reward
+mutual_taught, train_reward = mt.mutual_taught, mt.train_reward
+
+
+@dataclass
+class Options(mt.Options):
+    others: list[str] = field(default_factory=list, metadata={
+        "help": "the other members' base reward models: folders or hub ids"})
+
+
+def combine(rewards):
+    """(K, N) -> (N,)"""
+    return rewards.min(0) if LAMBDA is None else rewards.mean(0) - LAMBDA * rewards.std(0)
+
+
+def members(rm):
+    """The folders of an ensemble: rm, and beside it rm1, rm2, …"""
+    return [str(rm), *map(str, sorted(Path(rm).parent.glob("rm[1-9]*")))]
+
+
+def judge(rm, samples, path, score_batch):
+    """In the place of reward.score: `score` is what the members' rewards make together."""
+    files = [path.with_name(f"{path.stem}.{Path(member).name}.jsonl") for member in members(rm)]
+    for member, file in zip(members(rm), files):
+        if not run.exists(file):
+            reward.score(member, samples, file, score_batch)
+    rewards = np.array([[row["score"] for row in read_jsonl(file)] for file in files])
+    zeros = Path(rm).with_name("zeros.json")
+    if not run.exists(zeros):
+        run.write_json(zeros, {"zeros": rewards.mean(1).tolist()})
+    rewards -= np.array(read_json(zeros)["zeros"])[:, None]
+    run.write_rows(path, [row | {"score": score, "rm": str(rm), "members": each} for row, score, each in zip(
+        samples, combine(rewards).tolist(), rewards.T.tolist())])
+    run.remove_all(*files)
+
+
+def make_base(o):
+    """OUT/base/rm, rm1, …: links to --rm and --others, or RMs that learn the embedded task's labels."""
+    base, labels = Path(o.out) / "base", Path(o.rm).with_name("preferences.jsonl")
+    folders = [o.rm, *map(models.local_folder, o.others)]
+    if not (o.others or labels.exists()):
+        raise Problem("--rm is one reward model; --others names the other members")
+    if rank() == 0:
+        base.mkdir(exist_ok=True)
+    for k, folder in enumerate(folders):
+        models.check_reward(folder)
+        run.link(base / f"rm{k or ''}", folder)
+    for k in [] if o.others else range(1, K):  # as toy.py made the first
+        path = base / f"rm{k}"
+        if manifest.due(o.out, path):
+            with run.writing(path) as temporary:
+                models.save(reward.train(
+                    o.policy, read_pairs(labels), seed=o.seed + k, fresh_head=True, max_length=o.max_length,
+                    log=mt.log_of(o, path), **toy.RM), o.policy, temporary)
+        manifest.done(o.out, path)
+    return str(base / "rm")
+
+
+def train_members(o, preferences, path):
+    """Each from its own base RM; the first one last, for it ends the M-step."""
+    if not run.exists(path):
+        run.remove_all(path.with_name("zeros.json"))
+    for k, base in reversed([*enumerate(members(o.rm))]):
+        train_reward(replace(o, rm=base, seed=o.seed + k), preferences, path.with_name(Path(base).name))
+    return str(path)
+
+
+if __name__ == "__main__":
+    mt.mutual_taught, mt.train_reward = lambda o: mutual_taught(replace(o, rm=make_base(o))), train_members
+    mt.e_step, mt.m_step = partial(mt.e_step, judge=judge), partial(mt.m_step, judge=judge)
+    run.launch(mt.main, options=Options)
