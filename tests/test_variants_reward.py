@@ -142,7 +142,7 @@ def test_bsr_adds_the_square_of_the_batchs_mean_reward_in_value_and_in_gradient(
 
 def test_bsr_does_not_depend_on_the_micro_batch(tiny, pairs, monkeypatch):
     monkeypatch.setattr(bsr, "LAMBDA", 1.0)  # as large as the loss
-    monkeypatch.setattr(training, "optimise", bsr.with_bsr)
+    monkeypatch.setattr(training, "optimise", bsr.optimise_with_bsr)
 
     def losses(micro_batch, rows=pairs[:20]):  # batches of 8, 8 and 4
         lines = []
@@ -160,7 +160,11 @@ def test_bsr_does_not_depend_on_the_micro_batch(tiny, pairs, monkeypatch):
 
 
 def test_bsr_runs_and_two_processes_give_its_losses(variant):
-    same(*(variant("bsr", processes=processes) for processes in (1, 2)))
+    one, two = (variant("bsr", processes=processes) for processes in (1, 2))
+    same(one, two)
+    rows = [row for row in read_jsonl(one / "metrics.jsonl") if "bsr" in row]
+    assert len(rows) == len(rm_losses(one))
+    assert rows[0]["bsr"] == pytest.approx(1e-3 * 8 * rows[0]["mean_reward"]**2, rel=1e-4)  # 8 pairs
 
 
 # ---------------------------------------------------------------- RRM

@@ -27,7 +27,7 @@ def bsr_losses(losses, mean_rewards, total, count):
     return losses + LAMBDA * count * (2 * m * mean_rewards - m**2)
 
 
-def with_bsr(model, steps, loss, **settings):
+def optimise_with_bsr(model, steps, loss, **settings):
     if "first_loss" in settings:  # the policy's DPO, which shares the loop
         return optimise(model, steps, loss, **settings)
     begins, batch = {tuple(step[0].numbers): step for step in steps}, {}
@@ -42,11 +42,12 @@ def with_bsr(model, steps, loss, **settings):
         if tuple(numbers) in begins:
             batch.update(look_at(begins[tuple(numbers)]))
         losses, metrics = loss(numbers)
-        return bsr_losses(losses, metrics["mean_reward"], **batch), metrics
+        with_bsr = bsr_losses(losses, metrics["mean_reward"], **batch)
+        return with_bsr, {**metrics, "bsr": with_bsr - losses}
 
     return optimise(model, steps, regularised, **settings)
 
 
 if __name__ == "__main__":
-    training.optimise = with_bsr
+    training.optimise = optimise_with_bsr
     run.launch(mt.main)
