@@ -7,7 +7,7 @@ The reference is the policy itself before the first step: its log-probabilities 
 code, in the same precision and the same micro-batches. So the first loss is known, ln 2 for DPO, and the run
 stops when it is another. Twin of reward.py.
 
-Left out on purpose: a reference other than the start (another loss: replace `dpo_loss`, as variants/ do).
+Left out on purpose: other losses (replace `dpo_loss`, as variants/ do).
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,23 +41,20 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
 
 
 def train(folder, pairs, *, beta, lr, batch, micro_batch, max_length, epochs=1, seed=0, recompute=False,
-          resume=None, log):
-    """DPO from the policy in `folder`; `pairs` as read_pairs gives them, perhaps with a `weight`.
+          resume=None, reference=None, log):
+    """DPO from the policy in `folder`; `pairs` as read_pairs gives them, perhaps with a `weight`. reference:
+    the folder of another policy with the same tokenizer, to be the reference.
     After each step yields its number, how many there are, and the policy, to be saved or not."""
     rows, kept = pair_rows(load_tokenizer(folder), pairs, max_length, unfinished=True)
-    policy = models.load_policy(folder, training=True)
-    check_context(rows, policy, folder)
-    policy = shard(ResponseLogps(policy), recompute)
     steps = training.steps_of([len(row) for row in rows], batch, micro_batch, seed, epochs)
+    epoch = steps[:len(steps) // epochs]
+    other = reference and reference_logps(load(reference, rows), rows, epoch)
+    policy = load(folder, rows, recompute)
     weights = torch.tensor([pair.get("weight", 1.0) for pair in kept], device=device())
     say(f"DPO: {kept_of(len(kept), len(pairs))}, {len(steps)} steps of {batch}")
     mean_tokens = {f"{side}_tokens": sum(len(r.branches[i]) - r.starts[i] for r in rows) / len(rows)
                    for i, side in enumerate(("chosen", "rejected"))}
     log(pairs=len(kept), pairs_dropped=len(pairs) - len(kept), **mean_tokens)
-
-    def logps(numbers):
-        """(B, 2): of each pair's chosen and rejected answer, which `pair_rows` laid next to each other."""
-        return policy(collate([rows[i] for i in numbers], device())).view(-1, 2)
 
     def pair_loss(numbers, logps):
         some = [kept[i] for i in numbers]
@@ -65,28 +62,41 @@ def train(folder, pairs, *, beta, lr, batch, micro_batch, max_length, epochs=1, 
         return losses * weights[numbers], chosen, rejected
 
     def loss(numbers):
-        both = logps(numbers)
+        both = pair_logps(policy, rows, numbers)
         losses, chosen, rejected = pair_loss(numbers, both)
         return losses, {
             "rewards/chosen": chosen, "rewards/rejected": rejected,
             "rewards/accuracies": (chosen > rejected).float(), "rewards/margins": chosen - rejected,
             "logps/chosen": both[:, 0], "logps/rejected": both[:, 1]}
 
-    reference = reference_logps(logps, steps[:len(steps) // epochs], len(rows))
-    first_loss = training.mean(steps[0], lambda numbers: pair_loss(numbers, reference[numbers])[0])
+    start = reference_logps(policy, rows, epoch[:1] if reference else epoch)
+    reference = other if reference else start
+    first_loss = training.mean(steps[0], lambda numbers: pair_loss(numbers, start[numbers])[0])
     for number in training.optimise(
             policy, steps, loss, lr=lr, log=log, first_loss=first_loss, resume=resume,
             shown="margins {rewards/margins:+.4f}  accuracies {rewards/accuracies:.3f}  "):
         yield number, len(steps), policy
 
 
+def load(folder, rows, recompute=False):
+    """The policy in `folder` as a function from packed rows to log-probabilities, over all processes."""
+    policy = models.load_policy(folder, training=True)
+    check_context(rows, policy, folder)
+    return shard(ResponseLogps(policy), recompute)
+
+
+def pair_logps(policy, rows, numbers):
+    """(B, 2): of each pair's chosen and rejected answer, which `pair_rows` laid next to each other."""
+    return policy(collate([rows[i] for i in numbers], device())).view(-1, 2)
+
+
 @torch.no_grad()
-def reference_logps(logps, epoch, count):
-    """(count, 2): log-probabilities of all pairs' answers, in the micro-batches of the steps of an epoch."""
-    reference = torch.zeros(count, 2, device=device())
-    for step in tqdm(epoch, desc="reference", disable=quiet(), leave=False):
+def reference_logps(policy, rows, steps):
+    """(pairs, 2): log-probabilities of the answers in these steps, in their micro-batches."""
+    reference = torch.zeros(len(rows), 2, device=device())
+    for step in tqdm(steps, desc="reference", disable=quiet(), leave=False):
         for micro in step:
-            values = logps(micro.numbers)
+            values = pair_logps(policy, rows, micro.numbers)
             if micro.shares[0]:  # else it only fills up, and another process has the row
                 reference[micro.numbers] = values
     if world() > 1:
