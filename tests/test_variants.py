@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data import read_jsonl
-from variants import best_of_n, simpo
+from variants import online_dpo, simpo
 
 
 def test_simpo_compares_log_probabilities_per_token():
@@ -20,9 +20,9 @@ def test_simpo_compares_log_probabilities_per_token():
     assert losses.tolist() == pytest.approx(expected, rel=1e-6)
 
 
-def test_best_of_n_takes_the_highest_and_the_lowest():
-    assert best_of_n.best_and_worst([1.0, 5.0, 3.0, 0.5], [1, 9, 1, 1])[:2] == (1, 3)
-    assert best_of_n.best_and_worst([2.0, 2.0], [1, 2]) is None
+def test_online_dpo_takes_the_highest_and_the_lowest():
+    assert online_dpo.best_and_worst([1.0, 5.0, 3.0, 0.5], [1, 9, 1, 1])[:2] == (1, 3)
+    assert online_dpo.best_and_worst([2.0, 2.0], [1, 2]) is None
 
 
 def test_simpo_runs_and_two_processes_give_its_losses(variant):
@@ -34,8 +34,8 @@ def test_simpo_runs_and_two_processes_give_its_losses(variant):
     assert abs(first["loss"] - math.log(2)) > 0.01 and first["rewards/chosen"] != 0  # there is no reference
 
 
-def test_best_of_n_runs(variant):
-    out = variant("best_of_n")
+def test_online_dpo_runs(variant):
+    out = variant("online_dpo")
     pairs = read_jsonl(out / "round1" / "e2" / "pairs.jsonl")
     samples = {}
     for row in read_jsonl(out / "round1" / "e2" / "samples.jsonl"):

@@ -1,9 +1,11 @@
 """SimPO (arXiv 2405.14734, eq. 6): rewards are log-probabilities per token, with a margin, without reference.
 
-    torchrun -m variants.simpo --rounds 1
+    torchrun -m variants.simpo --rounds 3
 
 L = −log σ(β/|y_w| log π(y_w|x) − β/|y_l| log π(y_l|x) − γ), in the paper with β 2 to 2.5, γ 0.3 to 1.6.
 Lengths are in tokens of the policy, the stop token among them.
+
+Different from the source: pairs, M-steps and model selection are Mutual-Taught's.
 """
 import torch
 import torch.nn.functional as F
