@@ -3,9 +3,12 @@
     pytest                       # everything
     pytest tests/test_mt.py -k killed
 """
+import multiprocessing
 import os
 import random
+import runpy
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -140,18 +143,49 @@ def script(tmp_path_factory):
 
 @pytest.fixture
 def variant(tiny, written, prompts, tmp_path):
-    """variant("simpo", "--seed", 1, processes=2) -> the folder of a tiny run of a script in variants/."""
+    """variant("simpo", "--seed", 1, processes=2) -> the folder of a tiny run of a script in variants/.
+
+    By its command; several processes are forked from this one, which has imported everything: that takes a
+    fifth of the time. torchrun itself is in the tests of mt.py."""
     path = written("prompts.jsonl", [{"prompt": p} for p in prompts])
 
     def run(name, *words, processes=1):
         out = tmp_path / f"{name}{processes}"
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         words = ["--policy", tiny(), "--rm", tiny(reward=True), "--prompts", path, "--out", out, *FEW, *words]
-        done = subprocess.run([sys.executable, *(torchrun if processes > 1 else []), "-m", f"variants.{name}",
-                               *map(str, words)], cwd=ROOT, text=True, capture_output=True, env=os.environ)
-        assert done.returncode == 0, done.stderr
+        words = [*map(str, words)]
+        if processes == 1:
+            done = subprocess.run([sys.executable, "-m", f"variants.{name}", *words], cwd=ROOT, text=True,
+                                  capture_output=True, env=os.environ)
+            assert done.returncode == 0, done.stderr
+        else:
+            forked(f"variants.{name}", words, processes)
         return out
     return run
+
+
+def forked(module, words, processes):
+    """Run a module as a script in a group of forked processes, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def start(rank):
+        os.environ |= {name: str(value) for name, value in dict(
+            RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes,
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items()}
+        sys.argv = ["", *words]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+    fork = multiprocessing.get_context("fork")
+    group = [fork.Process(target=start, args=[rank]) for rank in range(processes)]
+    for process in group:
+        process.start()
+    for process in group:
+        process.join(120)
+    codes = [process.exitcode for process in group]
+    for process in group:
+        process.kill()
+    assert codes == [0] * processes
 
 
 @pytest.fixture(scope="session")
