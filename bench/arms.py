@@ -1,14 +1,19 @@
-"""The embedded task, arm by arm and seed by seed: the table in docs/results.md.
+"""The embedded task, arm by arm and seed by seed: the tables in docs/results.md.
 
     python bench/arms.py --seeds 1 2 3 4
+    python bench/arms.py --arms "fixed RM" "offline DPO" sppo rest_em --json docs/data/variants.jsonl
 
-Runs mt.py as it stands, two runs at a time with a thread each, into runs/arms/; runs that are there are not
-done again. An arm that has stopped keeps its last policy for the rounds that follow.
+An arm is mt.py with flags or a script in variants/, as it stands; two runs at a time with a thread each, into
+runs/arms/. Runs that are there are not done again. An arm that has stopped keeps its last policy for the
+rounds that follow. Seconds are wall time of a whole run, without the base models and with another run beside
+it; of one that was broken off, of its last attempt.
 """
 import argparse
+import json
 import os
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -21,6 +26,9 @@ from data import read_jsonl, write_jsonl  # noqa: E402
 from evals import gold  # noqa: E402
 from manifest import claim  # noqa: E402
 from mt import Options  # noqa: E402
+from manifest import claim  # noqa: E402
+from mt import Options  # noqa: E402
+from run import write_text  # noqa: E402
 
 ROUNDS = 3
 ARMS = {
@@ -31,25 +39,37 @@ ARMS = {
     "no filter": ["--filter", "false"],
     "offline DPO": None,
 }
+VARIANTS = sorted(path.stem for path in HOME.glob("variants/*.py"))
+COLUMNS = ("gold", "win_rate", "tokens", "accuracy_base", "accuracy_current", "seconds")
+BESIDE = ("fixed RM", "offline DPO")  # what gold is compared with, seed by seed
 
 
 def command(script, *words):
-    done = subprocess.run([sys.executable, str(HOME / script), *map(str, words)], capture_output=True,
-                          text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    """Run a script of this folder, or the module of that name."""
+    script = [str(HOME / script)] if script.endswith(".py") else ["-m", script]
+    path = os.pathsep.join([str(HOME), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run([sys.executable, *script, *map(str, words)], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path})
     if done.returncode:
         raise RuntimeError(done.stderr)
 
 
 def run(arm, seed):
-    """gold.jsonl's lines of an arm."""
+    """gold.jsonl's lines of an arm; the last one has the seconds that the whole run took."""
     out = Path("runs") / "arms" / f"{arm.replace(',', '').replace(' ', '-')}-seed{seed}"
+    seconds, began = out / "seconds.json", time.time()
     if not (out / "gold.jsonl").exists():
-        if ARMS[arm] is None:
+        if arm == "offline DPO":
             offline(out, seed)
         else:
-            command("mt.py", "--rounds", ROUNDS, "--seed", seed, "--out", out, *ARMS[arm])
+            command(f"variants.{arm}" if arm in VARIANTS else "mt.py", "--rounds", ROUNDS, "--seed", seed,
+                    "--out", out, *ARMS.get(arm, []))
+        write_text(seconds, json.dumps(time.time() - began))
     print(f"{out} is there", flush=True)
-    return read_jsonl(out / "gold.jsonl")
+    lines = read_jsonl(out / "gold.jsonl")
+    if seconds.exists():
+        lines[-1]["seconds"] = json.loads(seconds.read_text())
+    return lines
 
 
 def offline(out, seed):
@@ -76,25 +96,46 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4])
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=[*ARMS, *VARIANTS])
+    parser.add_argument("--json", help="where every run's lines go, as JSONL")
     o = parser.parse_args()
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(toy.build, o.seeds))
         jobs = {(arm, seed): pool.submit(run, arm, seed) for seed in o.seeds for arm in o.arms}
-    print("| arm | round | gold | win rate against base | tokens "
-          "| RM accuracy, base's answers | own answers |")
-    print("|---|---|---|---|---|---|---|")
-    for arm in o.arms:
-        lines = [jobs[arm, seed].result() for seed in o.seeds]
+    runs = {arm: [jobs[arm, seed].result() for seed in o.seeds] for arm in o.arms}
+    print("| arm | round | gold | win rate against base | tokens | RM accuracy, base's answers | own answers "
+          "| seconds |\n|---|---|---|---|---|---|---|---|")
+    for arm, lines in runs.items():
         for number in range(arm != o.arms[0], len(lines[0])):  # the base once
-            print(f"| {arm if number else ''} | {lines[0][number]['policy']} |" + "".join(
-                f" {mean_and_error([run[number][key] for run in lines])} |"
-                for key in ("gold", "win_rate", "tokens", "accuracy_base", "accuracy_current")))
+            values = ([run[number].get(column) for run in lines] for column in COLUMNS)
+            print(f"| {arm if number else ''} | {lines[0][number]['policy']} | "
+                  f"{' | '.join(map(mean_and_error, values))} |")
+    for other in BESIDE:
+        if other in runs:
+            differences(runs, other)
+    if o.json:
+        write_jsonl(o.json, [{"arm": arm, "seed": seed, **line} for arm, lines in runs.items()
+                             for seed, lines in zip(o.seeds, lines) for line in lines])
+
+
+def differences(runs, other):
+    """Print by how much each arm's gold is above another's, seed by seed."""
+    print(f"\n| gold above {other} |" + "".join(f" round {n} |" for n in range(1, ROUNDS + 1))
+          + f"\n|---|{'---|' * ROUNDS}")
+    for arm, lines in runs.items():
+        if arm != other:
+            above = [mean_and_error([line[n]["gold"] - beside[min(n, len(beside) - 1)]["gold"]
+                                     for line, beside in zip(lines, runs[other])])
+                     for n in range(1, len(lines[0]))]
+            print(f"| {arm} | {' | '.join(above)} |")
 
 
 def mean_and_error(values):
+    if None in values:
+        return ""
     error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
-    return f"{np.mean(values):.2f} ± {error:.2f}"
+    digits = 0 if np.mean(values) > 99 else 2
+    return f"{np.mean(values):.{digits}f} ± {error:.{digits}f}"
 
 
 if __name__ == "__main__":
