@@ -8,8 +8,11 @@ import math
 import pytest
 import torch
 
-from data import read_jsonl
+import training
+from data import encode_chat, load_tokenizer, read_jsonl
 from filter import win_rate
+from models import load_policy
+from packing import ResponseLogps, collate, pack
 from variants import ipo, online_dpo, rest_em, simpo, sppo
 
 # python tests/peers.py (trl 1.16.0): log-probabilities of chosen and rejected by policy and reference, their
@@ -77,14 +80,14 @@ def rows_of(*groups):
 
 
 @pytest.mark.parametrize("constants, kept", [
-    ({}, ["0.3", "0.0", "1.1"]),  # means 1.75 and 1; equal rewards give none
+    ({}, ["0.3", "0.0", "1.1"]),  # means 1.75, 1, and a hair below 1.4
     ({"MOST": 1}, ["0.3", "1.1"]),
     ({"THRESHOLD": 1}, ["0.3", "0.0", "0.1", "1.1", "2.0", "2.1", "2.2"]),  # a verifier's 1, reached
 ])
 def test_rest_em_keeps_the_best_samples(monkeypatch, constants, kept):
     for name, value in constants.items():
         monkeypatch.setattr(rest_em, name, value)
-    rows, without = rest_em.best_samples(rows_of([2.0, 1.0, 0.0, 4.0], [0.0, 2.0], [1.1, 1.1, 1.1]))
+    rows, without = rest_em.best_samples(rows_of([2.0, 1.0, 0.0, 4.0], [0.0, 2.0], [1.4, 1.4, 1.4]))
     assert [row["chosen"] for row in rows] == kept and without == 3 - len({row["prompt"] for row in rows})
     assert rows[0]["rejected"] == "0.2" and rows[0]["reason"].startswith("chosen: kept")
 
@@ -163,3 +166,11 @@ def test_rest_em_runs_from_the_base_and_against_it(runs):
         for name, rate in choice["win_rates"].items():
             after = read_jsonl(folder / f"select/{name}.jsonl")
             assert rate == win_rate(*([row["score"] for row in rows] for rows in (after, before)))
+    # the first loss of the second E-step is the base's mean over the tokens of a step's responses
+    rows, tokenizer = read_jsonl(out / "round1/e2/pairs.jsonl"), load_tokenizer(policy)
+    chats = [encode_chat(tokenizer, row["prompt"], row["chosen"], row["chosen_finished"]) for row in rows]
+    order = training.steps_of([len(chat.ids) for chat in chats], 4, 4, 0)[0][0].numbers
+    first = [chats[i] for i in order]
+    logps = ResponseLogps(load_policy(policy))(collate([pack([chat]) for chat in first]))
+    expected = -logps.sum().item() / sum(len(chat.ids) - chat.start for chat in first)
+    assert losses(out, "round1/e2")[0] == pytest.approx(expected, rel=1e-5)
