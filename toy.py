@@ -187,10 +187,11 @@ def demonstration(prompt: str, rng: random.Random) -> str:
 
 
 # ---------------------------------------------------------------- the base models
-def tokenizer():
-    """Word-level, with the template <bos> <user> the prompt's words <assistant> the answer's words <eos>."""
+def tokenizer(more=()):
+    """Word-level, with the template <bos> <user> the prompt's words <assistant> the answer's words <eos>.
+    more: words that a variant adds to the world's."""
     special = ["<pad>", "<bos>", "<eos>", "<user>", "<assistant>"]
-    vocabulary = {word: i for i, word in enumerate([*special, *words()])}
+    vocabulary = {word: i for i, word in enumerate([*special, *words(), *more])}
     model = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
     model.pre_tokenizer = WhitespaceSplit()
     template = ("{{ bos_token }}{% for m in messages %} <{{ m['role'] }}> {{ m['content'] }}"
@@ -211,37 +212,40 @@ def parts(seed):
             "labels": rest[:LABELS], "demonstrations": rest[-DEMONSTRATIONS:]}
 
 
-def build(seed):
-    """The base policy, base RM and prompts of a seed, made on first use: {policy, rm, prompts}, as mt.py's
-    options. Another process does it, with one thread: they don't depend on how many processes the run has."""
+def build(seed, script=__file__):
+    """The base policy, base RM and prompts of a seed, made on first use by `script`: {policy, rm, prompts},
+    mt.py's options. Another process does it, with one thread: they don't depend on how many a run has."""
     torch.set_num_threads(1)  # the models are too small for more, and several threads may round differently
-    made_by = {name: digest for name, digest in manifest.sources().items()
-               if name.removesuffix(".py") in SOURCES}
+    name, modules = Path(script).stem, manifest.sources().items()
+    made_by = {path: digest for path, digest in modules if Path(path).stem in (*SOURCES, name)}
     version = hashlib.sha256(f"{made_by} {torch.__version__} {transformers.__version__}".encode())
-    folder = Path("runs") / "toy-base" / f"seed{seed}-{version.hexdigest()[:8]}"
+    folder = Path("runs") / f"{name}-base" / f"seed{seed}-{version.hexdigest()[:8]}"
     if not run.exists(folder / "rm" / "config.json"):
         say(f"making the base models of the embedded task in {folder} (about a minute, once)")
         if rank() == 0:
             run.remove(folder)
             clean = {k: v for k, v in os.environ.items() if k not in (
                 "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-            command = [sys.executable, __file__, "--seed", str(seed), "--out", str(folder)]
-            if subprocess.run(command, env=clean | {"OMP_NUM_THREADS": "1"}).returncode:
+            command = [sys.executable, script, "--seed", str(seed), "--out", str(folder)]
+            one = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+            if subprocess.run(command, env=clean | one).returncode:
                 raise Problem("the base models could not be made; the reason stands above")
         barrier()
     return dict(policy=str(folder / "policy"), rm=str(folder / "rm"), prompts=str(folder / "prompts.jsonl"))
 
 
-def write_demonstrator(prompts, seed, folder, log):
-    """π_0: a small Llama trained on the mediocre writer's demonstrations, by the mean over tokens."""
+def write_demonstrator(prompts, seed, folder, log, more=(), more_words=()):
+    """π_0: a small Llama trained on the mediocre writer's demonstrations, by the mean over tokens.
+    more: (prompt, answer) of another skill, in the world's words and `more_words`."""
     torch.manual_seed(seed)
-    words, rng = tokenizer(), random.Random(seed)
+    words, rng = tokenizer(more_words), random.Random(seed)
     config = LlamaConfig(**SHAPE, vocab_size=len(words), pad_token_id=0, bos_token_id=1, eos_token_id=2)
     words.save_pretrained(folder)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="packed").eval()
     model.stored_dtype = torch.float32
     model = shard(ResponseLogps(model))
-    rows = [pack([encode_chat(words, prompt, demonstration(prompt, rng))]) for prompt in prompts]
+    chats = [*((prompt, demonstration(prompt, rng)) for prompt in prompts), *more]
+    rows = [pack([encode_chat(words, *chat)]) for chat in chats]
     tokens = [len(row.branches[0]) - row.starts[0] for row in rows]
     steps = training.steps_of([len(r) for r in rows], SFT["batch"], SFT["batch"], seed, SFT["epochs"], tokens)
 
