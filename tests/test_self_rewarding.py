@@ -1,0 +1,242 @@
+"""pytest tests/test_self_rewarding.py
+
+Self- and Meta-Rewarding: what is chosen, what can be read and what is dropped, by hand; the commands, run
+tiny with a policy that has learnt to answer their questions.
+"""
+import math
+import os
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+from conftest import FEW, ROOT
+
+import toy
+from data import by_prompt, read_jsonl, write_jsonl
+from variants import meta_rewarding, self_rewarding, toy_judge
+
+
+# ---------------------------------------------------------------- by hand
+@pytest.mark.parametrize("scores, lengths, rho, pair", [
+    ([5, 4, 1], [9, 5, 1], 0.25, (1, 2)),      # 4 ≥ .75 · 5 + .25 · 1: the shorter of the two above
+    ([5, 3.9, 1], [9, 5, 1], 0.25, (0, 2)),    # just below
+    ([5, 4, 1], [9, 5, 1], 0, (0, 2)),         # the highest
+    ([5, 5, 1, 1], [9, 9, 7, 3], 0, (0, 2)),   # ties: the earlier, on both sides
+    ([4, 5, 1], [6, 6, 2], 0.25, (1, 2)),      # equally short: the higher
+    ([3, 3, 3], [1, 2, 3], 0.25, None),
+])
+def test_the_shortest_near_the_highest_is_chosen_the_lowest_rejected(scores, lengths, rho, pair, monkeypatch):
+    monkeypatch.setattr(self_rewarding, "RHO", rho)
+    choice = self_rewarding.choose_pair(scores, lengths)
+    assert (choice and choice[:2]) == pair
+
+
+@pytest.mark.parametrize("text, number", [
+    ("It says what was asked.\nScore: 4", 4), ("score 0", 0), ("**Score: 3**", 3), ("Final score: 2/5.", 2),
+    ("Score: 1 for the start, but\nScore: 5 ", 5),                   # the end counts
+    ("Score: 6", None), ("Score: 10", None), ("Score: 4.5", None), ("Score: 4/10", None), ("Score: -3", None),
+    ("Score: N", None), ("Score: four", None), ("Score: 4 or 5", None), ("4", None), ("", None),
+    ("Score: 4\nThat is my judgement.", None), ("underscore: 4", None), ("Score: ٣", None),
+])
+def test_a_judgement_ends_with_its_score_or_has_none(text, number):
+    assert self_rewarding.read(dict(response=text, finished=True), self_rewarding.SCORE) == number
+    assert self_rewarding.read(dict(response=text, finished=False), self_rewarding.SCORE) is None
+
+
+@pytest.mark.parametrize("text, number", [
+    ("The first counts wrongly.\nWinner: 2", 2), ("winner 1", 1), ("Winner: 3", None), ("Winner: 12", None),
+    ("Winner: 1 and 2", None), ("Winner: both", None)])
+def test_a_verdict_ends_with_the_winner_or_has_none(text, number):
+    assert self_rewarding.read(dict(response=text, finished=True), meta_rewarding.WINNER) == number
+
+
+def judgement(text, score):
+    return dict(prompt="judge", response=text, score=score, tokens=2, finished=True)
+
+
+def test_verdicts_that_change_with_the_order_decide_nothing():
+    a, b, c = rivals = [judgement("a", 1), judgement("b", 3), judgement("c", 5)]
+    verdicts = np.array([[0, -1, 1],    # a loses to b,
+                         [1, 0, 1],     # b wins; b and c: the first in either order;
+                         [-1, 1, 0]])   # a wins against c
+    pair, decided = meta_rewarding.contest(rivals, verdicts)
+    assert decided == 2
+    assert (pair["chosen"], pair["rejected"]) == ("b", "c")
+    assert (pair["chosen_score"], pair["rejected_score"], pair["prompt"]) == (3, 5, "judge")
+    one_unread = np.array([[0, 1], [0, 0]])
+    always_the_first = np.array([[0, 1], [1, 0]])
+    for nothing in one_unread, always_the_first:
+        assert meta_rewarding.contest([a, b], nothing) == (None, 0)
+    in_a_circle = np.array([[0, 1, -1], [-1, 0, 1], [1, -1, 0]])
+    assert meta_rewarding.contest(rivals, in_a_circle) == (None, 3)
+    assert meta_rewarding.contest([a], np.zeros((1, 1))) == (None, 0)
+
+
+def test_the_judgements_of_the_most_disputed_response_meet_once_each():
+    rows = [dict(prompt="p", response=text) for text in ("sure", "disputed", "unread")]
+    sure, disputed, unread = map(self_rewarding.question, rows)
+    judgements = {sure: [judgement("a", 3), judgement("b", 4)], unread: [],
+                  disputed: [judgement("c", 1), judgement("d", 5), judgement("c", 1)]}
+    assert [j["response"] for j in meta_rewarding.rivals_of(rows, judgements)] == ["c", "d"]
+
+
+def test_a_question_holds_the_whole_conversation():
+    chat = [dict(role="system", content="Be kind."), dict(role="user", content="Why?")]
+    asked = self_rewarding.question(dict(prompt=chat, response="Be{cause}."))
+    assert "<prompt>\nsystem: Be kind.\n\nWhy?\n</prompt>" in asked and "\nBe{cause}.\n" in asked
+    assert "<prompt>\nWhy?\n</prompt>" in self_rewarding.question(dict(prompt="Why?", response=""))
+
+
+def test_demonstrated_judgements_are_as_noisy_as_the_base_reward_models_labels(prompts):
+    """Of two answers the higher score is where P(a ≻ b) of r_0's labels is high, as often as it says."""
+    good = dict(prompt="two happy lines about the farm", tokens=10, finished=True,
+                response="merry cows dance . jolly pigs sing . the end .")
+    better = toy.LABEL_NOISE * 1.0  # in gold: z = 1
+    worse = good | {"response": good["response"].removesuffix(" the end .")}
+    z = (toy.gold_of(good) - toy.gold_of(worse)) / toy.LABEL_NOISE
+    assert 0 < z < 3 * better
+    pairs = list(toy_judge.demonstrations([good, worse] * 8000, random.Random(0)))
+    scores = [int(answer.split()[1]) for question, answer in pairs if answer.startswith("score")]
+    first, second = np.reshape(scores, (-1, 2)).T
+    share = (first > second).mean() + (first == second).mean() / 2
+    assert share == pytest.approx(1 / (1 + math.exp(-z)), abs=0.03)
+    assert {*Counter(scores)} == set(range(6)) and max(Counter(scores).values()) < 1.1 * len(scores) / 6
+
+
+def test_the_demonstrated_winner_is_the_nearer_score(pairs):
+    rows = [dict(prompt=p["prompt"], response=p["chosen"], tokens=9, finished=True) for p in pairs]
+    words, score, compared = toy.tokenizer(toy_judge.WORDS), None, 0
+    for question, answer in toy_judge.demonstrations(rows, random.Random(0)):
+        assert words.pad_token_id not in words(f"{question} {answer}")["input_ids"]
+        if answer.startswith("score"):
+            score = int(answer.split()[1])
+        else:
+            *_, one, _, _, two = question.split()
+            nearer = abs(int(one) - score) < abs(int(two) - score)
+            assert answer == f"winner {1 if nearer else 2}"
+            compared += 1
+    assert compared > 50
+
+
+# ---------------------------------------------------------------- the commands
+@pytest.fixture(scope="module")
+def judging(tmp_path_factory, prompts):
+    """A policy of the embedded task's kind that answers the two questions as they stand: by chance, and one
+    judgement in five can't be read."""
+    rng, answers, folder = random.Random(0), [], tmp_path_factory.mktemp("judging")
+    for _ in range(150):
+        response = toy.demonstration(prompts[0], rng)
+        task = self_rewarding.question(dict(prompt=rng.choice(prompts), response=response))
+        first, second = (f"Score: {n}" for n in rng.sample(range(6), 2))
+        compared = meta_rewarding.META_JUDGE.format(task=task, first=first, second=second)
+        answers += [(task, rng.choice([first, second, *["Score: N"] * (rng.random() < 0.5)])),
+                    (compared, f"Winner: {rng.choice([1, 2])}")]
+    words = dict.fromkeys(" ".join(text for answer in answers for text in answer).split()
+                          + "Score: N 0 1 2 3 4 5".split())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(toy.SHAPE, "max_position_embeddings", 512)
+        patch.setitem(toy.SFT, "batch", 8)
+        toy.write_demonstrator(prompts, 0, folder, lambda *_, **__: None, answers,
+                               [word for word in words if word not in toy.words()])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def command(judging, tiny, prompts, tmp_path_factory):
+    """command(name, processes) -> what starts a tiny run of a script in variants/, and its run folder, which
+    has the same path for all from where they are started: so the same bytes."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    write_jsonl(path, [{"prompt": prompt} for prompt in prompts])
+
+    def prepared(name, processes=1):
+        cwd = tmp_path_factory.mktemp(name)
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+        words = [*(torchrun if processes > 1 else []), "-m", f"variants.{name}", "--policy", judging, "--rm",
+                 tiny(reward=True), "--prompts", path, "--out", "run", *FEW, "--max_length", 512]
+        return dict(args=[sys.executable, *map(str, words)], cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), cwd / "run"
+    return prepared
+
+
+def finished(how, out):
+    done = subprocess.run(**how)
+    assert done.returncode == 0, done.stdout
+    return out
+
+
+@pytest.fixture(scope="module")
+def undisturbed(command):
+    """The folder of a run of meta_rewarding in one process."""
+    return finished(*command("meta_rewarding"))
+
+
+def test_self_rewarding_runs_and_its_pairs_follow_from_its_judgements(command):
+    out = finished(*command("self_rewarding"))
+    assert not (out / "round1" / "m").exists() and (out / "report.html").exists()
+    folder, unreadable, numbers = out / "round1" / "e1", 0, {}
+    for row in read_jsonl(folder / "judgements.jsonl"):
+        word = row["response"].removeprefix("Score: ")
+        readable = row["finished"] and row["response"].startswith("Score: ") and word in tuple("012345")
+        numbers.setdefault(row["prompt"], []).extend([int(word)] if readable else [])
+        unreadable += not readable
+    assert 0 < unreadable < sum(map(len, numbers.values()))  # some can't be read and don't count in the mean
+    logged = next(row for row in read_jsonl(out / "metrics.jsonl") if "unreadable" in row)
+    assert logged["unreadable"] == unreadable and logged["judgements"] == 11 * len(numbers)
+    samples = read_jsonl(folder / "samples.jsonl")
+    means = [float(np.mean(numbers[self_rewarding.question(row)])) for row in samples]
+    assert means == [row["score"] for row in read_jsonl(folder / "judged.jsonl")]
+    groups = by_prompt([row | {"score": mean} for row, mean in zip(samples, means)])
+    groups = {group[0]["prompt"]: group for group in groups}
+    pairs = read_jsonl(folder / "pairs.jsonl")
+    assert pairs
+    for pair in pairs:
+        group = groups[pair["prompt"]]
+        scores = [row["score"] for row in group]
+        assert pair["rejected_score"] == min(scores)
+        bar = (max(scores) + min(scores)) / 2 - 1e-9
+        assert pair["chosen_tokens"] == min(row["tokens"] for row in group if row["score"] >= bar)
+        assert pair["chosen"] == group[pair["chosen_index"]]["response"]
+
+
+def test_meta_rewarding_trains_on_judgements_too(undisturbed):
+    folder, log = undisturbed / "round1" / "e1", read_jsonl(undisturbed / "metrics.jsonl")
+    judged = read_jsonl(folder / "disputes.jsonl")
+    battles = {row["prompt"]: row["response"] for row in read_jsonl(folder / "battles.jsonl")}
+    assert judged and all(row["chosen"] != row["rejected"] for row in judged)
+    assert {*battles.values()} >= {"Winner: 1", "Winner: 2"}
+    assert read_jsonl(folder / "mixed.jsonl") == read_jsonl(folder / "pairs.jsonl") + judged
+    counted = next(row for row in log if "undecided" in row)
+    assert counted["judgement_pairs"] == len(judged) and 2 * counted["comparisons"] == len(battles)
+    assert 0 < counted["undecided"] < counted["comparisons"]
+    trained = next(row for row in log if row["phase"] == "round1/e1/checkpoints" and "pairs" in row)
+    assert trained["pairs"] == len(read_jsonl(folder / "mixed.jsonl"))  # none is too long
+
+
+def test_two_processes_give_what_one_gives(undisturbed, command):
+    two = finished(*command("meta_rewarding", 2))
+    for name in "samples judgements judged pairs battles disputes mixed".split():
+        mine, others = (read_jsonl(out / "round1" / "e1" / f"{name}.jsonl") for out in (undisturbed, two))
+        assert mine and mine == others, name
+    losses, others = ([row["loss"] for row in read_jsonl(out / "metrics.jsonl") if "loss" in row
+                       and row["phase"] == "round1/e1/checkpoints"] for out in (undisturbed, two))
+    assert losses == pytest.approx(others, abs=1e-5) and losses[0] == pytest.approx(math.log(2))
+
+
+def test_a_run_that_was_killed_among_judgements_ends_as_an_undisturbed_one(undisturbed, command):
+    how, out = command("meta_rewarding")
+    folder = out / "round1" / "e1"
+    for found in folder / ".judgements.jsonl.parts", folder / ".battles.jsonl.parts":
+        process = subprocess.Popen(**how | {"stdout": subprocess.DEVNULL})
+        while not found.exists() and process.poll() is None:
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+        assert not (folder / "selection.json").exists()
+    finished(how, out)
+    for path in sorted(undisturbed.rglob("*")):
+        if path.suffix in (".jsonl", ".safetensors") and path.name != "metrics.jsonl":
+            assert path.read_bytes() == (out / path.relative_to(undisturbed)).read_bytes(), path

@@ -1,0 +1,121 @@
+"""Self-Rewarding (arXiv 2401.10020): the policy judges its own responses, in words.
+
+    torchrun -m variants.self_rewarding --rounds 2
+
+s = the mean of J judgements of 0 to 5 points, sampled as responses are. Chosen: the shortest with
+s ≥ (1 − ρ) S_max + ρ S_min, as Meta-Rewarding (arXiv 2407.19594) does against length; rejected: the lowest s.
+The first paper takes the highest (ρ = 0), J = 3, and writes new prompts, too. J = 11 is the second's, ρ = ½
+ours, nearest to mt.py's rule. The reward model only measures: responses for the record, and checkpoints, as
+Claude 2 does in the paper. No M-step and no τ. The embedded task's policy judges in words of its own
+(toy_judge.py).
+"""
+import re
+from collections import defaultdict
+
+import numpy as np
+
+import filter
+import manifest
+import models
+import mt
+import run
+import toy
+from data import as_messages, by_prompt, encode_chat, load_tokenizer, read_jsonl
+from parallel import say
+from sampler import sample
+from variants import toy_judge
+
+JUDGEMENTS, RHO = 11, 0.5
+JUDGE = """Judge how well a response answers a prompt. Give a point for each of these that is true:
+1. It is about what was asked and says something useful, even if much is missing.
+2. It deals with most of what was asked.
+3. It settles the main part, so that whoever asked is helped.
+4. It is complete, clear and well ordered, and speaks to whoever asked.
+5. It could not be better: an expert wrote it for this prompt, and no sentence is too many.
+<prompt>
+{prompt}
+</prompt>
+<response>
+{response}
+</response>
+Give reasons in at most 100 words. End with a line that has the sum of the points, a whole number from 0 to 5:
+Score: N"""
+SCORE = r"\bscore[\s*:]*([0-5])(?:/5)?[\s*.]*$"
+
+
+def choose_pair(scores, lengths):
+    """In place of filter.choose_pair; of equally short ones the higher score is chosen, then the earlier."""
+    scores, lengths = np.asarray(scores, float), np.asarray(lengths)
+    if scores.max() == scores.min():
+        return None
+    bar = scores.max() - RHO * (scores.max() - scores.min())
+    best = np.flatnonzero(scores >= bar)
+    chosen = best[np.lexsort((-scores[best], lengths[best]))[0]]
+    return int(chosen), int(scores.argmin()), f"chosen: shortest from {bar:.4f} upwards; rejected: lowest"
+
+
+def read(answer, pattern):
+    """The number that an answer ends with, or None: nothing is guessed, and what was cut off has no end."""
+    found = answer["finished"] and re.search(pattern, answer["response"], re.IGNORECASE)
+    return int(found[1]) if found else None
+
+
+def question(row):
+    """Asks for a judgement of a sample. Of a conversation every turn but the last bears its role."""
+    *before, last = as_messages(row["prompt"])
+    turns = [f"{message['role']}: {message['content']}" for message in before] + [last["content"]]
+    return JUDGE.format(prompt="\n\n".join(turns), response=row["response"])
+
+
+def ask(o, policy, questions, count, pattern, path, made_from):
+    """A phase: {question: those of `count` answers that can be read, with their number as `score`}. What is
+    too long for the policy's context has none."""
+    if manifest.due(o.out, path, made_from):
+        tokenizer, context = load_tokenizer(policy), models.context_of(policy)
+        short = [q for q in dict.fromkeys(questions) if len(encode_chat(tokenizer, q).ids) < context]
+        sample(policy, short, path, samples=count, temperature=o.temperature, top_p=o.top_p,
+               max_new_tokens=o.max_new_tokens, rows=o.sample_batch, seed=f"{o.seed}/{mt.phase(o, path)}")
+    answers = defaultdict(list)
+    for row in read_jsonl(manifest.done(o.out, path)):
+        number = read(row, pattern)
+        answers[row["prompt"]] += [] if number is None else [row | {"score": number}]
+    return answers
+
+
+def judgements_of(o, policy, rows, folder):
+    return ask(o, policy, map(question, rows), JUDGEMENTS, SCORE, folder / "judgements.jsonl",
+               folder / "samples.jsonl")
+
+
+def judge(o, samples, path):
+    """A phase: the samples with the mean of their judgements as `score`, without the prompts of which one
+    response has no judgement that can be read."""
+    if manifest.due(o.out, path, samples):
+        rows, judged = read_jsonl(samples), []
+        judgements = judgements_of(o, rows[0]["policy"], rows, path.parent)
+        for group in by_prompt(rows):
+            scores = [[answer["score"] for answer in judgements[question(row)]] for row in group]
+            if all(scores):
+                judged += [row | {"score": float(np.mean(some)), "rm": row["policy"]}
+                           for row, some in zip(group, scores)]
+        asked, left_out = JUDGEMENTS * len(judgements), (len(rows) - len(judged)) // o.samples
+        unreadable = asked - sum(map(len, judgements.values()))
+        mt.log_of(o, path)(judgements=asked, unreadable=unreadable, prompts_left_out=left_out)
+        say(f"{unreadable} of {asked} judgements can't be read; {left_out} prompts left out")
+        run.write_rows(path, judged)
+    return manifest.done(o.out, path)
+
+
+def make_pairs(o, samples, path, made_of=mt.make_pairs):
+    return made_of(o, judge(o, samples, path.with_name("judged.jsonl")), path)
+
+
+def build(seed, made_by=toy.build):
+    global JUDGE
+    JUDGE = toy_judge.JUDGE
+    return made_by(seed, toy_judge.__file__)
+
+
+if __name__ == "__main__":
+    toy.build, filter.choose_pair, mt.make_pairs = build, choose_pair, make_pairs
+    run.launch(mt.main, update_rm=False, tau=0.0)
