@@ -4,11 +4,12 @@
     python bench/arms.py --arms "fixed RM" "offline DPO" sppo rest_em --json docs/data/variants.jsonl
 
 An arm is mt.py with flags or a script in variants/, as it stands; two runs at a time with a thread each, into
-runs/arms/. Runs that are there are not done again. An arm that has stopped keeps its last policy for the
-rounds that follow. Seconds are wall time of a whole run, without the base models and with another run beside
-it; of one that was broken off, of its last attempt.
+runs/arms/. Runs that are there are not done again, and refused if other code made them. An arm that has stopped
+keeps its last policy for the rounds that follow. Seconds are wall time of a whole run, without the base models
+and with another run beside it; of one that was broken off, of its last attempt.
 """
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -26,8 +27,6 @@ from data import read_jsonl, write_jsonl  # noqa: E402
 from evals import gold  # noqa: E402
 from manifest import claim  # noqa: E402
 from mt import Options  # noqa: E402
-from manifest import claim  # noqa: E402
-from mt import Options  # noqa: E402
 from run import write_text  # noqa: E402
 
 ROUNDS = 3
@@ -39,7 +38,7 @@ ARMS = {
     "no filter": ["--filter", "false"],
     "offline DPO": None,
 }
-VARIANTS = sorted(path.stem for path in HOME.glob("variants/*.py"))
+VARIANTS = sorted(path.stem for path in HOME.glob("variants/*.py") if "launch(mt.main" in path.read_text())
 COLUMNS = ("gold", "win_rate", "tokens", "accuracy_base", "accuracy_current", "seconds")
 BESIDE = ("fixed RM", "offline DPO")  # what gold is compared with, seed by seed
 
@@ -58,7 +57,7 @@ def run(arm, seed):
     """gold.jsonl's lines of an arm; the last one has the seconds that the whole run took."""
     out = Path("runs") / "arms" / f"{arm.replace(',', '').replace(' ', '-')}-seed{seed}"
     seconds, began = out / "seconds.json", time.time()
-    if not (out / "gold.jsonl").exists():
+    if not (out / "gold.jsonl").exists() or not by_this_code(out):
         if arm == "offline DPO":
             offline(out, seed)
         else:
@@ -70,6 +69,12 @@ def run(arm, seed):
     if seconds.exists():
         lines[-1]["seconds"] = json.loads(seconds.read_text())
     return lines
+
+
+def by_this_code(out):
+    sources = json.loads((out / "run.json").read_text())["sources"]
+    return all(hashlib.sha256((HOME / name).read_bytes()).hexdigest().startswith(digest)
+               for name, digest in sources.items())
 
 
 def offline(out, seed):

@@ -157,8 +157,9 @@ def command(judging, tiny, prompts, tmp_path_factory):
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
         words = [*(torchrun if processes > 1 else []), "-m", f"variants.{name}", "--policy", judging, "--rm",
                  tiny(reward=True), "--prompts", path, "--out", "run", *FEW, "--max_length", 512]
-        return dict(args=[sys.executable, *map(str, words)], cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)},
-                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), cwd / "run"
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return dict(args=[sys.executable, *map(str, words)], cwd=cwd, env=env, text=True,
+                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT), cwd / "run"
     return prepared
 
 
