@@ -4,9 +4,9 @@
     python bench/arms.py --arms "fixed RM" "offline DPO" sppo rest_em --json docs/data/variants.jsonl
 
 An arm is mt.py with flags or a script in variants/, as it stands; two runs at a time with a thread each, into
-runs/arms/. Runs that are there are not done again, and refused if other code made them. An arm that has stopped
-keeps its last policy for the rounds that follow. Seconds are wall time of a whole run, without the base models
-and with another run beside it; of one that was broken off, of its last attempt.
+runs/arms/. Runs that are there are not done again, and refused if other code made them. An arm that stopped
+keeps its last policy for the rounds that follow. Seconds are wall time of a whole run, without base models and
+with another run beside it; of one that was broken off, of its last attempt.
 """
 import argparse
 import hashlib

@@ -77,8 +77,8 @@ def test_verdicts_that_change_with_the_order_decide_nothing():
 
 
 def test_the_judgements_of_the_most_disputed_response_meet_once_each():
-    rows = [dict(prompt="p", response=text) for text in ("sure", "disputed", "unread")]
-    sure, disputed, unread = map(self_rewarding.question, rows)
+    rows = [dict(prompt="p", response=text) for text in ("unread", "sure", "disputed")]
+    unread, sure, disputed = map(self_rewarding.question, rows)
     judgements = {sure: [judgement("a", 3), judgement("b", 4)], unread: [],
                   disputed: [judgement("c", 1), judgement("d", 5), judgement("c", 1)]}
     assert [j["response"] for j in meta_rewarding.rivals_of(rows, judgements)] == ["c", "d"]
@@ -91,14 +91,12 @@ def test_a_question_holds_the_whole_conversation():
     assert "<prompt>\nWhy?\n</prompt>" in self_rewarding.question(dict(prompt="Why?", response=""))
 
 
-def test_demonstrated_judgements_are_as_noisy_as_the_base_reward_models_labels(prompts):
-    """Of two answers the higher score is where P(a ≻ b) of r_0's labels is high, as often as it says."""
+def test_demonstrated_judgements_are_as_noisy_as_the_base_reward_models_labels():
     good = dict(prompt="two happy lines about the farm", tokens=10, finished=True,
                 response="merry cows dance . jolly pigs sing . the end .")
-    better = toy.LABEL_NOISE * 1.0  # in gold: z = 1
     worse = good | {"response": good["response"].removesuffix(" the end .")}
     z = (toy.gold_of(good) - toy.gold_of(worse)) / toy.LABEL_NOISE
-    assert 0 < z < 3 * better
+    assert z > 0.5
     pairs = list(toy_judge.demonstrations([good, worse] * 8000, random.Random(0)))
     scores = [int(answer.split()[1]) for question, answer in pairs if answer.startswith("score")]
     first, second = np.reshape(scores, (-1, 2)).T
@@ -158,8 +156,8 @@ def command(judging, tiny, prompts, tmp_path_factory):
         words = [*(torchrun if processes > 1 else []), "-m", f"variants.{name}", "--policy", judging, "--rm",
                  tiny(reward=True), "--prompts", path, "--out", "run", *FEW, "--max_length", 512]
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return dict(args=[sys.executable, *map(str, words)], cwd=cwd, env=env, text=True,
-                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT), cwd / "run"
+        return dict(args=[sys.executable, *map(str, words)], cwd=cwd, env=env,
+                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), cwd / "run"
     return prepared
 
 
