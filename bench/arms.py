@@ -1,12 +1,13 @@
 """The embedded task, arm by arm and seed by seed: the tables in docs/results.md.
 
-    python bench/arms.py --seeds 1 2 3 4
-    python bench/arms.py --arms "fixed RM" "offline DPO" sppo rest_em --json docs/data/variants.jsonl
+    python bench/arms.py --json docs/data/arms.jsonl
+    python bench/arms.py --arms full "fixed RM" sppo --seeds 1 2 3 4
 
-An arm is mt.py with flags or a script in variants/, as it stands; two runs at a time with a thread each, into
-runs/arms/. Runs that are there are not done again, and refused if other code made them. An arm that stopped
-keeps its last policy for the rounds that follow. Seconds are wall time of a whole run, without base models and
-with another run beside it; of one that was broken off, of its last attempt.
+An arm is mt.py with flags or a script in variants/, two runs at a time with a thread each, into runs/arms/.
+Variants of the E-step have no M-steps here, to be compared with "fixed RM". Runs that are there are not done
+again, and refused if other code made them. An arm that stopped keeps its last policy for the rounds that
+follow. Seconds are wall time of a whole run, without base models and with another run beside it; of one that
+was broken off, of its last attempt.
 """
 import argparse
 import hashlib
@@ -37,10 +38,12 @@ ARMS = {
     "no selection": ["--select", "false"],
     "no filter": ["--filter", "false"],
     "offline DPO": None,
+    **dict.fromkeys(["online_dpo", "dpo_fixed_reference", "ipo", "simpo"], ["--update_rm", "false"]),
 }
 VARIANTS = sorted(path.stem for path in HOME.glob("variants/*.py") if "launch(mt.main" in path.read_text())
+ARMS |= {name: [] for name in VARIANTS if name not in ARMS}
 COLUMNS = ("gold", "win_rate", "tokens", "accuracy_base", "accuracy_current", "seconds")
-BESIDE = ("fixed RM", "offline DPO")  # what gold is compared with, seed by seed
+BESIDE = ("fixed RM", "full", "offline DPO")  # what gold is compared with, seed by seed
 
 
 def command(script, *words):
@@ -62,7 +65,7 @@ def run(arm, seed):
             offline(out, seed)
         else:
             command(f"variants.{arm}" if arm in VARIANTS else "mt.py", "--rounds", ROUNDS, "--seed", seed,
-                    "--out", out, *ARMS.get(arm, []))
+                    "--out", out, *ARMS[arm])
         write_text(seconds, json.dumps(time.time() - began))
     print(f"{out} is there", flush=True)
     lines = read_jsonl(out / "gold.jsonl")
@@ -100,8 +103,8 @@ def offline(out, seed):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4])
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=[*ARMS, *VARIANTS])
+    parser.add_argument("--seeds", type=int, nargs="+", default=range(1, 9))
+    parser.add_argument("--arms", nargs="+", default=ARMS, choices=ARMS)
     parser.add_argument("--json", help="where every run's lines go, as JSONL")
     o = parser.parse_args()
     with ThreadPoolExecutor(2) as pool:

@@ -119,7 +119,7 @@ def test_the_embedded_tasks_members_learn_its_labels_by_seeds_of_their_own(
     policy, rm = (str(tmp_path / "base" / name) for name in ("policy", "rm"))
     o = ensemble.Options(policy=policy, rm=rm, out=str(tmp_path / "run"))
     (tmp_path / "run").mkdir()
-    ensemble.run.claim(o.out, o)
+    ensemble.manifest.claim(o.out, o)
     rms = ensemble.members(ensemble.make_base(o))
     assert [Path(rm).name for rm in rms] == ["rm", "rm1", "rm2"]
     assert Path(rms[0]).resolve() == Path(tiny(reward=True)).resolve()
