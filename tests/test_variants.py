@@ -134,9 +134,10 @@ def test_ipo_runs(runs):
 def test_online_dpo_runs(runs):
     out = runs("online_dpo")
     samples = scores_of(out / "round1/e2/samples.jsonl")
-    assert all((pair["chosen_score"], pair["rejected_score"]) == (
-        max(samples[pair["prompt"]]), min(samples[pair["prompt"]]))
-        for pair in read_jsonl(out / "round1/e2/pairs.jsonl"))
+    for pair in read_jsonl(out / "round1/e2/pairs.jsonl"):
+        scores = samples[pair["prompt"]]
+        assert (pair["chosen_score"], pair["rejected_score"]) == (max(scores), min(scores))
+        assert pair["reason"] == "chosen: highest of 4; rejected: lowest"
 
 
 def test_dpo_fixed_reference_runs(runs):
