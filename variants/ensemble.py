@@ -4,11 +4,10 @@
     torchrun -m variants.ensemble --policy … --rm RM --others RM2 RM3 --prompts …
 
 r = mean_k r_k − λ · std_k r_k, or min_k r_k, in the E-step, in model selection and in the M-step's filter.
-The paper subtracts λ · variance, which has another unit than a reward. An M-step trains each member from its
-own base RM, in a data order of its own. The embedded task's base RMs learn the same labels by different
-seeds, as the paper's do; else --others names them. Bradley-Terry leaves open where a reward's zero lies: here
-it is a member's mean reward for the first samples that the ensemble judges (zeros.json). What shows one RM,
-such as OUT/rm and gold.jsonl, shows the first member.
+The paper subtracts λ · variance. An M-step trains each member from its own base RM, in a data order of its
+own. The embedded task's base RMs learn the same labels by different seeds, as the paper's do; else --others
+names them. Bradley-Terry leaves open where a reward's zero lies: here it is a member's mean reward for the
+first samples judged (zeros.json). What shows one RM, such as OUT/rm and gold.jsonl, shows the first member.
 """
 from dataclasses import dataclass, field, replace
 from functools import partial
