@@ -48,12 +48,10 @@ def contest(rivals, verdicts):
     """n judgements, and (n, n): 1 where the row's, standing first, was called better than the column's, −1
     where worse, 0 where nothing can be read -> (a pair or None, comparisons decided)."""
     wins = np.trunc((verdicts - verdicts.T) / 2)  # 1 and −1 where both orders agree, else 0
-    net = wins.sum(1)
-    if not net.any():
-        return None, int((wins > 0).sum())
+    net, decided = wins.sum(1), int((wins > 0).sum())
     best, worst = int(net.argmax()), int(net.argmin())
     reason = f"net wins {net[best]:.0f} and {net[worst]:.0f}"
-    return filter.pair_of(rivals, best, worst, reason), int((wins > 0).sum())
+    return filter.pair_of(rivals, best, worst, reason) if net.any() else None, decided
 
 
 def meta_question(first, second):
