@@ -8,12 +8,14 @@ import math
 import pytest
 import torch
 
+import mt
+import toy
 import training
-from data import encode_chat, load_tokenizer, read_jsonl
+from data import encode_chat, load_tokenizer, read_jsonl, write_jsonl
 from filter import win_rate
 from models import load_policy
 from packing import ResponseLogps, collate, pack
-from variants import ipo, online_dpo, rest_em, simpo, sppo
+from variants import gold_labels, gold_ranks, ipo, online_dpo, rest_em, simpo, sppo
 
 # python tests/peers.py (trl 1.16.0): log-probabilities of chosen and rejected by policy and reference, their
 # tokens; the losses ipo and sppo_hard of DPOTrainer with β 0.1, simpo of CPOTrainer with β 2 and γ 1
@@ -175,3 +177,30 @@ def test_rest_em_runs_from_the_base_and_against_it(runs):
     logps = ResponseLogps(load_policy(policy))(collate([pack([chat]) for chat in first]))
     expected = -logps.sum().item() / sum(len(chat.ids) - chat.start for chat in first)
     assert losses(out, "round1/e2")[0] == pytest.approx(expected, rel=1e-5)
+
+
+# ---------------------------------------------------------------- ceilings
+GOOD, BETTER, BAD = "merry cows dance .", "merry cows dance . jolly pigs sing . the end .", "and so on ."
+FARM = "two happy lines about the farm"
+
+
+def test_gold_ranks(tmp_path):
+    rows = [dict(prompt=FARM, response=text, finished=True) for text in (GOOD, BETTER, BAD)]
+    gold_ranks.judge("rm", rows, tmp_path / "scored.jsonl", 8)
+    good, better, bad = (row["score"] for row in read_jsonl(tmp_path / "scored.jsonl"))
+    assert better == toy.GOLD_MAX > good > bad
+
+
+def test_gold_orders_what_the_reward_model_trains_on(tmp_path):
+    def compared(new, old, kept=True):
+        return dict(prompt=FARM, new=new, old=old, new_finished=True, old_finished=True, kept=kept)
+    comparisons, ranked = tmp_path / "comparisons.jsonl", tmp_path / "pairs.jsonl"
+    write_jsonl(comparisons, [compared(GOOD, BAD), compared(GOOD, BETTER), compared(BETTER, BAD, kept=False),
+                              compared(BAD, BAD)])
+    write_jsonl(ranked, [dict(prompt=FARM, chosen=BAD, rejected=GOOD, chosen_finished=True,
+                              rejected_finished=True)])
+    o = mt.Options(out=str(tmp_path))
+    write_jsonl(tmp_path / "run.json", [dict(settings={})])
+    mixed = gold_labels.mix(o, comparisons, ranked, "policy", tmp_path / "preferences.jsonl")
+    pairs = [(row["chosen"], row["rejected"]) for row in read_jsonl(mixed)]
+    assert pairs == [(GOOD, BAD), (BETTER, GOOD), (GOOD, BAD)]
