@@ -8,10 +8,9 @@ A round is E(a), M(b), E(c), each on a third of the prompts of its own:
   E-step  sample from the policy, let the RM rank, train the policy by DPO, keep the best checkpoint
   M-step  compare the policy's answers before and after, filter by margin, train the base RM by Bradley-Terry
 
-Each phase is a function from files to a file of the run folder, (o, what it is made from, its path), and is
-skipped when its result is there: run the same command again to go on after an interruption. To vary a step,
-replace the function in the module that defines it and call main(), as variants/ do. The defaults are the
-paper's; without --policy they are those of the embedded task (toy.py: SETTINGS).
+Each phase is a function from files to a file of the run folder, (o, what it is made from, its path), skipped
+if that is there: the same command goes on after an interruption. To vary a step replace the function in the
+module that defines it and call main(), as variants/ do. Defaults: the paper's, or toy.SETTINGS.
 """
 import os
 import sys
@@ -24,6 +23,7 @@ import torch
 
 import dpo
 import filter
+import labels
 import manifest
 import models
 import reward
@@ -34,7 +34,7 @@ from data import Problem, load_tokenizer, read_jsonl, read_prompts, read_selecti
 from evals import gold, report
 from parallel import rank, say
 from rollout import sample_and_score
-from run import option
+from run import means, option, show
 from sampler import encode_prompts
 
 
@@ -62,6 +62,11 @@ class Options:
     update_rm: bool = option(True, "false: no M-step, which is iterative DPO")
     select: bool = option(True, "false: keep the last checkpoint, never stop")
     filter: bool = option(True, "false: train the RM on all comparisons")
+    anchor: str = option("", "labelled pairs, 1:1 with the others that the RM trains on (labels.py)")
+    labels: int = option(0, "pairs of the policy's answers to be labelled per round, for the RM")
+    labeller: str = option("", "command that labels a JSONL file; none: the run stops till it is done")
+    spot_check: int = option(0, "comparisons to be labelled: no M-step where most favour the old policy")
+    gate: str = option("", "labelled pairs held out: an RM that doesn't order more of them is dropped")
     sample_batch: int = option(64, "responses decoded at a time in each process")
     score_batch: int = option(8, "prompts scored at a time in each process")
     micro_batch: int = option(2, "pairs per forward pass and process in training")
@@ -114,8 +119,14 @@ def m_step(o, old_policy, new_policy, rm, prompts, folder, ranked, judge=None):
     new, old = (scored_samples(o, policy, rm, prompts, folder / f"{name}.jsonl", judge=judge)
                 for policy, name in ((new_policy, "new"), (old_policy, "old")))
     comparisons = make_comparisons(o, new, old, folder / "comparisons.jsonl")
+    if o.spot_check and not labels.favours_new(o, comparisons, folder / "spot_check.jsonl"):
+        return rm
+    if o.labels:
+        own = scored_samples(o, new_policy, rm, prompts, folder / "own.jsonl", 2, judge)
+        labels.ask(o, folder / "labels.jsonl", labels.unsure(read_jsonl(own), o.labels), own)
     preferences = mix(o, comparisons, ranked, old_policy, folder / "preferences.jsonl")
-    return train_reward(o, preferences, folder / "rm")
+    new_rm = train_reward(o, preferences, folder / "rm")
+    return new_rm if not o.gate or labels.passes(o, rm, new_rm, folder / "gate.json") else rm
 
 
 # ---------------------------------------------------------------- phases: from files to files
@@ -156,8 +167,7 @@ def make_pairs(o, samples, path):
         pairs, without = filter.preference_pairs(rows)
         if not pairs:
             raise Problem(f"{samples}: not one prompt gives a pair: all rewards or texts are equal")
-        log = log_of(o, path)
-        log(prompts_without_pair=without, **means(rows, "score", "tokens", "finished"),
+        log_of(o, path)(prompts_without_pair=without, **means(rows, "score", "tokens", "finished"),
             **means(pairs, "chosen_score", "rejected_score", "chosen_tokens", "rejected_tokens"))
         run.write_rows(path, pairs)
         say(f"{len(pairs)} pairs, {without} prompts give none. The first:")
@@ -205,8 +215,7 @@ def select(o, policy, rm, checkpoints, path, judge=None):
 def make_comparisons(o, new, old, path):
     if manifest.due(o.out, path, new, old):
         rows = filter.compare(read_jsonl(new), read_jsonl(old), o.filter)
-        log = log_of(o, path)
-        log(comparisons=len(rows), epsilon=rows[0]["epsilon"], **means(
+        log_of(o, path)(comparisons=len(rows), epsilon=rows[0]["epsilon"], **means(
             rows, "kept", "margin", "new_score", "old_score", "new_tokens", "old_tokens"))
         run.write_rows(path, rows)
         reasons = sorted(Counter(row["reason"] for row in rows).items())
@@ -218,12 +227,12 @@ def make_comparisons(o, new, old, path):
 
 def mix(o, comparisons, ranked, old_policy, path):
     """What the RM trains on: the kept comparisons and all the RM-ranked pairs of the E-step just before."""
-    if manifest.due(o.out, path, comparisons, ranked):
+    if manifest.due(o.out, path, comparisons, ranked, path.with_name("labels.jsonl")):
         rows = [filter.preference(row, "new", "old", comparisons, row["new_policy"], row["old_policy"])
                 for row in read_jsonl(comparisons) if row["kept"]]
         rows += [filter.preference(row, "chosen", "rejected", ranked, old_policy, old_policy)
                  for row in read_jsonl(ranked)]
-        run.write_rows(path, rows)
+        run.write_rows(path, rows + labels.more(o, len(rows), path))
     return manifest.done(o.out, path)
 
 
@@ -252,16 +261,6 @@ def log_of(o, path):
     return run.open_log(Path(o.out) / "metrics.jsonl", phase(o, path))
 
 
-def means(rows, *keys):
-    return {key: float(np.mean([row[key] for row in rows])) for key in keys}
-
-
-def show(row, *sides):
-    for key in ("prompt", *sides):
-        score = f" [{row[f'{key}_score']:.3f}]" if key in sides else ""
-        say(f"  {key}{score}: {str(row[key])[:300]!r}")
-
-
 def link(o, policy, rm):
     """OUT/policy and OUT/rm always are the run's last models."""
     run.link(Path(o.out) / "policy", policy)
@@ -278,6 +277,7 @@ def main(options=Options, **defaults):  # for variants: a subclass with flags of
         o = run.parse(options, **toy.SETTINGS | defaults)
     elif not (o.rm and o.prompts):
         raise Problem("--policy needs --rm and --prompts")
+    labels.check(o)
     if o.samples < 2:
         raise Problem("--samples 1 makes no pairs; at least 2 are needed")
     if o.select and not o.select_prompts:

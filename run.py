@@ -11,6 +11,7 @@ from dataclasses import MISSING, field
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from data import Problem, first_line, read_jsonl, write_jsonl
-from parallel import barrier, from_rank0, rank, start, world
+from parallel import barrier, from_rank0, rank, say, start, world
 from rows import check_flag
 
 
@@ -170,6 +171,17 @@ def open_log(path, phase):
             if shown:
                 print(f"{phase}  " + shown.format(**values), flush=True)
     return log
+
+
+def means(rows, *keys):
+    return {key: float(np.mean([row[key] for row in rows])) for key in keys}
+
+
+def show(row, *sides):
+    """Print a row's prompt and some of its texts, with their scores."""
+    for key in ("prompt", *sides):
+        score = f" [{row[f'{key}_score']:.3f}]" if key in sides else ""
+        say(f"  {key}{score}: {str(row[key])[:300]!r}")
 
 
 def parts_of(out):

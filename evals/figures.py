@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+import labels
 from data import Problem, by_prompt, prompt_id
 from rows import from_json, is_number, read_json, read_selection
 
@@ -90,10 +91,10 @@ def arm(settings):
 def phases(run):
     """[(phase, folder)] of the finished E- and M-steps, in order."""
     rounds = [path for path in Path(run).glob("round*") if path.name.removeprefix("round").isdigit()]
-    results = {"e1": "selection.json", "m": "rm", "e2": "selection.json"}
+    results = {"e1": ["selection.json"], "m": ["rm", "spot_check.jsonl"], "e2": ["selection.json"]}
     return [(f"{folder.name}/{part}", folder / part)
             for folder in sorted(rounds, key=lambda path: int(path.name.removeprefix("round")))
-            for part, result in results.items() if (folder / part / result).exists()]
+            for part, names in results.items() if any((folder / part / name).exists() for name in names)]
 
 
 def steps_of(run, shown=0):
@@ -102,7 +103,7 @@ def steps_of(run, shown=0):
     for phase, folder in phases(run):
         step = (read_m_step if folder.name == "m" else read_e_step)(phase, folder, shown)
         steps.append(step | dict(pm=pm, rm=rm))
-        rm += step["kind"] == "M"
+        rm += step["kind"] == "M" and not step["refused"]
         pm += step["kind"] == "E" and bool(step["chosen"])
     return steps
 
@@ -155,7 +156,7 @@ def read_m_step(phase, folder, shown):
     margins, kept = np.array(margins), np.array(kept, bool)
     return dict(phase=phase, kind="M", kept=int(kept.sum()), comparisons=len(kept), margin=margins.mean(),
                 margins=margins, mask=kept, epsilon=row["epsilon"], tokens=tokens / len(kept),
-                dropped=dropped, sample=sample)
+                dropped=dropped, sample=sample, refused=labels.refused(folder))
 
 
 def steps_table(steps):
@@ -169,9 +170,10 @@ def steps_table(steps):
             lines.append(f"{s['phase']:12} {s['reward']:14.3f} {s['tokens']:7.1f} {s['finished']:8.1%} "
                          f"{s['pairs']:11} {rate:>8}  {outcome}")
         else:
+            made = f" refused by --{s['refused']}" if s["refused"] else ""
             lines.append(f"{s['phase']:12} {'':14} {s['tokens']:7.1f} {'':8} "
                          f"{s['kept']:5}/{s['comparisons']:<5} {'':8}  "
-                         f"reward model; margin {s['margin']:+.3f}, epsilon {s['epsilon']:.3f}")
+                         f"reward model{made}; margin {s['margin']:+.3f}, epsilon {s['epsilon']:.3f}")
     return "\n".join(lines)
 
 

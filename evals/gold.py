@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+import labels
 import manifest
 import reward
 import run
@@ -53,8 +54,9 @@ def states_of(out, o):
     states, policy, rm = [("base", o.policy, o.rm)], o.policy, o.rm
     for number in range(1, o.rounds + 1):
         for step, kind in (("e1", "policy"), ("m", "rm"), ("e2", "policy")):
-            if run.exists(out / f"round{number}" / step / kind):
-                made = str(out / f"round{number}" / step / kind)
+            folder = out / f"round{number}" / step
+            if run.exists(folder / kind) and not (kind == "rm" and labels.refused(folder)):
+                made = str(folder / kind)
                 policy, rm = (made, rm) if kind == "policy" else (policy, made)
         states.append((f"round {number}", policy, rm))
     return states

@@ -183,7 +183,8 @@ def chain(run):
 def chain_link(s):
     """A step as a link of the chain."""
     if s["kind"] == "M":
-        what, share = f"RM {s['rm']} → RM {s['rm'] + 1}", s["kept"] / s["comparisons"]
+        made, share = s["refused"] or f"RM {s['rm'] + 1}", s["kept"] / s["comparisons"]
+        what = f"RM {s['rm']} → {made}"
         head, facts = f"{s['kept']} of {s['comparisons']} comparisons kept", []
     else:
         made, share = f"PM {s['pm'] + 1}" if s["chosen"] else "discarded", s["win_rate"]

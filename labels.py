@@ -1,0 +1,127 @@
+"""News from outside, for the M-step: labels that people have, or give while a run goes on. All of it is off
+unless asked for: the paper needs no labels.
+
+--anchor FILE      labelled pairs join what the reward model trains on, one for each other pair
+--labels N         N pairs of the new policy's own answers, on which the reward model is least sure, join, too
+--spot_check N     where fewer than half of N comparisons favour the new policy, there is no M-step
+--gate FILE        a new reward model that doesn't order held-out labelled pairs better is dropped
+
+--labeller COMMAND is run with the name of a JSONL file, in whose rows it writes `chosen`, 0 or 1: the better
+of `answers`. Without it the run stops until somebody has done so and gives the same command again.
+"""
+import shlex
+import subprocess
+from pathlib import Path
+
+import numpy as np
+
+import filter
+import manifest
+import reward
+import run
+from data import Problem, by_prompt, read_json, read_jsonl, read_pairs, seed_of
+from parallel import from_rank0, rank, say
+
+WEIGHT = 1.0  # of a pair labelled on the way, in the RM's loss
+
+
+def check(o):
+    """Says at once what is wrong with the flags and their files."""
+    for file in {o.anchor, o.gate} - {""}:
+        read_pairs(file)
+    if o.labeller and not (o.labels or o.spot_check):
+        raise Problem("--labeller needs --labels or --spot_check")
+
+
+def ask(o, path, questions, *made_from):
+    """A phase: questions [(prompt, answers)], each labelled -> rows with `prompt`, `answers`, `chosen`."""
+    if manifest.due(o.out, path, *made_from):
+        run.write_rows(path, [dict(prompt=prompt, answers=two, chosen=None) for prompt, two in questions])
+    if o.labeller and unlabelled(path):
+        code = from_rank0(rank() == 0 and subprocess.run([*shlex.split(o.labeller), str(path)]).returncode)
+        if code:
+            raise Problem(f"--labeller {o.labeller} {path}: exit code {code}")
+    rows = read_jsonl(path)
+    if [(row.get("prompt"), row.get("answers")) for row in rows] != questions:
+        raise Problem(f"{path}: only `chosen` may be changed in it; delete it to be asked again")
+    if unlabelled(path):
+        raise Problem(f"{path}: {unlabelled(path)} pairs wait for a label; write 0 or 1 as `chosen`, the "
+                      "number of the better of `answers`, and run the same command again")
+    manifest.done(o.out, path)
+    return rows
+
+
+def unlabelled(path):
+    return sum(repr(row.get("chosen")) not in "01" for row in read_jsonl(path))
+
+
+def unsure(samples, count):
+    """Scored samples, a prompt's next to each other -> [(prompt, answers)]: the two answers of each prompt
+    with the closest rewards, and of those the `count` closest, in their order."""
+    found = []
+    for group in by_prompt(samples):
+        group = sorted({row["response"]: row for row in group}.values(), key=lambda row: row["score"])
+        gaps = [(b["score"] - a["score"], a, b) for a, b in zip(group, group[1:])]
+        if gaps:
+            found.append(min(gaps, key=lambda gap: gap[0]))
+    nearest = sorted(range(len(found)), key=lambda i: found[i][0])[:count]
+    return [(found[i][1]["prompt"], [row["response"] for row in found[i][1:]]) for i in sorted(nearest)]
+
+
+def more(o, count, path):
+    """What --labels and --anchor add to `count` pairs of an M-step, whose mix is `path`: the labels of all
+    rounds so far, since each M-step begins from the base RM, and as many anchors as there are others."""
+    rows = []
+    for file in sorted(Path(o.out).glob("round*/m/labels.jsonl")):
+        for row in read_jsonl(file):
+            texts = dict(prompt=row["prompt"], chosen=row["answers"][row["chosen"]],
+                         rejected=row["answers"][1 - row["chosen"]], weight=WEIGHT)
+            rows.append(filter.preference(texts, "chosen", "rejected", file, None, None))
+    if o.anchor:
+        pool, rng = read_pairs(o.anchor), generator(o, "anchor", path)
+        rows += [filter.preference(pool[i], "chosen", "rejected", o.anchor, None, None)
+                 for i in rng.permutation(len(pool))[:count + len(rows)]]
+    return rows
+
+
+def generator(o, *names):
+    return np.random.default_rng(seed_of(o.seed, *map(str, names[:-1]), names[-1].parent.parent.name))
+
+
+def favours_new(o, comparisons, path):
+    """--spot_check: whether at least half of some kept comparisons, drawn, are labelled in favour of the new
+    policy. The order of the two answers is drawn, too, so that the label is blind."""
+    rows = [row for row in read_jsonl(comparisons) if row["kept"]]
+    rng = generator(o, "spot check", path)
+    drawn = [rows[i] for i in rng.permutation(len(rows))[:o.spot_check]]
+    places = rng.integers(2, size=len(drawn)).tolist()  # of the new policy's answer
+    labels = ask(o, path, [(row["prompt"], [row["old"], row["new"]][::2 * place - 1])
+                           for row, place in zip(drawn, places)], comparisons)
+    share = float(np.mean([row["chosen"] == place for row, place in zip(labels, places)]))
+    say(f"spot check: {share:.3f} of {len(labels)} comparisons favour the new policy"
+        + ("" if share >= 0.5 else "; no M-step"))
+    return share >= 0.5
+
+
+def passes(o, rm, new_rm, path):
+    """--gate: whether the new RM orders more of the held-out pairs than the one in use, beyond chance; the
+    lower bound of the paired difference (one-sided, 95%) is above 0."""
+    if manifest.due(o.out, path, new_rm):
+        pairs = reward.readable(new_rm, read_pairs(o.gate), o.max_length)
+        old, new = (np.array(reward.ordered(folder, pairs, o.score_batch)) for folder in (rm, new_rm))
+        difference = new.astype(float) - old
+        bound = difference.mean() - 1.645 * difference.std(ddof=1) / np.sqrt(len(pairs))
+        run.write_json(path, dict(before=old.mean(), after=new.mean(), bound=bound, pairs=len(pairs),
+                                  passed=bool(bound > 0)))
+    found = read_json(manifest.done(o.out, path))
+    say("gate: {before:.3f} of {pairs} held-out pairs in order, by the new RM {after:.3f}: {}".format(
+        "kept" if found["passed"] else "dropped", **found))
+    return found["passed"]
+
+
+def refused(folder):
+    """What kept the reward model of an M-step's folder out of use: a flag's name, or None."""
+    gate = Path(folder) / "gate.json"
+    if run.exists(gate) and not read_json(gate)["passed"]:
+        return "gate"
+    return None if run.exists(Path(folder) / "rm") else "spot_check"
