@@ -85,6 +85,7 @@ def test_labels_of_all_rounds_and_as_many_anchors_as_other_pairs_join(o, written
 @pytest.mark.parametrize("better, share", [("new", 1.0), ("old", 0.0)])
 def test_the_spot_check_is_blind_and_counts_for_the_new_policy(o, monkeypatch, written, better, share):
     def ask(o, path, questions, *made_from):
+        assert all(int(prompt) % 2 == 0 for prompt, answers in questions)  # the others were not kept
         places.extend(answers.index(f"new{prompt}") for prompt, answers in questions)
         return [dict(chosen=answers.index(f"{better}{prompt}")) for prompt, answers in questions]
 
