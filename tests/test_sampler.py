@@ -13,7 +13,7 @@ import attention
 import sampler
 from data import Problem, encode_chat, load_tokenizer, prompt_id, read_jsonl, seed_of
 from models import load_policy
-from sampler import TRIES, draw, generate, mass_above, nucleus, stop_tokens, uniform
+from sampler import TRIES, block_size, draw, generate, mass_above, nucleus, stop_tokens, uniform
 
 STOPS = [2, *range(30, 38)]  # about one token in twelve ends a response: rows leave and enter all the time
 
@@ -211,6 +211,21 @@ def test_samples_do_not_depend_on_order_and_blocks_and_finished_tells_stop_token
         assert row["response"] == tokenizer.decode(tokens, skip_special_tokens=True)
         assert (row["tokens"], row["finished"]) == (len(tokens), tokens[-1] in stops)
     assert {row["finished"] for row in rows} == {True, False}
+
+
+@pytest.mark.parametrize("prompts, filling", [(20000, 12.8), (20000, 51.2), (20000, 64), (19711, 13)])
+def test_blocks_are_large_enough_for_busy_rows_and_2_4_or_8_processes_have_equally_many(prompts, filling):
+    size = block_size(prompts, filling)
+    assert 13 * filling < size <= 28 * filling + 1  # of the former the rows are idle in 11% at most
+    sizes = [min(size, prompts - at) for at in range(0, prompts, size)]
+    for world in (2, 4, 8):
+        dealt = [sum(sizes[rank::world]) for rank in range(world)]
+        assert max(dealt) < 1.01 * prompts / world  # the others are idle for 1%
+
+
+@pytest.mark.parametrize("prompts, filling", [(2000, 64), (800, 51.2), (30, 4 / 3), (1, 0.2), (5, 0.01)])
+def test_blocks_of_a_short_phase_fill_the_rows_four_times(prompts, filling):
+    assert block_size(prompts, filling) == max(1, int(4 * filling))
 
 
 def test_another_seed_gives_other_samples(call, tiny, written, prompts, tmp_path):
