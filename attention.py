@@ -67,14 +67,14 @@ class Slots:
     these are the layouts in which the two products of attention run fastest.
 
     Row r's tokens lie at 0 … at[r], whatever the others' lengths: no padding, positions are indices. The last
-    one, token[r], is drawn, but not yet in the cache.
+    one, token[r], is drawn, but not yet in the cache. key[r] and drawn[r] are the sampler's: the response's
+    key and how many tokens it has. All that changes with every token stays on the device.
     """
     def __init__(self, rows, capacity, device):
         self.rows, self.capacity, self.layers = rows, capacity, []  # a layer: the n-th attention in a pass
-        self.token = torch.zeros(rows, dtype=torch.long, device=device)
-        self.at = torch.zeros(rows, dtype=torch.long, device=device)
+        self.token, self.at, self.key, self.drawn = torch.zeros(4, rows, dtype=torch.long, device=device)
 
-    def fill(self, rows, prompts):
+    def fill(self, rows, prompts, key=0):
         """Copy prefilled prompts, per layer keys and values (kv_heads, length, D), one into each row."""
         if not self.layers:
             for k, v in prompts[0]:
@@ -87,22 +87,28 @@ class Slots:
                 keys[some, :, :, :length] = k.transpose(1, 2)
                 values[some, :, :length] = v
             self.at[some] = length
+        rows = torch.as_tensor(rows, device=self.at.device)
+        self.key[rows], self.drawn[rows] = torch.as_tensor(key, device=self.at.device), 0
 
     def keep(self, rows):
         """Close the gaps: from now on there are only these rows."""
         rows = torch.as_tensor(rows, device=self.at.device)
         for i, (keys, values) in enumerate(self.layers):  # a layer at a time: two caches never exist at once
             self.layers[i] = keys[rows], values[rows]
-        self.rows, self.token, self.at = len(rows), self.token[rows], self.at[rows]
+        self.rows = len(rows)
+        self.token, self.at, self.key, self.drawn = (
+            of_rows[rows] for of_rows in (self.token, self.at, self.key, self.drawn))
 
-    def step(self, model):
-        """(R, V) logits of the next token of each row."""
-        self.width, self.layer = int(self.at.max()) + 1, 0
+    def step(self, model, width):
+        """(R, V) logits of the next token of each row, of which the longest has `width` tokens."""
+        self.width, self.layer = width, 0
         self.age = self.at[:, None] - torch.arange(self.width, device=self.at.device)  # (R, width)
         bias = torch.zeros(self.age.shape, device=self.at.device).masked_fill_(self.age < 0, -torch.inf)
         self.bias = {None: bias[:, None, None]}  # per attention window
-        return model(input_ids=self.token[:, None], position_ids=self.at[:, None], slots=self,
-                     attention_mask=self.bias[None], use_cache=False).logits[:, -1]
+        logits = model(input_ids=self.token[:, None], position_ids=self.at[:, None], slots=self,
+                       attention_mask=self.bias[None], use_cache=False).logits[:, -1]
+        self.at = (self.at + 1).clamp(max=self.capacity - 1)  # where rows are free it means nothing
+        return logits
 
     def attend(self, query, key, value, scaling, window):
         """Attention of this step's tokens (R, heads, 1, D) to their rows so far -> (R, 1, heads, D).

@@ -41,42 +41,54 @@ CACHE_TOKENS = 2**18  # in the cache at most: 34 GB for Llama-3-8B; long prompts
 
 # ---------------------------------------------------------------- drawing one token
 def uniform(keys, counter):
-    """(R,) uint64 keys and counters -> (R,) float32 in (0, 1], by the splitmix64 hash
-    (doi.org/10.1145/2714064.2660195)."""
-    x = keys + np.atleast_1d(np.asarray(counter, np.uint64)) * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x = (x ^ (x >> np.uint64(31))) >> np.uint64(40)
-    return torch.from_numpy(((x.astype(np.float64) + 1) * 2.0**-24).astype(np.float32))
+    """int64 keys and counters of one shape -> float32 in (0, 1], by the splitmix64 hash
+    (doi.org/10.1145/2714064.2660195). Products wrap around; torch has no unsigned ones."""
+    def xored(x, bits):  # with its own higher bits
+        return x ^ shifted(x, bits)
+
+    def shifted(x, bits):  # filled up with zeros
+        return (x >> bits) & (2**(64 - bits) - 1)
+
+    x = keys + counter * (0x9E3779B97F4A7C15 - 2**64)
+    x = xored(x, 30) * (0xBF58476D1CE4E5B9 - 2**64)
+    x = xored(x, 27) * (0x94D049BB133111EB - 2**64)
+    return (shifted(xored(x, 31), 40) + 1).float() * 2.0**-24
 
 
-def draw(logits, keys, steps, temperature, top_p):
-    """(R, V) logits -> (R,) tokens, exactly from the softmax at `temperature` cut to its top-p nucleus.
+def draw(logits, keys, drawn, temperature, top_p):
+    """(R, V) logits -> (R,) tokens, and the same as a list; exactly from the softmax at `temperature` cut to
+    its top-p nucleus. keys, drawn (R,) int64: of each response, and how many tokens it has.
 
     A draw from the whole softmax that lies inside the nucleus is a draw from the nucleus; others are thrown
     again. That needs no sorting of the vocabulary. A token is inside if the mass of all likelier ones is
-    below top_p.
+    below top_p. The list is what the host waits for, and mostly waits once: two throws are made together.
     """
     if temperature == 0:
-        return logits.argmax(-1)
-    probs = (logits.float() / temperature).softmax(-1)
+        tokens = logits.argmax(-1)
+        return tokens, tokens.tolist()
+    probs, first = (logits.float() / temperature).softmax(-1), drawn * (TRIES + 1)
+    tokens = throw(probs, keys, first, 2, top_p)
+    listed = tokens.tolist()
+    for attempt in range(2, TRIES + 1):
+        again = [row for row, token in enumerate(listed) if token < 0]
+        if not again:
+            break
+        p = probs[again] if attempt < TRIES else nucleus(probs[again], top_p)
+        tokens[again] = throw(p, keys[again], first[again] + attempt, 1, top_p if attempt < TRIES else 1)
+        listed = tokens.tolist()
+    return tokens, listed
+
+
+def throw(probs, keys, counter, times, top_p):
+    """(R, V) probabilities -> (R,) tokens: of so many throws the first inside the nucleus, or −1."""
+    u = uniform(keys[:, None], counter[:, None] + torch.arange(times, device=keys.device))  # (R, times)
     cumulative = probs.cumsum(-1)
-    tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
-    pending = np.arange(len(logits))
-    for attempt in range(TRIES):
-        u = uniform(keys[pending], steps[pending] * (TRIES + 1) + attempt).to(logits.device)
-        p, c = (probs, cumulative) if attempt == 0 else (probs[pending], cumulative[pending])
-        token = torch.searchsorted(c, u[:, None] * c[:, -1:])
-        inside = (mass_above(p, token) < top_p) if top_p < 1 else torch.ones(len(u), dtype=torch.bool)
-        inside = inside.cpu().numpy()
-        tokens[pending[inside]] = token[inside, 0]
-        pending = pending[~inside]
-        if not len(pending):
-            return tokens
-    u = uniform(keys[pending], steps[pending] * (TRIES + 1) + TRIES).to(logits.device)
-    cumulative = nucleus(probs[pending], top_p).cumsum(-1)
-    tokens[pending] = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:])[:, 0]
-    return tokens
+    tokens = torch.searchsorted(cumulative, u * cumulative[:, -1:])
+    if top_p == 1:
+        return tokens[:, 0]
+    inside = torch.stack([mass_above(probs, token) < top_p for token in tokens.split(1, 1)], 1)
+    token = tokens.gather(1, inside.int().argmax(1, keepdim=True))[:, 0]  # argmax: the first of equals
+    return torch.where(inside.any(1), token, -1)
 
 
 def mass_above(probs, token):
@@ -118,8 +130,7 @@ def verify(model):
         slots.fill(range(len(chats)), starts)
         for last in (-2, -1):
             slots.token[:] = torch.tensor([chat[last] for chat in chats])
-            ours.append(slots.step(model))
-            slots.at += 1
+            ours.append(slots.step(model, slots.capacity + last + 1))
         theirs = torch.stack([packing.plain(model, chat)[1][-3:] for chat in chats], 1)
         packing.compare(torch.stack(ours), theirs)
     model.cache_holds = True
@@ -158,27 +169,28 @@ def generate(model, prompts, keys, *, stop_ids, temperature, top_p, max_new_toke
         if entering:  # schedule: responses that wait take the free rows
             new_jobs, starts, logits = zip(*entering)
             active, logits = free[:len(entering)], torch.stack(logits)
-            slots.fill(active, starts)
+            slots.fill(active, starts, np.array([keys[job] for job in new_jobs], np.uint64).view(np.int64))
             for row, job in zip(active, new_jobs):
                 jobs[row] = job
+            rows = torch.tensor(active, device=model.device)
         elif len(free) == len(jobs):
             return responses
-        else:  # step: a token for each row, in one forward pass
+        else:  # step: a token for each row, in one forward pass; what free rows do is of no interest
             if len(free) >= 0.25 * len(jobs):  # nobody waits any more: close the gaps
                 slots.keep([row for row, job in enumerate(jobs) if job])
                 jobs = [job for job in jobs if job]
-            active = [row for row, job in enumerate(jobs) if job]
-            logits = slots.step(model)
-            logits = logits if len(active) == len(jobs) else logits[active]
-            slots.at[active] += 1
-        p, m = zip(*(jobs[row] for row in active))
-        drawn = np.array([len(responses[i][j]) for i, j in zip(p, m)])
-        tokens = draw(logits, keys[p, m], drawn, temperature, top_p)
-        slots.token[active] = tokens
-        for row, i, j, token in zip(active, p, m, tokens.tolist()):  # retire: what has ended frees its row
-            responses[i][j].append(token)
-            if token in stop_ids or len(responses[i][j]) == limits[i]:
-                jobs[row] = None
+            active, rows = range(len(jobs)), slice(None)
+            width = max(len(prompts[p]) + len(responses[p][m]) for p, m in filter(None, jobs))
+            logits = slots.step(model, width)
+        tokens, listed = draw(logits, slots.key[rows], slots.drawn[rows], temperature, top_p)
+        slots.token[rows] = tokens
+        slots.drawn[rows] += 1
+        for row, token in zip(active, listed):  # retire: what has ended frees its row
+            if jobs[row]:
+                p, m = jobs[row]
+                responses[p][m].append(token)
+                if token in stop_ids or len(responses[p][m]) == limits[p]:
+                    jobs[row] = None
 
 
 # ---------------------------------------------------------------- the phase

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.overrides import TorchFunctionMode
 
 import attention
 import sampler
@@ -27,6 +28,21 @@ def questions():
 
 
 # ---------------------------------------------------------------- the fast one and the slow one
+def uniform_reference(key, counter):
+    """A number in (0, 1] by splitmix64, as its paper writes it."""
+    x = (key + counter * 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return ((x ^ x >> 31) // 2**40 + 1) / 2**24
+
+
+def test_random_numbers_are_those_of_splitmix64(rng):
+    keys, counters = rng.integers(0, 2**64, 999, dtype=np.uint64), rng.integers(0, 9000, 999)
+    expected = [uniform_reference(int(key), int(counter)) for key, counter in zip(keys, counters)]
+    assert uniform(torch.tensor(keys.view(np.int64)), torch.tensor(counters)).tolist() == expected
+    assert 0 < min(expected) and max(expected) <= 1
+
+
 @torch.inference_mode()
 def generate_reference(model, prompts, keys, *, stop_ids, temperature, top_p, max_new_tokens):
     """The specification of `generate`: one response at a time,
@@ -40,7 +56,7 @@ def generate_reference(model, prompts, keys, *, stop_ids, temperature, top_p, ma
             if attempt == TRIES:
                 probs = nucleus(probs, top_p)
             cumulative = probs.cumsum(-1)
-            u = uniform(np.array([key]), step * (TRIES + 1) + attempt)[:, None]
+            u = torch.tensor([[uniform_reference(int(key), step * (TRIES + 1) + attempt)]])
             token = torch.searchsorted(cumulative, u * cumulative[:, -1:]).item()
             if nucleus(probs, top_p)[0, token] > 0 or attempt == TRIES:
                 return token
@@ -134,6 +150,36 @@ def test_scores_are_fp32_in_either_precision(device, dtype):
     assert scores.dtype == torch.float32 and scores.shape == (3, 2, 4, 7)
 
 
+class Waits(TorchFunctionMode):
+    """Counts the calls at which the host of an accelerator waits for it: what reads a tensor's values, and
+    what copies values there (an index that is a list is such a copy)."""
+    READS = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero",
+             "tensor", "as_tensor", "from_numpy", "masked_select", "unique", "equal"}
+    count = 0
+
+    def __torch_function__(self, function, types, arguments=(), options=None):
+        name = function.__name__
+        listed = name in ("__getitem__", "__setitem__") and isinstance(arguments[1], (list, np.ndarray))
+        self.count += name in self.READS or listed
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_host_waits_once_for_the_tokens_of_a_step(tiny, questions, monkeypatch, kind):
+    model, (prompts, keys) = load_policy(tiny(kind)), questions
+    settings = dict(stop_ids=[], temperature=0.8, top_p=0.95, max_new_tokens=40)
+    generate(model, prompts, keys, rows=64, **settings)  # so that the model is verified
+    throws, throw = [], sampler.throw
+    monkeypatch.setattr(sampler, "throw", lambda *a: throws.append(1) or throw(*a))
+    with Waits() as few:
+        generate(model, prompts, keys, rows=64, **settings | dict(max_new_tokens=10))
+    before = len(throws)
+    with Waits() as many:
+        generate(model, prompts, keys, rows=64, **settings)  # 30 steps more, in which nobody comes or goes
+    thrice = len(throws) - 2 * before - 30  # another throw: its list, and four indices
+    assert many.count - few.count == 30 + 5 * thrice and thrice < 12
+
+
 # ---------------------------------------------------------------- the distribution
 def kept_mass(probs, kept):
     return (probs * (kept > 0)).sum(-1)
@@ -169,10 +215,12 @@ def test_draws_are_distributed_as_the_nucleus(temperature, top_p, counting):
     draws = 20_000  # top-p 0.05 mostly ends in the cut nucleus after eight rejected draws
     logits = spread(1, 60, ties=False)
     expected = nucleus((logits / temperature).softmax(-1), top_p)[0].double().numpy() * draws
-    keys, steps = np.array([seed_of(0, i) for i in range(draws)], np.uint64), np.zeros(draws, np.int64)
+    keys = np.array([seed_of(0, i) for i in range(draws)], np.uint64).view(np.int64)
+    keys, drawn = torch.tensor(keys), torch.zeros(draws, dtype=torch.long)
     if counting == "positions":  # of one response
-        keys, steps = keys[:1].repeat(draws), np.arange(draws)
-    tokens = draw(logits.expand(draws, -1), keys, steps, temperature, top_p)
+        keys, drawn = keys[:1].repeat(draws), torch.arange(draws)
+    tokens, listed = draw(logits.expand(draws, -1), keys, drawn, temperature, top_p)
+    assert tokens.tolist() == listed
     observed = np.bincount(tokens.numpy(), minlength=60)
     assert observed[expected == 0].sum() == 0
     often = expected >= 5
@@ -182,7 +230,7 @@ def test_draws_are_distributed_as_the_nucleus(temperature, top_p, counting):
 
 def test_greedy_takes_the_likeliest_and_needs_no_key():
     logits = spread(ties=False)
-    assert draw(logits, None, None, 0, 0.9).tolist() == logits.argmax(-1).tolist()
+    assert draw(logits, None, None, 0, 0.9)[1] == logits.argmax(-1).tolist()
 
 
 # ---------------------------------------------------------------- the phase
