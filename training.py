@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 import run
 from data import Problem
-from parallel import device, from_rank0, rank, world
+from parallel import before_micro_batch, device, from_rank0, held_whole, rank, world
 
 
 class MicroBatch(NamedTuple):
@@ -57,8 +57,10 @@ def optimise(model, steps, loss, *, lr, log, shown="", first_loss=None, resume=N
     loss of the first step must be. shown: what a line on the screen says beside it. resume: (folder, N): the
     state is kept there every N steps (0: never), and taken up again if there is one.
     """
-    if isinstance(model, FSDPModule):
+    sharded = isinstance(model, FSDPModule)
+    if sharded:
         model.reshard()  # a forward pass before, of a reference, leaves the root's parameters gathered
+        held = held_whole(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
     folder, every = resume or (None, 0)
     lines = restore(folder, model, optimizer) if folder else []
@@ -67,6 +69,8 @@ def optimise(model, steps, loss, *, lr, log, shown="", first_loss=None, resume=N
     for number, step in enumerate(steps[len(lines):], len(lines) + 1):
         sums = defaultdict(float)
         for micro in step:
+            if sharded:
+                before_micro_batch(model, micro is step[-1], *held)
             losses, metrics = loss(micro.numbers)
             shares = torch.tensor(micro.shares, device=losses.device)
             # FSDP averages gradients over processes; times their number that is the sum, the global mean

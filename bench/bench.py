@@ -4,6 +4,7 @@
     python bench/bench.py dpo        # beside TRL's DPOTrainer
     python bench/bench.py reward     # beside TRL's RewardTrainer; scoring beside plain transformers
     python bench/bench.py round      # where the time of the embedded task goes
+    python bench/bench.py traffic    # counted: bytes that two training processes exchange per optimiser step
 
 One thread, fp32, random weights (made on first use in runs/bench). Every measurement is a process of its own
 and the sides take turns, `--repeats` times (large models once); medians are shown. Rates are per CPU second
@@ -364,6 +365,34 @@ def round_project(rounds, began):
     return dict(spent=spent, ended=time.time())
 
 
+def training_traffic(name, gradient, weights):
+    """Bytes that each process receives in the second step of DPO, where so much is held whole between its
+    micro-batches (parallel.held_whole), and the weights after it; for two processes under torchrun."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    import dpo
+    import parallel
+    import training
+    parallel.start()
+    received, share = {}, 1 - 1 / parallel.world()
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            kind = {"_allgather_base_": "weights", "_reduce_scatter_base_": "gradients"}.get(function._opname)
+            if kind:  # its output whole, or its input
+                whole = arguments[0] if kind == "weights" else arguments[1]
+                received[kind] = received.get(kind, 0) + share * whole.nbytes
+            return function(*arguments, **(options or {}))
+
+    training.held_whole = lambda model: (gradient, weights)
+    with Counting():
+        for _, _, model in dpo.train(folder_of(name), pairs_of(name, 2 * BATCH), beta=0.1, lr=1e-3,
+                                     batch=BATCH, micro_batch=1, max_length=2048, log=lambda *_, **__: None):
+            weights, last, received = list(model.parameters()), received, {}
+    return dict(last, parameters=4 * sum(weight.numel() for weight in weights),
+                norms=[weight.full_tensor().norm().item() for weight in weights])
+
+
 # ---------------------------------------------------------------- the tables
 def measure(call, *launcher):
     """Run `call` (a function of this file with its arguments) in a process of its own."""
@@ -462,6 +491,22 @@ def growth_of_training(kind):
                                         for n in (1, 2, 4)})
 
 
+def two(call):
+    """`call` in two processes; what one of them says."""
+    return measure(call, sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+
+
+def traffic(_):
+    folder_of("m10")
+    print(f"| a step of {BATCH} pairs, m10, two processes, {BATCH // 2} micro-batches each "
+          "| weights received | gradients received | all |\n|---|---|---|---|")
+    for label, held in (("nothing held", (False, False)), ("the gradient held", (True, False)),
+                        ("gradient and weights held", (True, True))):
+        result = two(["training_traffic", "m10", *held])
+        bytes_ = result["weights"], result["gradients"], result["weights"] + result["gradients"]
+        print(f"| {label} | " + " | ".join(f"{b / 1e6:,.1f} MB" for b in bytes_) + " |", flush=True)
+
+
 def whole_rounds(repeats):
     import toy
     toy.build(0)
@@ -481,7 +526,8 @@ def whole_rounds(repeats):
         print(f"| all | {wall:.1f} | |\n\nstart-up, loading and saving: {overhead / wall:.0%}", flush=True)
 
 
-PARTS = {"sampler": sampling, "dpo": policy_training, "reward": reward_models, "round": whole_rounds}
+PARTS = {"sampler": sampling, "dpo": policy_training, "reward": reward_models, "round": whole_rounds,
+         "traffic": traffic}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
@@ -496,7 +542,10 @@ if __name__ == "__main__":
         function, *arguments = json.loads(o.call)
         import torch
         torch.set_num_threads(1)
-        print(json.dumps(globals()[function](*arguments)))
+        result = json.dumps(globals()[function](*arguments))
+        if os.environ.get("RANK", "0") == "0":
+            print(result, flush=True)
+        os._exit(0)  # past the threads of a process group
     elif not Path("/proc/self/clear_refs").exists():
         sys.exit("bench.py: memory is read from /proc, which this system lacks")
     elif o.part:

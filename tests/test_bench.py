@@ -36,3 +36,29 @@ def test_every_side_gives_a_rate_and_a_peak(tmp_path):
 def test_a_part_must_be_named():
     done = subprocess.run([sys.executable, BENCH / "bench.py", "everything"], capture_output=True, text=True)
     assert done.returncode == 2 and "invalid choice: 'everything'" in done.stderr
+
+
+def test_gradients_are_exchanged_once_a_step_and_held_weights_too_with_the_same_result(tmp_path):
+    make = (f"import sys, pathlib; sys.path.insert(0, {str(BENCH)!r}); import bench; "
+            f"bench.FOLDER = pathlib.Path({str(tmp_path)!r}); bench.folder_of('tiny')")
+    subprocess.run([sys.executable, "-c", make], check=True)
+    results = []
+    for held in ((False, False), (True, False), (True, True)):
+        code = (f"import json, sys, pathlib; sys.path.insert(0, {str(BENCH)!r}); import bench, parallel; "
+                f"bench.FOLDER = pathlib.Path({str(tmp_path)!r}); "
+                f"result = json.dumps(bench.training_traffic('tiny', *{held})); "
+                "parallel.say(result); bench.os._exit(0)")
+        path = tmp_path / "traffic.py"
+        path.write_text(code)
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                               "--nproc-per-node", "2", path], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads(done.stdout.splitlines()[-1]))
+    every, gradient, both = results
+    half = every["parameters"] / 2  # what a process receives of all parameters
+    assert every["gradients"] == pytest.approx(4 * half, rel=0.02)  # in each of four micro-batches
+    assert gradient["gradients"] == both["gradients"] == pytest.approx(half, rel=0.02)
+    assert every["weights"] == gradient["weights"] > 4 * half
+    assert both["weights"] == pytest.approx(half, rel=0.02)
+    for other in (gradient, both):
+        assert other["norms"] == pytest.approx(every["norms"], rel=1e-6)
