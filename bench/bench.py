@@ -4,6 +4,7 @@
     python bench/bench.py dpo        # beside TRL's DPOTrainer
     python bench/bench.py reward     # beside TRL's RewardTrainer; scoring beside plain transformers
     python bench/bench.py round      # where the time of the embedded task goes
+    python bench/bench.py slots      # counted: how busy the sampler's rows are over many blocks
     python bench/bench.py traffic    # counted: bytes that two training processes exchange per optimiser step
 
 One thread, fp32, random weights (made on first use in runs/bench). Every measurement is a process of its own
@@ -365,6 +366,40 @@ def round_project(rounds, began):
     return dict(spent=spent, ended=time.time())
 
 
+def block_steps(rows, size, prompts=20_000):
+    """Steps that the sampler's scheduler takes for each block of `size` prompts with five responses each, and
+    the share of its rows that these steps keep busy. There is no model: responses end at lengths drawn with a
+    fixed seed, 386 tokens on average and 1,024 at most, which stand in the place of their keys."""
+    from types import SimpleNamespace
+
+    import numpy as np
+    import torch
+
+    import sampler
+    lengths = np.random.default_rng(0).gamma(2, 196, (prompts, SAMPLES)).clip(1, 1024).astype(np.uint64)
+    nothing = torch.zeros(1)
+    taken = []
+
+    def step(slots, _, width):
+        taken[-1] += 1
+        return nothing.expand(slots.rows, 1)
+
+    def draw(logits, keys, drawn, *_):
+        tokens = (drawn + 1 == keys).long()
+        return tokens, tokens.tolist()
+
+    sampler.verify, sampler.Slots.step, sampler.draw = lambda model: None, step, draw
+    sampler.prefill = lambda _, some: [([(nothing.expand(1, 1, 1),) * 2], nothing) for _ in some]
+    for at in range(0, prompts, size):
+        taken.append(0)
+        some = lengths[at:at + size]
+        responses = sampler.generate(
+            SimpleNamespace(context=2048, device="cpu"), [[0]] * len(some), some, stop_ids=[1], temperature=1,
+            top_p=1, max_new_tokens=1024, rows=rows)
+        assert [[len(tokens) for tokens in row] for row in responses] == some.tolist()
+    return dict(steps=taken, busy=(lengths.sum() - lengths.size).item() / rows / sum(taken))
+
+
 def training_traffic(name, gradient, weights):
     """Bytes that each process receives in the second step of DPO, where so much is held whole between its
     micro-batches (parallel.held_whole), and the weights after it; for two processes under torchrun."""
@@ -491,6 +526,20 @@ def growth_of_training(kind):
                                         for n in (1, 2, 4)})
 
 
+def slots(_):
+    """Beside blocks of four fillings of the rows, as they were before."""
+    import sampler
+    print("| 20,000 prompts x 5, eight processes | prompts in a block | blocks | steps of a block, at most "
+          "| rows busy | idle at the end |\n|---|---|---|---|---|---|")
+    for rows in (64, 256):
+        for size in (4 * rows // SAMPLES, sampler.block_size(20_000, rows / SAMPLES)):
+            result = measure(["block_steps", rows, size])
+            steps = result["steps"]
+            dealt = [sum(steps[rank::8]) for rank in range(8)]
+            print(f"| {rows} rows | {size:,} | {len(steps)} | {max(steps):,} | {result['busy']:.1%} "
+                  f"| {1 - statistics.mean(dealt) / max(dealt):.1%} |", flush=True)
+
+
 def two(call):
     """`call` in two processes; what one of them says."""
     return measure(call, sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
@@ -527,7 +576,7 @@ def whole_rounds(repeats):
 
 
 PARTS = {"sampler": sampling, "dpo": policy_training, "reward": reward_models, "round": whole_rounds,
-         "traffic": traffic}
+         "slots": slots, "traffic": traffic}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,

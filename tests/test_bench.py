@@ -38,6 +38,15 @@ def test_a_part_must_be_named():
     assert done.returncode == 2 and "invalid choice: 'everything'" in done.stderr
 
 
+def test_the_rows_of_the_sampler_are_busy_over_many_blocks():
+    code = (f"import json, sys; sys.path.insert(0, {str(BENCH)!r}); import bench, sampler; "
+            "size = sampler.block_size(3000, 16 / 5); "
+            "print(json.dumps([size, bench.block_steps(16, size, 3000)]))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    size, result = json.loads(done.stdout)
+    assert len(result["steps"]) == -(-3000 // size) == 40 and result["busy"] > 0.93
+
+
 def test_gradients_are_exchanged_once_a_step_and_held_weights_too_with_the_same_result(tmp_path):
     make = (f"import sys, pathlib; sys.path.insert(0, {str(BENCH)!r}); import bench; "
             f"bench.FOLDER = pathlib.Path({str(tmp_path)!r}); bench.folder_of('tiny')")
