@@ -1,5 +1,4 @@
-"""The embedded task: poems in a tiny English, and everything that a run on it needs.
-No download, minutes on a CPU.
+"""The embedded task: poems in a tiny English, and everything that a run on it needs, without a download.
 
     torchrun mt.py --rounds 3                     # uses it when no --policy is given
     python toy.py --seed 0 --out runs/toy-base    # the base policy and reward model alone
@@ -15,8 +14,6 @@ and a perfect answer greets the reader, writes that many `ADJECTIVE NOUN VERB .`
 The base policy learnt from a mediocre writer. The base reward model learnt from noisy labels of a gold judge,
 which no other training step ever sees, so that a run can show what a real one can't: whether policies and
 reward models really get better.
-
-Left out on purpose: grammar beyond this pattern, any judgement of style.
 """
 import functools
 import hashlib
@@ -57,7 +54,7 @@ SHAPE = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_att
              initializer_range=0.08, max_position_embeddings=128)
 SFT = dict(lr=3e-3, batch=32, epochs=3)
 RM = dict(lr=1e-3, batch=16, micro_batch=16, epochs=4)
-LABEL_NOISE = 0.6  # T
+LABEL_NOISE = 0.6  # gold per nat
 
 # ---------------------------------------------------------------- the world
 # mood -> (adjectives, verbs); every word belongs to one mood only, so that a word's mood can be looked up
@@ -188,8 +185,7 @@ def demonstration(prompt: str, rng: random.Random) -> str:
 
 # ---------------------------------------------------------------- the base models
 def tokenizer(more=()):
-    """Word-level, with the template <bos> <user> the prompt's words <assistant> the answer's words <eos>.
-    more: words that a variant adds to the world's."""
+    """Word-level: <bos> <user> the prompt's words <assistant> the answer's <eos>. more: a variant's words."""
     special = ["<pad>", "<bos>", "<eos>", "<user>", "<assistant>"]
     vocabulary = {word: i for i, word in enumerate([*special, *words(), *more])}
     model = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
@@ -258,15 +254,15 @@ def write_demonstrator(prompts, seed, folder, log, more=(), more_words=()):
 
 
 def write_preferences(policy, prompts, seed, path):
-    """Pairs of π_0's answers with a noisy label: P(a ≻ b) = σ((gold(a) − gold(b)) / T)."""
+    """Pairs of π_0's answers with a noisy label: P(a ≻ b) = σ(appeal(a) − appeal(b))."""
     rng, samples = random.Random(seed), path.with_name("answers.jsonl")
     sample(str(policy), prompts, samples, samples=2, temperature=0.8, top_p=0.95,
            max_new_tokens=SETTINGS["max_new_tokens"], seed=f"{seed}/labels", rows=256)
     rows, pairs = read_jsonl(samples), []
     for a, b in zip(rows[::2], rows[1::2]):
         if a["response"] != b["response"]:
-            z = (gold_of(a) - gold_of(b)) / LABEL_NOISE
-            chosen, rejected = (a, b) if rng.random() < 1 / (1 + math.exp(-z)) else (b, a)
+            chance = 1 / (1 + math.exp(appeal(b) - appeal(a)))
+            chosen, rejected = (a, b) if rng.random() < chance else (b, a)
             pairs.append({"prompt": a["prompt"], "chosen": chosen["response"],
                           "rejected": rejected["response"]})
     write_jsonl(path, pairs)
@@ -274,6 +270,11 @@ def write_preferences(policy, prompts, seed, path):
 
 def gold_of(row):
     return gold(row["prompt"], row["response"], row["finished"])
+
+
+def appeal(row):
+    """How much a labeller likes an answer, in nats."""
+    return gold_of(row) / LABEL_NOISE
 
 
 @dataclass

@@ -46,12 +46,12 @@ COLUMNS = ("gold", "win_rate", "tokens", "accuracy_base", "accuracy_current", "s
 BESIDE = ("fixed RM", "full", "offline DPO")  # what gold is compared with, seed by seed
 
 
-def command(script, *words):
-    """Run a script of this folder, or the module of that name."""
+def command(script, *words, cwd=None, **more):
+    """Run a script of this folder, or the module of that name. more: of the environment."""
     script = [str(HOME / script)] if script.endswith(".py") else ["-m", script]
     path = os.pathsep.join([str(HOME), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, *script, *map(str, words)], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path})
+                          cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | more)
     if done.returncode:
         raise RuntimeError(done.stderr)
 

@@ -3,10 +3,10 @@
     judge PROMPT answer RESPONSE                                ->  score 3
     compare judge PROMPT answer RESPONSE 1 score 3 2 score 5    ->  winner 2
 
-The responses are those that r_0's labels are about, two of π_0's to a prompt, each with one noisy worth
-gold + T · g, g Gumbel noise. Two of them differ by the logistic noise of r_0's
-labels: P(worth_a > worth_b) is P(a ≻ b) in toy.write_preferences. The score, 0 to 5, is the worth's sixth
-among all; the winner is the score nearer to it.
+The responses are those that r_0's labels are about, two of π_0's to a prompt, each with one noisy worth:
+toy.appeal and Gumbel noise. Two of them differ by the logistic noise of r_0's labels: P(worth_a > worth_b) is
+P(a ≻ b) in toy.write_preferences. The score, 0 to 5, is the worth's sixth among all; the winner is the score
+nearer to it.
 """
 import math
 import random
@@ -25,7 +25,7 @@ WORDS = "judge answer score compare winner 0 1 2 3 4 5".split()
 
 def demonstrations(rows, rng):
     """Answers -> [(prompt, answer)] of judgements and of judgements of judgements."""
-    worth = [toy.gold_of(row) - toy.LABEL_NOISE * math.log(rng.expovariate(1)) for row in rows]
+    worth = [toy.appeal(row) - math.log(rng.expovariate(1)) for row in rows]
     for row, score in zip(rows, np.searchsorted(np.quantile(worth, np.arange(1, 6) / 6), worth)):
         task = JUDGE.format(**row)
         yield task, f"score {score}"

@@ -1,0 +1,162 @@
+"""Where the M-step helps: gain of the full method over a fixed reward model, around the embedded task.
+
+    python bench/map.py                        # all points, seeds 1 to 8, two runs at a time: hours
+    python bench/map.py --arms fixed full gate --points base "taste 1.5" --seeds 1 2
+
+Runs lie in runs/map/POINT/ARM-SEED. Every run's row goes to docs/data/map.jsonl; tables and docs/map.svg are
+made from those rows (--table: without running anything). Beside them stands what a user could know without
+gold: r_0's accuracy and Brier score on 300 held-out labelled pairs and, of the full method's first round, the
+win rate, the share of comparisons kept, the disagreement of policy and reward model, and how many more of the
+held-out pairs the new reward model orders.
+"""
+import argparse
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+HOME = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(HOME))
+from arms import ROUNDS, by_this_code, command, mean_and_error  # noqa: E402
+
+import reward  # noqa: E402
+from data import read_jsonl, read_pairs, write_jsonl  # noqa: E402
+from evals import figures  # noqa: E402
+from evals.agreement import disagreement  # noqa: E402
+
+POINTS = {
+    "base": {},
+    **{f"labels {n}": {"labels": n} for n in (500, 1500, 4500, 9000)},
+    **{f"taste {nats}": {"taste": nats} for nats in (0.5, 1.5)},
+    **{f"step {lr}": {"policy_lr": lr} for lr in (2e-5, 8e-5)},
+    "best chosen": {"rule": "best"},
+    "own body": {"own_body": True},
+    **{f"labels {n}, taste {nats}": {"labels": n, "taste": nats} for n in (500, 9000) for nats in (0.5, 1.5)},
+}
+ARMS = {  # {base}: the folder of the base models, which the first arm makes
+    "fixed": ["--update_rm", "false"],
+    "full": [],
+    "gate": ["--gate", "{base}/held_out/preferences.jsonl"],
+    "anchor": ["--anchor", "{base}/preferences.jsonl"],
+    "lighter": ["--rm_lr", 1e-4],
+    "spot check": ["--spot_check", 100, "--labeller", f"{sys.executable} {HOME}/bench/label.py"],
+    **{f"{n} labels": ["--labels", n, "--labeller", f"{sys.executable} {HOME}/bench/label.py"]
+       for n in (16, 64, 256)},
+}
+PREDICTORS = ("accuracy", "brier", "win_rate", "kept", "disagreement", "gain_on_labels")
+
+
+def run(point, arm, seed):
+    """A row: gold by round and, of the full method, the predictors."""
+    folder = HOME / "runs" / "map" / point.replace(", ", "-").replace(" ", "")
+    out = folder / f"{arm.replace(' ', '-')}-{seed}"
+    if not (out / "gold.jsonl").exists() or not by_this_code(out):
+        folder.mkdir(parents=True, exist_ok=True)
+        base = arm not in ("full", "fixed") and base_of(folder / f"fixed-{seed}")
+        command("bench.point", "--rounds", ROUNDS, "--seed", seed, "--out", out,
+                *(str(word).format(base=base) for word in ARMS[arm]), cwd=folder,
+                POINT=json.dumps(POINTS[point]))
+    print(f"{out} is there", flush=True)
+    row = dict(point=point, **POINTS[point], arm=arm, seed=seed,
+               gold=[line["gold"] for line in read_jsonl(out / "gold.jsonl")])
+    return row | (predictors(out) if arm == "full" else {})
+
+
+def base_of(out):
+    return Path(json.loads((out / "run.json").read_text())["settings"]["rm"]).parent
+
+
+def predictors(out):
+    found = figures.load(out)
+    held_out = read_pairs(base_of(out) / "held_out" / "preferences.jsonl")
+    first, margins = found["steps"][0], held_out_margins(base_of(out) / "rm", held_out)
+    new = out / "round1" / "m" / "rm"
+    after = held_out_margins(new, held_out) if new.exists() else margins
+    compared = next((step for step in found["steps"] if step["kind"] == "M"), None)
+    return dict(
+        accuracy=float((margins > 0).mean()), brier=float(((1 / (1 + np.exp(margins)))**2).mean()),
+        win_rate=first["win_rate"], disagreement=next(iter(disagreement(found).values())),
+        kept=compared and compared["kept"] / compared["comparisons"],
+        gain_on_labels=float((after > 0).mean() - (margins > 0).mean()))
+
+
+def held_out_margins(folder, pairs):
+    model, tokenizer = reward.load(str(folder))
+    return np.diff(reward.score_answers(model, tokenizer, [
+        (pair["prompt"], [pair["rejected"], pair["chosen"]]) for pair in pairs], 32))[:, 0]
+
+
+# ---------------------------------------------------------------- tables
+def gains(rows, point, arm):
+    """(seeds, rounds): gold above the fixed reward model's, seed by seed."""
+    gold = {(row["arm"], row["seed"]): row["gold"] for row in rows if row["point"] == point}
+    seeds = sorted(seed for name, seed in gold if name == arm and ("fixed", seed) in gold)
+    return np.array([np.subtract(gold[arm, seed], gold["fixed", seed])[1:] for seed in seeds])
+
+
+def tables(rows):
+    points = [point for point in POINTS if any(row["point"] == point for row in rows)]
+    rounds = "".join(f" round {n + 1} |" for n in range(ROUNDS))
+    print(f"| point | arm | seeds |{rounds}\n|---|---|---|{'---|' * ROUNDS}")
+    for point in points:
+        for arm in [arm for arm in ARMS if arm != "fixed"]:
+            above = gains(rows, point, arm)
+            if len(above):
+                print(f"| {point} | {arm} | {len(above)} | {' | '.join(map(mean_and_error, above.T))} |")
+    full = [(point, [row for row in rows if (row["point"], row["arm"]) == (point, "full")])
+            for point in points]
+    gain = [gains(rows, point, "full")[:, -1].mean() for point, _ in full]
+    print(f"\n| point | gain | {' | '.join(PREDICTORS)} |\n|---|---|{'---|' * len(PREDICTORS)}")
+    values = np.array([[np.mean([row[name] for row in some if row[name] is not None]) for name in PREDICTORS]
+                       for _, some in full])
+    for (point, _), above, known in zip(full, gain, values):
+        print(f"| {point} | {above:+.2f} | {' | '.join(f'{value:.3f}' for value in known)} |")
+    print(f"| rank correlation | | {' | '.join(f'{spearman(gain, known):+.2f}' for known in values.T)} |")
+
+
+def spearman(x, y):
+    return np.corrcoef(*(np.argsort(np.argsort(values)) for values in (x, y)))[0, 1]
+
+
+def draw(rows, path):
+    """Gain at the last round, point by point."""
+    from matplotlib import pyplot
+    found = {point: gains(rows, point, "full") for point in POINTS}
+    found = {point: above[:, -1] for point, above in found.items() if len(above) > 1}
+    mean, error = zip(*((above.mean(), above.std(ddof=1) / len(above)**0.5) for above in found.values()))
+    figure, axis = pyplot.subplots(figsize=(7, 0.35 * len(found) + 1))
+    axis.errorbar(mean, range(len(found)), xerr=error, fmt="o")
+    axis.axvline(0, color="grey")
+    axis.set_yticks(range(len(found)), found)
+    axis.invert_yaxis()
+    axis.set_xlabel(f"gold above a fixed reward model's after round {ROUNDS} (mean ± standard error)")
+    figure.savefig(path, bbox_inches="tight")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--points", nargs="+", default=POINTS, choices=POINTS)
+    parser.add_argument("--arms", nargs="+", default=["fixed", "full"], choices=ARMS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=range(1, 9))
+    parser.add_argument("--json", type=Path, default=HOME / "docs" / "data" / "map.jsonl")
+    parser.add_argument("--table", action="store_true", help="of the rows that are there")
+    o = parser.parse_args()
+    rows = read_jsonl(o.json) if o.json.exists() else []
+    if not o.table:
+        def work(point, seed):  # one after the other: they share their base models
+            return [run(point, arm, seed) for arm in ARMS if arm in o.arms]
+        with ThreadPoolExecutor(2) as pool:
+            jobs = [pool.submit(work, point, seed) for seed in o.seeds for point in o.points]
+        new = [row for job in jobs for row in job.result()]
+        keys = {(row["point"], row["arm"], row["seed"]) for row in new}
+        rows = [row for row in rows if (row["point"], row["arm"], row["seed"]) not in keys] + new
+        write_jsonl(o.json, rows)
+    tables(rows)
+    draw(rows, HOME / "docs" / "map.svg")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""A point of the map: the embedded task with other constants than toy.py's, from the environment.
+
+    POINT='{"labels": 500, "taste": 1.0}' python -m bench.point --rounds 3 --seed 1 --out full
+
+labels     pairs that r_0 learns from (toy.LABELS)
+taste      nats that its labellers see in each word of a third of all adjectives and verbs, and gold doesn't
+own_body   r_0 starts from another policy's body, of another seed
+policy_lr  the E-step's
+rule       "best": the highest reward is chosen, as in variants/online_dpo.py
+
+Base models lie in runs/point-base of the current folder, so a folder is for one point. Without --rounds, as
+toy.build calls it, it makes them, and labels of the test prompts that no model learns from: held_out/.
+"""
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import filter  # noqa: E402
+import mt  # noqa: E402
+import reward  # noqa: E402
+import run  # noqa: E402
+import toy  # noqa: E402
+from variants.online_dpo import best_and_worst  # noqa: E402
+
+POINT = {"labels": toy.LABELS, "taste": 0.0, "own_body": False, "policy_lr": toy.SETTINGS["policy_lr"],
+         "rule": "shortest"} | json.loads(os.environ.get("POINT", "{}"))
+TASTY = {*sorted(toy.ADJECTIVE_MOOD)[::3], *sorted(toy.VERB_MOOD)[::3]}
+appeal, train, write_demonstrator = toy.appeal, reward.train, toy.write_demonstrator
+
+
+def with_taste(row):
+    return appeal(row) + POINT["taste"] * sum(word in TASTY for word in row["response"].split())
+
+
+def from_own_body(folder, pairs, *, seed, log, **settings):
+    body = Path(folder).with_name("body")
+    write_demonstrator(toy.parts(seed)["demonstrations"], seed + 1000, body, log)
+    return train(str(body), pairs, seed=seed, log=log, **settings)
+
+
+def make_base():
+    o = run.parse(toy.Options)
+    if POINT["own_body"]:
+        reward.train = from_own_body
+    toy.main()
+    held_out = Path(o.out) / "held_out" / "preferences.jsonl"
+    toy.write_preferences(Path(o.out) / "policy", toy.parts(o.seed)["test"], o.seed, held_out)
+
+
+if __name__ == "__main__":
+    toy.LABELS, toy.appeal, toy.build = POINT["labels"], with_taste, partial(toy.build, script=__file__)
+    if POINT["rule"] == "best":
+        filter.choose_pair = best_and_worst
+    if "--rounds" in sys.argv:
+        run.launch(mt.main, policy_lr=POINT["policy_lr"])
+    else:
+        run.launch(make_base)
