@@ -5,6 +5,7 @@
     python bench/bench.py reward     # beside TRL's RewardTrainer; scoring beside plain transformers
     python bench/bench.py round      # where the time of the embedded task goes
     python bench/bench.py slots      # counted: how busy the sampler's rows are over many blocks
+    python bench/bench.py host       # what the host does in an E-step while accelerators wait
     python bench/bench.py traffic    # counted: bytes that two training processes exchange per optimiser step
 
 One thread, fp32, random weights (made on first use in runs/bench). Every measurement is a process of its own
@@ -400,6 +401,53 @@ def block_steps(rows, size, prompts=20_000):
     return dict(steps=taken, busy=(lengths.sum() - lengths.size).item() / rows / sum(taken))
 
 
+def host_work(name, prompts):
+    """CPU seconds of one process for what the host does in an E-step of so many prompts, five responses of
+    386 tokens on average, while accelerators wait; and the memory of the pairs and their tokens."""
+    import data
+    import filter
+    import mt
+    import packing
+    rng, folder, seconds = random.Random(4), folder_of(name), {}
+    texts = [text(rng, 1024, name).split() for _ in range(500)]
+
+    def some(tokens):
+        return " ".join(rng.choice(texts)[:tokens])
+
+    def timed(part, work, *arguments):
+        with Measured() as measured:
+            result = work(*arguments)
+        seconds[part] = measured.cpu
+        return result
+
+    def sampled(prompt, index):
+        tokens = min(1024, 1 + int(rng.gammavariate(2, 196)))
+        return dict(prompt=prompt, index=index, response=some(tokens), tokens=tokens, finished=True,
+                    policy=folder, score=rng.gauss(0, 1), rm=folder)
+
+    def scored(row):
+        return packing.pack([data.encode_chat(tokenizer, row["prompt"], row["response"], whole=True)])
+
+    with tempfile.TemporaryDirectory() as out:
+        path, tokenizer = Path(out) / "samples.jsonl", data.load_tokenizer(folder)
+        questions = (some(130) + " " + word(3 + number % 8000) for number in range(prompts))
+        data.write_jsonl(path, (sampled(prompt, i) for prompt in questions for i in range(SAMPLES)))
+        rows = data.Lines(path)
+        timed("prompts to tokens", lambda: [data.encode_chat(tokenizer, row["prompt"]).start
+                                            for row in rows[::SAMPLES]])
+        timed("answers to tokens, in scoring", lambda: [len(scored(row)) for row in rows])
+        timed("means", mt.means, rows, "score", "tokens", "finished")
+        before = anonymous()
+        pairs, _ = timed("pairs", filter.preference_pairs, rows)
+        held = timed("pairs to tokens", packing.pair_rows, tokenizer, pairs, 2048, True)
+        return dict(seconds=seconds, memory=anonymous() - before, pairs=len(held[0]))
+
+
+def anonymous():
+    """MB of this process's memory that is no file's."""
+    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 1024
+
+
 def training_traffic(name, gradient, weights):
     """Bytes that each process receives in the second step of DPO, where so much is held whole between its
     micro-batches (parallel.held_whole), and the weights after it; for two processes under torchrun."""
@@ -540,6 +588,15 @@ def slots(_):
                   f"| {1 - statistics.mean(dealt) / max(dealt):.1%} |", flush=True)
 
 
+def host(_):
+    """A tenth of 60,000 prompts, times ten."""
+    result = measure(["host_work", "m10", 6000])
+    print("| the host, 60,000 prompts x 5 | CPU seconds | over eight processes |\n|---|---|---|")
+    for part, seconds in result["seconds"].items():
+        print(f"| {part} | {10 * seconds:.0f} | {10 * seconds / 8:.1f} |")
+    print(f"\nThe pairs and their tokens take {result['memory'] / 100:.2f} GB in each process.")
+
+
 def two(call):
     """`call` in two processes; what one of them says."""
     return measure(call, sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
@@ -576,7 +633,7 @@ def whole_rounds(repeats):
 
 
 PARTS = {"sampler": sampling, "dpo": policy_training, "reward": reward_models, "round": whole_rounds,
-         "slots": slots, "traffic": traffic}
+         "slots": slots, "host": host, "traffic": traffic}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,
