@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 
 from rows import (  # noqa: F401  (some for those that import them from here)
     LONGEST,
+    Lines,
     Problem,
     check_field,
     first_line,
@@ -43,6 +44,10 @@ def as_messages(prompt):
 def prompt_id(prompt):
     """The same text for the same conversation, whichever way it was written down."""
     return json.dumps([[m["role"], m["content"]] for m in as_messages(prompt)], ensure_ascii=False)
+
+
+def digest_of(text):
+    return hashlib.sha256(text.encode()).digest()
 
 
 def by_prompt(rows):
@@ -256,8 +261,11 @@ def _adds_bos(tokenizer):
 
 def check_context(rows, model, folder, mend="set a smaller --max_length"):
     """A chat that is longer than the model's context, or a token that it doesn't know, is a Problem."""
-    chats = [row.trunk + branch for row in rows for branch in row.branches]
-    longest, highest = max(map(len, chats), default=0), max(map(max, chats), default=0)
+    longest = highest = 0
+    for row in rows:
+        for branch in row.branches:
+            longest = max(longest, len(row.trunk) + len(branch))
+            highest = max(highest, *row.trunk, *branch)
     if longest > model.context:
         raise Problem(f"{folder}: a chat of {longest} tokens does not fit into its context of "
                       f"{model.context}; leave it out or {mend}")
@@ -273,4 +281,4 @@ def quiet():
 
 def seed_of(*parts):
     """A 64-bit number that depends on all parts and on nothing else (hash() differs between processes)."""
-    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "little")
+    return int.from_bytes(digest_of(json.dumps(parts))[:8], "little")

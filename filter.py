@@ -15,8 +15,8 @@ import numpy as np
 
 import manifest
 import run
-from data import Problem, prompt_id, read_samples
-from parallel import say
+from data import Problem, digest_of, prompt_id, read_samples
+from parallel import dealt, say
 from run import option
 
 
@@ -48,16 +48,18 @@ def preference_pairs(samples):
 
     Two answers with the same text make no pair either.
     """
-    pairs, without, groups = [], 0, {}
-    for row in samples:
-        groups.setdefault(prompt_id(row["prompt"]), []).append(row)
-    for group in groups.values():
+    def pair(group):
+        group = [samples[i] for i in groups[group]]
         choice = choose_pair([row["score"] for row in group], [row["tokens"] for row in group])
-        if choice is None or group[choice[0]]["response"] == group[choice[1]]["response"]:
-            without += 1
-        else:
-            pairs.append(pair_of(group, *choice))
-    return pairs, without
+        if choice is not None and group[choice[0]]["response"] != group[choice[1]]["response"]:
+            return pair_of(group, *choice)
+
+    groups, names = {}, dealt(len(samples), lambda i: digest_of(prompt_id(samples[i]["prompt"])), "prompts")
+    for i, name in enumerate(names):
+        groups.setdefault(name, []).append(i)
+    groups = list(groups.values())
+    pairs = [found for found in dealt(len(groups), pair, "pairs") if found]
+    return pairs, len(groups) - len(pairs)
 
 
 def pair_of(group, chosen_index, rejected_index, reason):

@@ -30,7 +30,7 @@ import reward
 import run
 import toy
 import training
-from data import Problem, load_tokenizer, read_jsonl, read_prompts, read_selection
+from data import Lines, Problem, load_tokenizer, read_jsonl, read_prompts, read_selection
 from evals import gold, report
 from parallel import rank, say
 from rollout import sample_and_score
@@ -163,11 +163,12 @@ def scored_samples(o, policy, rm, prompts, path, samples=1, judge=None):
 
 def make_pairs(o, samples, path):
     if manifest.due(o.out, path, samples):
-        rows = read_jsonl(samples)
+        rows = Lines(samples)
         pairs, without = filter.preference_pairs(rows)
         if not pairs:
             raise Problem(f"{samples}: not one prompt gives a pair: all rewards or texts are equal")
-        log_of(o, path)(prompts_without_pair=without, **means(rows, "score", "tokens", "finished"),
+        log_of(o, path)(
+            prompts_without_pair=without, **means(rows, "score", "tokens", "finished"),
             **means(pairs, "chosen_score", "rejected_score", "chosen_tokens", "rejected_tokens"))
         run.write_rows(path, pairs)
         say(f"{len(pairs)} pairs, {without} prompts give none. The first:")

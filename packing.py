@@ -6,23 +6,24 @@ tokens one by one, so attention alone must know where a chat begins and ends: it
 attends in each as usual and puts the results back (attention.py). At its first use every model is held to
 plain forward passes of itself (`verify`), and those in which tokens meet in other ways are refused.
 """
+from array import array
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import attention  # noqa: F401  (registers itself as "packed")
-from data import Problem, encode_chat, first_line, quiet
+from data import Problem, encode_chat, first_line
+from parallel import dealt, decoder
 
 LOGITS = 2**23  # logits in memory at a time (32 MB in fp32)
 TOGETHER = 8  # chats of like lengths that attend in one call, padded to the longest of them
 
 
 class Row(NamedTuple):
-    trunk: list     # tokens shared by all answers: the prompt
+    trunk: array    # tokens shared by all answers: the prompt
     branches: list  # per answer, its tokens after the trunk
     starts: list    # per answer, the index in its branch where the response begins
 
@@ -32,6 +33,7 @@ class Row(NamedTuple):
 
 def pack(chats):
     """Answers to one prompt as a Row: their common beginning once, never further than the first response."""
+    chats = [chat._replace(ids=array("i", chat.ids)) for chat in chats]  # a tenth of a list's memory
     trunk = chats[0].ids[:min(chat.start for chat in chats)]
     for chat in chats[1:]:
         same = next((i for i, (a, b) in enumerate(zip(trunk, chat.ids)) if a != b), len(trunk))
@@ -42,7 +44,7 @@ def pack(chats):
 
 def alone(ids):
     """A chat without siblings as a Row."""
-    return Row(ids, [[]], [0])
+    return Row(ids, [ids[:0]], [0])
 
 
 def pair_rows(tokenizer, pairs, max_length, unfinished=False):
@@ -52,18 +54,20 @@ def pair_rows(tokenizer, pairs, max_length, unfinished=False):
     `unfinished`: a response that was cut off carries no stop token (policy training); else every answer ends
     properly, with the whole of the template, as reward models expect.
     """
-    rows, kept = [], []
-    for pair in tqdm(pairs, desc="tokens", leave=False, disable=quiet()):
+    def encode(number):
+        pair = pairs[number]
         chats = [encode_chat(tokenizer, pair["prompt"], pair[side],
                              pair.get(f"{side}_finished", True) or not unfinished, whole=not unfinished)
                  for side in ("chosen", "rejected")]
         if max(len(chat.ids) for chat in chats) <= max_length \
                 and all(chat.start < len(chat.ids) for chat in chats):
-            rows.append(pack(chats))
-            kept.append(pair)
-    if not rows:
+            return pack(chats)
+
+    rows = dealt(len(pairs), encode, "tokens")
+    kept = [pair for pair, row in zip(pairs, rows) if row]
+    if not kept:
         raise Problem(f"none of {len(pairs)} pairs is short enough for --max_length {max_length}")
-    return rows, kept
+    return [row for row in rows if row], kept
 
 
 def collate(rows, device="cpu"):
@@ -109,12 +113,6 @@ def collate(rows, device="cpu"):
 
 
 # ---------------------------------------------------------------- held to plain forward passes
-def decoder(model):
-    """A model without its head."""
-    body = model.base_model if model.base_model is not model else model.model
-    return body.get_decoder()
-
-
 def hidden_states(model, packed):
     """(T, H): the last hidden states of a packed sequence, by a model that has been held to plain passes."""
     verify(model)

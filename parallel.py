@@ -18,9 +18,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 from data import Problem
-from packing import decoder
 
 
 def rank():
@@ -55,6 +55,18 @@ def from_rank0(value):
     if world() > 1:
         dist.broadcast_object_list(box)
     return box[0]
+
+
+def dealt(count, work, what):
+    """[work(0), …, work(count − 1)], each done by one process and then known to all: for work of the host,
+    while accelerators wait. what: it is called on the screen."""
+    mine = tqdm(range(rank(), count, world()), desc=what, leave=False, disable=rank() > 0)
+    mine = [work(i) for i in mine]
+    if world() == 1:
+        return mine
+    every = [None] * world()
+    dist.all_gather_object(every, mine)
+    return [every[i % world()][i // world()] for i in range(count)]
 
 
 def say(*words):
@@ -94,6 +106,12 @@ def replicate(model):
         for tensor in chain(model.parameters(), model.buffers()):
             dist.broadcast(tensor.data, 0)
     return model
+
+
+def decoder(model):
+    """A model without its head."""
+    body = model.base_model if model.base_model is not model else model.model
+    return body.get_decoder()
 
 
 def decoder_layers(model):

@@ -1,6 +1,6 @@
 """Sampling followed by scoring: prompts -> scored responses. Loop, win rates and embedded task need it."""
 import reward
-from data import read_jsonl
+from data import Lines
 from run import exists, parts_of, remove_all
 from sampler import sample
 
@@ -16,6 +16,6 @@ def sample_and_score(o, policy, rm, prompts, samples, seed, path, judge=None):
         if not exists(raw):
             sample(policy, prompts, raw, samples=samples, temperature=o.temperature, top_p=o.top_p,
                    max_new_tokens=o.max_new_tokens, rows=o.sample_batch, seed=seed)
-        (judge or reward.score)(rm, read_jsonl(raw), path, o.score_batch)
+        (judge or reward.score)(rm, Lines(raw), path, o.score_batch)
     remove_all(raw, parts_of(raw), parts_of(path))
-    return read_jsonl(path)
+    return Lines(path)

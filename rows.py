@@ -6,7 +6,10 @@ wrong is a Problem with its file and line, before anything is computed.
 import json
 import os
 import re
-from itertools import chain
+from array import array
+from collections.abc import Sequence
+from itertools import accumulate, chain
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 
@@ -115,6 +118,25 @@ def write_jsonl(path, rows):
 def read_jsonl(path):
     """The rows of a file of our own, which may be empty."""
     return [row for _, row in _read_json(Path(path))]
+
+
+class Lines(Sequence):
+    """The rows of a JSONL file of our own as a sequence: read when they are asked for, and not kept."""
+    def __init__(self, path):
+        self.path = path
+        with open(path, "rb") as file:
+            self.ends = array("q", accumulate(map(len, file), initial=0))
+            self.bytes = mmap(file.fileno(), 0, access=ACCESS_READ) if self.ends[-1] else b""
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        text = self.bytes[self.ends[index]:self.ends[index + 1]].decode(errors="replace")
+        return from_json(text.rstrip("\n"), self.path, index)
 
 
 def read_selection(path):

@@ -8,7 +8,6 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import MISSING, field
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from data import Problem, first_line, read_jsonl, write_jsonl
-from parallel import barrier, from_rank0, rank, say, start, world
+from parallel import barrier, dealt, from_rank0, rank, say, start, world
 from rows import check_flag
 
 
@@ -174,7 +173,8 @@ def open_log(path, phase):
 
 
 def means(rows, *keys):
-    return {key: float(np.mean([row[key] for row in rows])) for key in keys}
+    columns = zip(*dealt(len(rows), lambda i: [rows[i][key] for key in keys], "means"))
+    return {key: float(np.mean(column)) for key, column in zip(keys, columns)}
 
 
 def show(row, *sides):
@@ -208,6 +208,8 @@ def in_blocks(rows, size, out, work, what, each=1):
             if not has_rows(parts / f"{size}-{s}.jsonl", each * len(rows[s:s + size]))]
     for s in tqdm(mine, desc=what, disable=rank() > 0, unit="block", leave=False):
         write_jsonl(parts / f"{size}-{s}.jsonl", work(rows[s:s + size]))
-    barrier()
-    write_rows(out, chain.from_iterable(read_jsonl(parts / f"{size}-{s}.jsonl") for s in starts))
+    with writing(out) as temporary:
+        if rank() == 0:
+            with open(temporary, "wb") as whole:
+                whole.writelines((parts / f"{size}-{s}.jsonl").read_bytes() for s in starts)
     remove_all(parts)

@@ -15,13 +15,13 @@ holds `generate` to it token for token.
 Left out on purpose: top-k, repetition penalties, beams.
 """
 import math
+from array import array
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 from transformers import GenerationConfig
 
 import manifest
@@ -29,9 +29,9 @@ import models
 import packing
 import run
 from attention import Slots
-from data import Problem, check_context, encode_chat, load_tokenizer, prompt_id, quiet, read_prompts, seed_of
+from data import Problem, check_context, encode_chat, load_tokenizer, prompt_id, read_prompts, seed_of
 from packing import alone, collate
-from parallel import replicate, say
+from parallel import dealt, replicate, say
 from run import option
 
 TRIES = 8     # rejected draws before the nucleus is cut by sorting; with top-p 0.95 one in 10^10 gets there
@@ -206,8 +206,7 @@ def stop_tokens(folder, tokenizer):
 def encode_prompts(folder, prompts, answer=1):
     """The prompts' tokens; one that leaves no room for an answer of so many tokens is a Problem."""
     tokenizer, context = load_tokenizer(folder), models.context_of(folder)
-    encoded = [encode_chat(tokenizer, prompt).ids
-               for prompt in tqdm(prompts, desc="tokens", leave=False, disable=quiet())]
+    encoded = dealt(len(prompts), lambda i: array("i", encode_chat(tokenizer, prompts[i]).ids), "tokens")
     for prompt, ids in zip(prompts, encoded):
         if len(ids) + answer > context:
             mend = "leave it out" + " or set a smaller --max_new_tokens" * (len(ids) < context)

@@ -21,6 +21,7 @@ from data import (
 )
 from models import load_policy
 from packing import pair_rows
+from rows import Lines, read_jsonl, write_jsonl
 
 BOS, EOS = 1, 2  # of the embedded task's tokenizer
 ANSWER = "grey waves weep . the end ."
@@ -87,7 +88,7 @@ def test_reward_models_read_the_whole_template_and_policies_up_to_the_stop_token
     for policy, tail in ((True, ["<eos>"]), (False, ["<eos>", "the", "end"])):
         [row], *_ = pair_rows(tokenizer, pair, 100, unfinished=policy)
         words = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
-        assert row.branches[0] == words + tokenizer.convert_tokens_to_ids(tail)
+        assert [*row.branches[0]] == words + tokenizer.convert_tokens_to_ids(tail)
     [row], *_ = pair_rows(TEMPLATES["no stop token in the template"], pair, 100)
     assert row.branches[0][-1] == EOS
 
@@ -279,3 +280,20 @@ def test_a_folder_that_is_no_whole_model_is_named(tiny, tmp_path, change, messag
         load_tokenizer(folder)
         load_policy(folder)
     assert "\n" not in str(problem.value)
+
+
+def test_rows_read_one_by_one_are_those_of_the_file(tmp_path, prompts):
+    rows = [{"prompt": prompt, "text": "ä\u2028\r\\u00e4", "number": number / 7}
+            for number, prompt in enumerate(prompts)]
+    for some in (rows, rows[:1], []):
+        write_jsonl(tmp_path / "rows.jsonl", some)
+        lines = Lines(tmp_path / "rows.jsonl")
+        assert list(lines) == some == read_jsonl(tmp_path / "rows.jsonl") and len(lines) == len(some)
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    lines = Lines(tmp_path / "rows.jsonl")
+    assert lines[3:40:5] == rows[3:40:5] and lines[-1] == rows[-1] and lines[::2] == rows[::2]
+    with pytest.raises(IndexError):
+        lines[len(rows)]
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"a":\n')
+    with pytest.raises(Problem, match="rows.jsonl:2: not JSON"):
+        Lines(tmp_path / "rows.jsonl")[1]
