@@ -167,8 +167,7 @@ def make_pairs(o, samples, path):
         pairs, without = filter.preference_pairs(rows)
         if not pairs:
             raise Problem(f"{samples}: not one prompt gives a pair: all rewards or texts are equal")
-        log_of(o, path)(
-            prompts_without_pair=without, **means(rows, "score", "tokens", "finished"),
+        log_of(o, path)(prompts_without_pair=without, **means(rows, "score", "tokens", "finished"),
             **means(pairs, "chosen_score", "rejected_score", "chosen_tokens", "rejected_tokens"))
         run.write_rows(path, pairs)
         say(f"{len(pairs)} pairs, {without} prompts give none. The first:")
