@@ -120,8 +120,8 @@ def passes(o, rm, new_rm, path):
 
 
 def refused(folder):
-    """What kept the reward model of an M-step's folder out of use: a flag's name, or None."""
+    """What kept the reward model of an M-step's folder out of use: a flag's name, or None; for one process."""
     gate = Path(folder) / "gate.json"
-    if run.exists(gate) and not read_json(gate)["passed"]:
+    if gate.exists() and not read_json(gate)["passed"]:
         return "gate"
-    return None if run.exists(Path(folder) / "rm") else "spot_check"
+    return None if (Path(folder) / "rm").exists() else "spot_check"

@@ -14,6 +14,7 @@ import run
 from data import read_jsonl
 from evals.stats import ordered_alike, standard_error
 from filter import win_rate
+from parallel import from_rank0
 from rollout import sample_and_score
 from toy import gold_of, parts
 
@@ -55,7 +56,7 @@ def states_of(out, o):
     for number in range(1, o.rounds + 1):
         for step, kind in (("e1", "policy"), ("m", "rm"), ("e2", "policy")):
             folder = out / f"round{number}" / step
-            if run.exists(folder / kind) and not (kind == "rm" and labels.refused(folder)):
+            if run.exists(folder / kind) and not (kind == "rm" and from_rank0(labels.refused(folder))):
                 made = str(folder / kind)
                 policy, rm = (made, rm) if kind == "policy" else (policy, made)
         states.append((f"round {number}", policy, rm))
