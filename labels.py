@@ -120,7 +120,7 @@ def passes(o, rm, new_rm, path):
 
 
 def refused(folder):
-    """What kept the reward model of an M-step's folder out of use: a flag's name, or None; for one process."""
+    """What kept the reward model of an M-step out of use: a flag's name, or None. For one process."""
     gate = Path(folder) / "gate.json"
     if gate.exists() and not read_json(gate)["passed"]:
         return "gate"
