@@ -42,8 +42,9 @@ ARMS = {
 }
 VARIANTS = sorted(path.stem for path in HOME.glob("variants/*.py") if "launch(mt.main" in path.read_text())
 ARMS |= {name: [] for name in VARIANTS if name not in ARMS}
-COLUMNS = ("gold", "win_rate", "tokens", "accuracy_base", "accuracy_current", "seconds")
-BESIDE = ("fixed RM", "full", "offline DPO")  # what gold is compared with, seed by seed
+BESIDE = {"fixed RM": range(1, ROUNDS + 1), "offline DPO": [ROUNDS]}
+LAST = {"win rate against base": "win_rate", "tokens": "tokens", "RM accuracy, own answers": "accuracy_current",
+        "seconds": "seconds"}
 
 
 def command(script, *words, cwd=None, **more):
@@ -111,35 +112,31 @@ def main():
         list(pool.map(toy.build, o.seeds))
         jobs = {(arm, seed): pool.submit(run, arm, seed) for seed in o.seeds for arm in o.arms}
     runs = {arm: [jobs[arm, seed].result() for seed in o.seeds] for arm in o.arms}
-    print("| arm | round | gold | win rate against base | tokens | RM accuracy, base's answers | own answers "
-          "| seconds |\n|---|---|---|---|---|---|---|---|")
-    for arm, lines in runs.items():
-        for number in range(arm != o.arms[0], len(lines[0])):  # the base once
-            values = ([run[number].get(column) for run in lines] for column in COLUMNS)
-            print(f"| {arm if number else ''} | {lines[0][number]['policy']} | "
-                  f"{' | '.join(map(mean_and_error, values))} |")
-    for other in BESIDE:
-        if other in runs:
-            differences(runs, other)
+    table(runs)
     if o.json:
         write_jsonl(o.json, [{"arm": arm, "seed": seed, **line} for arm, lines in runs.items()
                              for seed, lines in zip(o.seeds, lines) for line in lines])
 
 
-def differences(runs, other):
-    """Print by how much each arm's gold is above another's, seed by seed."""
-    print(f"\n| gold above {other} |" + "".join(f" round {n} |" for n in range(1, ROUNDS + 1))
-          + f"\n|---|{'---|' * ROUNDS}")
+def table(runs):
+    """Print {arm: [a seed's lines of gold.jsonl]}: gold by round, how much it is above others' of the same seed,
+    and the rest of the last round. An arm of one round is compared with by its last line."""
+    rounds = range(1, ROUNDS + 1)
+    others = [(arm, n) for arm, numbers in BESIDE.items() if arm in runs for n in numbers]
+    print(f"base: {mean_and_error([line[0]['gold'] for line in next(iter(runs.values()))])}\n")
+    heads = [f"round {n}" for n in rounds] + [f"above {other}, {n}" for other, n in others]
+    print(f"| arm | {' | '.join(heads + [*LAST])} |\n|---{'|---' * len(heads + [*LAST])}|")
     for arm, lines in runs.items():
-        if arm != other:
-            above = [mean_and_error([line[n]["gold"] - beside[min(n, len(beside) - 1)]["gold"]
-                                     for line, beside in zip(lines, runs[other])])
-                     for n in range(1, len(lines[0]))]
-            print(f"| {arm} | {' | '.join(above)} |")
+        cells = [[line[n]["gold"] for line in lines if n < len(line)] for n in rounds]
+        cells += [[line[n]["gold"] - beside[min(n, len(beside) - 1)]["gold"]
+                   for line, beside in zip(lines, runs[other]) if n < len(line) and arm != other]
+                  for other, n in others]
+        cells += [[line[-1][key] for line in lines if key in line[-1]] for key in LAST.values()]
+        print(f"| {arm} | {' | '.join(map(mean_and_error, cells))} |")
 
 
 def mean_and_error(values):
-    if None in values:
+    if not len(values):
         return ""
     error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
     digits = 0 if np.mean(values) > 99 else 2
