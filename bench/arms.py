@@ -43,8 +43,8 @@ ARMS = {
 VARIANTS = sorted(path.stem for path in HOME.glob("variants/*.py") if "launch(mt.main" in path.read_text())
 ARMS |= {name: [] for name in VARIANTS if name not in ARMS}
 BESIDE = {"fixed RM": range(1, ROUNDS + 1), "offline DPO": [ROUNDS]}
-LAST = {"win rate against base": "win_rate", "tokens": "tokens", "RM accuracy, own answers": "accuracy_current",
-        "seconds": "seconds"}
+LAST = {"win rate against base": "win_rate", "tokens": "tokens",
+        "RM accuracy, own answers": "accuracy_current", "seconds": "seconds"}
 
 
 def command(script, *words, cwd=None, **more):
@@ -119,8 +119,8 @@ def main():
 
 
 def table(runs):
-    """Print {arm: [a seed's lines of gold.jsonl]}: gold by round, how much it is above others' of the same seed,
-    and the rest of the last round. An arm of one round is compared with by its last line."""
+    """Print {arm: [a seed's lines of gold.jsonl]}: gold by round, how much it is above others' of the same
+    seed, and the rest of the last round. An arm of one round is compared with by its last line."""
     rounds = range(1, ROUNDS + 1)
     others = [(arm, n) for arm, numbers in BESIDE.items() if arm in runs for n in numbers]
     print(f"base: {mean_and_error([line[0]['gold'] for line in next(iter(runs.values()))])}\n")
