@@ -16,7 +16,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 import attention  # noqa: F401  (registers itself)
 from data import Problem, first_line, load_tokenizer
-from parallel import barrier, device, rank, say
+from parallel import barrier, device, memory, rank, say, world
 
 gc.enable()
 
@@ -90,7 +90,20 @@ def context_of(folder, config=None):
     return min(config.max_position_embeddings, chunk, *ends)
 
 
+def check_fits(folder, training=False):
+    """Refuse a model that is too large for the memory: sampling and scoring have the whole of it in every
+    process, in training the processes share 16 bytes a parameter (parallel.py)."""
+    stored = (_config(folder).dtype or torch.float32).itemsize
+    parameters = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) / stored
+    need = parameters * (16 / world() if training else 2 if device().type == "cuda" else 4)
+    if need > memory():
+        what = "training it" if training else "a whole copy, which sampling and scoring need,"
+        raise Problem(f"{folder}: {what} takes {need / 1e9:.3g} GB in each process, which has "
+                      f"{memory() / 1e9:.3g}; batch sizes can't help")
+
+
 def _load(kind, folder, config, training):
+    check_fits(folder, training)
     gc.collect()  # sharded models hold on to themselves: make room for the next one
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -33,8 +33,8 @@ import training
 from data import Lines, Problem, load_tokenizer, read_jsonl, read_prompts, read_selection
 from evals import gold, report
 from parallel import rank, say
-from rollout import sample_and_score
-from run import means, option, show
+from rollout import means, sample_and_score
+from run import option, show
 from sampler import encode_prompts
 
 
@@ -140,7 +140,9 @@ def split(o):
             raise Problem(f"{o.prompts}: {len(prompts)} different prompts; --select_prompts "
                           f"{o.select_prompts} and three subsets need at least {o.select_prompts + 3}")
         for model, answer in ((o.policy, 1), (o.rm, o.max_new_tokens)):
-            encode_prompts(model, prompts, answer)  # what is too long is said now, not hours later
+            models.check_fits(model, training=False)  # what is too large or too long is said now, not
+            models.check_fits(model, training=True)   # hours later
+            encode_prompts(model, prompts, answer)
         shuffled = [{"prompt": prompts[i]} for i in np.random.default_rng(o.seed).permutation(len(prompts))]
         say(f"{len(prompts)} prompts ({repeats} repeated ones left out): "
             f"{o.select_prompts} for model selection, three subsets of {third}")

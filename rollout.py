@@ -1,6 +1,9 @@
 """Sampling followed by scoring: prompts -> scored responses. Loop, win rates and embedded task need it."""
+import numpy as np
+
 import reward
 from data import Lines
+from parallel import dealt
 from run import exists, parts_of, remove_all
 from sampler import sample
 
@@ -19,3 +22,9 @@ def sample_and_score(o, policy, rm, prompts, samples, seed, path, judge=None):
         (judge or reward.score)(rm, Lines(raw), path, o.score_batch)
     remove_all(raw, parts_of(raw), parts_of(path))
     return Lines(path)
+
+
+def means(rows, *keys):
+    """{key: mean over the rows}; each process reads its share of them."""
+    columns = zip(*dealt(len(rows), lambda i: [rows[i][key] for key in keys], "means"))
+    return {key: float(np.mean(column)) for key, column in zip(keys, columns)}

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import MISSING, field
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from data import Problem, first_line, read_jsonl, write_jsonl
-from parallel import barrier, dealt, from_rank0, rank, say, start, world
+from parallel import barrier, from_rank0, rank, say, start, world
 from rows import check_flag
 
 
@@ -172,11 +171,6 @@ def open_log(path, phase):
     return log
 
 
-def means(rows, *keys):
-    columns = zip(*dealt(len(rows), lambda i: [rows[i][key] for key in keys], "means"))
-    return {key: float(np.mean(column)) for key, column in zip(keys, columns)}
-
-
 def show(row, *sides):
     """Print a row's prompt and some of its texts, with their scores."""
     for key in ("prompt", *sides):
@@ -200,8 +194,7 @@ def has_rows(path, count):
 def in_blocks(rows, size, out, work, what, each=1):
     """Write work(block)'s rows, `each` for every row of a block of `size`, to the JSONL file `out`; processes
     take blocks in turn. The blocks don't depend on their number, so neither do the shapes that models see. A
-    block is kept as soon as it is done: after an interruption only unfinished or damaged ones are made again.
-    """
+    block that is done is kept: after an interruption only unfinished or damaged ones are made again."""
     out, parts = Path(out), parts_of(out)
     starts = range(0, len(rows), size)
     mine = [s for s in starts[rank()::world()]

@@ -14,7 +14,6 @@ holds `generate` to it token for token.
 
 Left out on purpose: top-k, repetition penalties, beams.
 """
-import math
 from array import array
 from dataclasses import dataclass
 from itertools import islice
@@ -31,12 +30,11 @@ import run
 from attention import Slots
 from data import Problem, check_context, encode_chat, load_tokenizer, prompt_id, read_prompts, seed_of
 from packing import alone, collate
-from parallel import dealt, replicate, say
+from parallel import dealt, memory, replicate, say
 from run import option
 
 TRIES = 8     # rejected draws before the nucleus is cut by sorting; with top-p 0.95 one in 10^10 gets there
 PREFILL = 8   # prompts prefilled together
-CACHE_TOKENS = 2**18  # in the cache at most: 34 GB for Llama-3-8B; long prompts make fewer rows
 
 
 # ---------------------------------------------------------------- drawing one token
@@ -108,6 +106,17 @@ def nucleus(probs, top_p):
 
 
 # ---------------------------------------------------------------- the cache
+def cache_tokens(model):
+    """How many tokens the cache may hold: half of the memory that the weights leave. For Llama-3-8B on 80 GB
+    that is 35 GB, 64 rows of 4,000 tokens. By what a device has, not by what is free: rows round."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    weights = sum(p.numel() for p in model.parameters()) * model.dtype.itemsize
+    return max(0, memory() - weights) // 2 // token
+
+
 def prefill(model, prompts):
     """Token lists -> per prompt (keys and values per layer, logits of its first response token)."""
     packed, kept = collate([alone(prompt) for prompt in prompts], model.device), []
@@ -160,7 +169,7 @@ def generate(model, prompts, keys, *, stop_ids, temperature, top_p, max_new_toke
     capacity = max(len(prompt) + limit for prompt, limit in zip(prompts, limits))
     responses = [[[] for _ in samples] for samples in keys]
     waiting = beginnings(model, prompts, keys.shape[1])
-    slots = Slots(min(rows, keys.size, max(1, CACHE_TOKENS // capacity)), capacity, model.device)
+    slots = Slots(min(rows, keys.size, max(1, cache_tokens(model) // capacity)), capacity, model.device)
     jobs = [None] * slots.rows  # row -> (prompt, sample); None: the row is free
 
     while True:
@@ -223,8 +232,8 @@ def block_size(prompts, filling):
     on into the next block: their company, and with it their rounding, would then depend on the number of
     processes and on interruptions. A block is what a kill costs.
     """
-    blocks = 8 * math.ceil(prompts / (8 * 28 * filling))
-    return max(1, int(4 * filling), math.ceil(prompts / blocks))
+    blocks = 8 * -int(-prompts // (8 * 28 * filling))
+    return max(1, int(4 * filling), -(-prompts // blocks))
 
 
 def sample(folder, prompts, path, *, samples, temperature, top_p, max_new_tokens, seed, rows):
@@ -237,6 +246,13 @@ def sample(folder, prompts, path, *, samples, temperature, top_p, max_new_tokens
     stop_ids = stop_tokens(folder, tokenizer)
     model = replicate(models.load_policy(folder))
     check_context([alone(ids) for ids in encoded], model, folder)
+    longest = min(model.context, max(map(len, encoded)) + max_new_tokens)
+    fit = cache_tokens(model) // longest
+    if not fit:
+        raise Problem(f"{folder}: no room for a response of {longest} tokens beside the model; set a smaller "
+                      "--max_new_tokens or leave long prompts out")
+    if fit < min(rows, samples * len(prompts)):
+        say(f"memory has room for {fit} responses of {longest} tokens, the longest, at a time, not {rows}")
 
     def work(block):
         prompts, encoded = zip(*block)

@@ -406,8 +406,8 @@ def host_work(name, prompts):
     386 tokens on average, while accelerators wait; and the memory of the pairs and their tokens."""
     import data
     import filter
-    import mt
     import packing
+    import rollout
     rng, folder, seconds = random.Random(4), folder_of(name), {}
     texts = [text(rng, 1024, name).split() for _ in range(500)]
 
@@ -436,7 +436,7 @@ def host_work(name, prompts):
         timed("prompts to tokens", lambda: [data.encode_chat(tokenizer, row["prompt"]).start
                                             for row in rows[::SAMPLES]])
         timed("answers to tokens, in scoring", lambda: [len(scored(row)) for row in rows])
-        timed("means", mt.means, rows, "score", "tokens", "finished")
+        timed("means", rollout.means, rows, "score", "tokens", "finished")
         before = anonymous()
         pairs, _ = timed("pairs", filter.preference_pairs, rows)
         held = timed("pairs to tokens", packing.pair_rows, tokenizer, pairs, 2048, True)

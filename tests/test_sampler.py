@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 
 import attention
+import models
 import sampler
+from attention import Slots
 from data import Problem, encode_chat, load_tokenizer, prompt_id, read_jsonl, seed_of
 from models import load_policy
 from sampler import TRIES, block_size, draw, generate, mass_above, nucleus, stop_tokens, uniform
@@ -91,7 +93,7 @@ def test_long_prompts_make_fewer_rows_and_the_same_responses(tiny, questions, mo
     every = generate(model, prompts, keys, **settings)
     most = max(rows)
     rows.clear()
-    monkeypatch.setattr(sampler, "CACHE_TOKENS", 3 * (max(map(len, prompts)) + 10) + 1)
+    monkeypatch.setattr(sampler, "cache_tokens", lambda _: 3 * (max(map(len, prompts)) + 10) + 1)
     assert generate(model, prompts, keys, **settings) == every and max(rows) == 3 < most
 
 
@@ -274,6 +276,38 @@ def test_blocks_are_large_enough_for_busy_rows_and_2_4_or_8_processes_have_equal
 @pytest.mark.parametrize("prompts, filling", [(2000, 64), (800, 51.2), (30, 4 / 3), (1, 0.2), (5, 0.01)])
 def test_blocks_of_a_short_phase_fill_the_rows_four_times(prompts, filling):
     assert block_size(prompts, filling) == max(1, int(4 * filling))
+
+
+def test_the_cache_takes_half_of_what_the_weights_leave(tiny, monkeypatch):
+    model, slots = load_policy(tiny()), Slots(3, 50, "cpu")
+    slots.fill([0], next(zip(*sampler.prefill(model, [[5, 6]])))[:1])
+    token = sum(keys.nbytes + values.nbytes for keys, values in slots.layers) / 150
+    weights = sum(p.nbytes for p in model.parameters())
+    monkeypatch.setattr(sampler, "memory", lambda: weights + 2 * 1000 * int(token))
+    assert sampler.cache_tokens(model) == 1000
+    monkeypatch.setattr(sampler, "memory", lambda: weights // 2)
+    assert sampler.cache_tokens(model) == 0
+
+
+@pytest.mark.parametrize("tokens, message", [
+    (30, "memory has room for 1 responses of 20 tokens, the longest, at a time, not 64"), (1000, "")])
+def test_fewer_rows_than_asked_for_are_said_in_a_line(
+        call, tiny, written, tmp_path, monkeypatch, capsys, tokens, message):
+    path = written("p.jsonl", [{"prompt": "a sad poem"}])
+    monkeypatch.setattr(sampler, "cache_tokens", lambda _: tokens)
+    rows = run(call, tiny, path, tmp_path / "o.jsonl", "--max_new_tokens", 14)
+    assert len(rows) == 5 and ("memory has room" in capsys.readouterr().out) == bool(message)
+
+
+def test_what_cannot_fit_is_a_problem_before_anything_is_sampled(call, tiny, written, tmp_path, monkeypatch):
+    path = written("p.jsonl", [{"prompt": "a sad poem"}])
+    monkeypatch.setattr(sampler, "cache_tokens", lambda _: 10)
+    with pytest.raises(Problem, match="no room for a response of .* tokens beside the model"):
+        run(call, tiny, path, tmp_path / "o.jsonl")
+    monkeypatch.setattr(models, "memory", lambda: 1000)
+    with pytest.raises(Problem, match="a whole copy, which sampling and scoring need, takes .* can't help"):
+        run(call, tiny, path, tmp_path / "o.jsonl")
+    assert not (tmp_path / "o.jsonl").exists()
 
 
 def test_another_seed_gives_other_samples(call, tiny, written, prompts, tmp_path):
