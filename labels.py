@@ -103,9 +103,11 @@ def favours_new(o, comparisons, path):
     return share >= 0.5
 
 
-def passes(o, rm, new_rm, path):
-    """--gate: whether the new RM orders more of the held-out pairs than the one in use, beyond chance; the
-    lower bound of the paired difference (one-sided, 95%) is above 0."""
+def gated(o, rm, new_rm, path):
+    """--gate: the new RM if it orders more of the held-out pairs than the one in use, beyond chance: if the
+    lower bound of the paired difference (one-sided, 95%) is above 0. Else the one in use."""
+    if not o.gate:
+        return new_rm
     if manifest.due(o.out, path, new_rm):
         pairs = reward.readable(new_rm, read_pairs(o.gate), o.max_length)
         old, new = (np.array(reward.ordered(folder, pairs, o.score_batch)) for folder in (rm, new_rm))
@@ -116,7 +118,7 @@ def passes(o, rm, new_rm, path):
     found = read_json(manifest.done(o.out, path))
     say("gate: {before:.3f} of {pairs} held-out pairs in order, by the new RM {after:.3f}: {}".format(
         "kept" if found["passed"] else "dropped", **found))
-    return found["passed"]
+    return new_rm if found["passed"] else rm
 
 
 def refused(folder):

@@ -10,7 +10,7 @@ A round is E(a), M(b), E(c), each on a third of the prompts of its own:
 
 Each phase is a function from files to a file of the run folder, (o, what it is made from, its path), skipped
 if that is there: the same command goes on after an interruption. To vary a step replace the function in the
-module that defines it and call main(), as variants/ do. Defaults: the paper's, or toy.SETTINGS.
+module that defines it and call main(), as variants/ do. Without --policy, toy.SETTINGS are the defaults.
 """
 import os
 import sys
@@ -125,8 +125,7 @@ def m_step(o, old_policy, new_policy, rm, prompts, folder, ranked, judge=None):
         own = scored_samples(o, new_policy, rm, prompts, folder / "own.jsonl", 2, judge)
         labels.ask(o, folder / "labels.jsonl", labels.unsure(read_jsonl(own), o.labels), own)
     preferences = mix(o, comparisons, ranked, old_policy, folder / "preferences.jsonl")
-    new_rm = train_reward(o, preferences, folder / "rm")
-    return new_rm if not o.gate or labels.passes(o, rm, new_rm, folder / "gate.json") else rm
+    return labels.gated(o, rm, train_reward(o, preferences, folder / "rm"), folder / "gate.json")
 
 
 # ---------------------------------------------------------------- phases: from files to files

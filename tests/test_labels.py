@@ -109,7 +109,7 @@ def test_the_gate_asks_for_more_than_chance(o, monkeypatch, written, mended, bro
     monkeypatch.setattr(reward, "ordered", lambda folder, *_: (before if folder == "old" else after).tolist())
     o.gate = written("gate.jsonl", [dict(prompt="x", chosen="a", rejected="b")] * 100)
     path = labels.Path(o.out) / "gate.json"
-    assert labels.passes(o, "old", "new", path) is passed
+    assert labels.gated(o, "old", "new", path) == ("new" if passed else "old")
     difference = after.astype(int) - before
     bound = difference.mean() - 1.645 * np.sqrt(difference.var(ddof=1) / 100)
     assert json.loads(path.read_text())["bound"] == pytest.approx(bound) and (bound > 0) is np.bool_(passed)
