@@ -209,8 +209,7 @@ def select(o, policy, rm, checkpoints, path, judge=None):
         log(checkpoint=step, win_rate=rate, chosen=step == kept)
     if not kept:
         say(f"no checkpoint reaches a win rate of {o.tau}: {policy} stays and the run stops")
-    run.write_json(path, {"chosen": kept, "win_rates": win_rates, "tau": o.tau,
-                          "policy_before": str(policy), "rm": str(rm)})
+    run.write_json(path, dict(chosen=kept, win_rates=win_rates, tau=o.tau, policy_before=policy, rm=rm))
 
 
 def make_comparisons(o, new, old, path):
