@@ -71,6 +71,7 @@ def draw(logits, keys, drawn, temperature, top_p):
         again = [row for row, token in enumerate(listed) if token < 0]
         if not again:
             break
+        again = torch.tensor(again, device=tokens.device)
         p = probs[again] if attempt < TRIES else nucleus(probs[again], top_p)
         tokens[again] = throw(p, keys[again], first[again] + attempt, 1, top_p if attempt < TRIES else 1)
         listed = tokens.tolist()

@@ -178,8 +178,8 @@ def test_the_host_waits_once_for_the_tokens_of_a_step(tiny, questions, monkeypat
     before = len(throws)
     with Waits() as many:
         generate(model, prompts, keys, rows=64, **settings)  # 30 steps more, in which nobody comes or goes
-    thrice = len(throws) - 2 * before - 30  # another throw: its list, and four indices
-    assert many.count - few.count == 30 + 5 * thrice and thrice < 12
+    thrice = len(throws) - 2 * before - 30  # another throw: which rows, and its list
+    assert many.count - few.count == 30 + 2 * thrice and thrice < 12
 
 
 # ---------------------------------------------------------------- the distribution
