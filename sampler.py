@@ -68,10 +68,9 @@ def draw(logits, keys, drawn, temperature, top_p):
     tokens = throw(probs, keys, first, 2, top_p)
     listed = tokens.tolist()
     for attempt in range(2, TRIES + 1):
-        again = [row for row, token in enumerate(listed) if token < 0]
-        if not again:
+        if -1 not in listed:
             break
-        again = torch.tensor(again, device=tokens.device)
+        again = torch.tensor([row for row, token in enumerate(listed) if token < 0], device=tokens.device)
         p = probs[again] if attempt < TRIES else nucleus(probs[again], top_p)
         tokens[again] = throw(p, keys[again], first[again] + attempt, 1, top_p if attempt < TRIES else 1)
         listed = tokens.tolist()
