@@ -278,15 +278,15 @@ def training_peer(kind, name, precompute=True, micro_batch=BATCH):
             class Trainer(DPOTrainer):
                 def _prepare_dataset(self, dataset, *_):  # it is tokens already
                     return dataset
-            some = Dataset.from_list([dict(prompt_ids=row.trunk, chosen_ids=row.branches[0],
-                                           rejected_ids=row.branches[1]) for row in rows])
+            some = Dataset.from_list([dict(prompt_ids=[*row.trunk], chosen_ids=[*row.branches[0]],
+                                           rejected_ids=[*row.branches[1]]) for row in rows])
             Trainer(model=folder, train_dataset=some, processing_class=tokenizer, callbacks=[Clock()],
                     args=DPOConfig(beta=0.01, learning_rate=5e-7, precompute_ref_log_probs=precompute,
                                    model_init_kwargs={"attn_implementation": "sdpa"}, **common)).train()
         else:
             model = classifier(folder)
-            some = Dataset.from_list([dict(chosen_ids=row.trunk + row.branches[0],
-                                           rejected_ids=row.trunk + row.branches[1]) for row in rows])
+            some = Dataset.from_list([dict(chosen_ids=[*row.trunk, *row.branches[0]],
+                                           rejected_ids=[*row.trunk, *row.branches[1]]) for row in rows])
             RewardTrainer(model=model, args=RewardConfig(learning_rate=1e-5, **common), train_dataset=some,
                           processing_class=tokenizer, callbacks=[Clock()]).train()
     return trained(kind, clock, rows, measured) | {"reference_in_steps": kind == "dpo" and not precompute}
@@ -390,6 +390,7 @@ def block_steps(rows, size, prompts=20_000):
         return tokens, tokens.tolist()
 
     sampler.verify, sampler.Slots.step, sampler.draw = lambda model: None, step, draw
+    sampler.cache_tokens = lambda model: 2**40
     sampler.prefill = lambda _, some: [([(nothing.expand(1, 1, 1),) * 2], nothing) for _ in some]
     for at in range(0, prompts, size):
         taken.append(0)
@@ -442,9 +443,10 @@ def host_work(name, prompts):
         before = anonymous()
         pairs, _ = timed("pairs", filter.preference_pairs, rows)
         held = timed("pairs to tokens", packing.pair_rows, tokenizer, pairs, 2048, True)
+        result = dict(seconds=seconds, memory=anonymous() - before, pairs=len(held[0]))
         timed("pairs to a file and back, not dealt", lambda: [
             data.write_jsonl(path, pairs), len(data.read_jsonl(path))])
-        return dict(seconds=seconds, memory=anonymous() - before, pairs=len(held[0]))
+        return result
 
 
 def anonymous():
