@@ -41,7 +41,7 @@ def annotated(rng):
 
 
 def lc_loss(theta, y, shorter, difficulty, gamed):
-    """The objective as the issue has it, row by row."""
+    """The objective, row by row."""
     def bernoulli(y, z):
         p = 1 / (1 + math.exp(-z))
         return -y * math.log(p) - (1 - y) * math.log(1 - p)

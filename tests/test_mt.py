@@ -544,7 +544,7 @@ def test_the_default_run_folder_is_named_after_the_script(words, monkeypatch):
 
     def claim(out, *_, **__):
         raise Claimed(out)
-    monkeypatch.setattr(run, "claim", claim)
+    monkeypatch.setattr(manifest, "claim", claim)
     monkeypatch.setattr(mt.toy, "build", lambda _: dict(policy=fixed[1], rm=fixed[3], prompts=fixed[5]))
     fixed = words()
     for name, flags, out in (("mt.py", fixed[:6], "runs/mt"), ("mt.py", [], "runs/toy"),

@@ -66,7 +66,9 @@ def test_killed_again_and_again_a_run_ends_as_an_undisturbed_one(processes, time
 
 def test_ctrl_c_ends_a_run_in_silence_and_the_same_command_goes_on(words, finished, tmp_path):
     command = [sys.executable, ROOT / "mt.py", *words]
-    first = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    first = subprocess.Popen(  # a shell's background jobs, and so their children, don't hear of Ctrl-C
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while not (tmp_path / "run" / "round1" / "e1" / "pairs.jsonl").exists():
         assert first.poll() is None
         time.sleep(0.01)
