@@ -5,51 +5,26 @@
 
 After APO (arXiv 2311.08045), whose reward model trains on human labels and on new against old answers
 together, so that it doesn't forget what people prefer. There policy and reward model play a min-max game;
-here only the mix is taken over, and Bradley-Terry stays. Each M-step draws the pairs anew. Those of the
-embedded task lie beside its base RM.
+here only the mix is taken over, and Bradley-Terry stays. It is mt.py's --anchor, with the embedded task's
+labels, which lie beside its base RM, as the default.
 """
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-import filter
-import manifest
 import mt
 import run
-from data import Problem, read_jsonl, read_pairs, seed_of
-from run import option
+from data import Problem
 
-mix, mutual_taught = mt.mix, mt.mutual_taught
-
-
-@dataclass
-class Options(mt.Options):
-    anchor: str = option("", "labelled pairs: prompt, chosen, rejected; none: preferences.jsonl beside --rm")
-
-
-def labels(o):
-    """The labelled pairs of --anchor, as the RM trains on them."""
-    source = o.anchor or Path(o.rm).with_name("preferences.jsonl")
-    if not o.anchor and not source.exists():
-        raise Problem(f"{source}: no such file; --anchor FILE names the labelled pairs")
-    return [filter.preference(pair, "chosen", "rejected", source, None, None) for pair in read_pairs(source)]
+mutual_taught = mt.mutual_taught
 
 
 def with_labels(o):
-    labels(o)  # what is wrong with them is said now, not hours later
-    mutual_taught(o)
-
-
-def mix_anchored(o, comparisons, ranked, old_policy, path):
-    own = mix(o, comparisons, ranked, old_policy, path.with_name("own.jsonl"))
-    if manifest.due(o.out, path, own):
-        rows, pool = read_jsonl(own), labels(o)
-        drawn = np.random.default_rng(seed_of(o.seed, mt.phase(o, path))).permutation(len(pool))[:len(rows)]
-        run.write_rows(path, rows + [pool[i] for i in drawn])
-    return manifest.done(o.out, path)
+    file = o.anchor or str(Path(o.rm).with_name("preferences.jsonl"))
+    if not Path(file).exists():
+        raise Problem(f"{file}: no such file; --anchor FILE names the labelled pairs")
+    mutual_taught(replace(o, anchor=file))
 
 
 if __name__ == "__main__":
-    mt.mix, mt.mutual_taught = mix_anchored, with_labels
-    run.launch(mt.main, options=Options)
+    mt.mutual_taught = with_labels
+    run.launch(mt.main)

@@ -11,20 +11,17 @@ which has learnt these labels before, unweighted.
 import numpy as np
 import torch
 
+import filter
 import manifest
 import models
 import mt
 import run
-from data import load_tokenizer, read_jsonl
+from data import load_tokenizer, read_jsonl, read_pairs
 from packing import ResponseLogps, collate, pair_rows
 from parallel import device, replicate
 from variants import anchored
 
 ALPHA, ETA = 0.1, 0.01
-
-
-class Options(anchored.Options):  # so that --help shows this file's head
-    pass
 
 
 def pair_weights(new_logps, base_logps):
@@ -53,7 +50,9 @@ def mix_weighted(o, comparisons, ranked, old_policy, path):
     read = path.with_name("logps.jsonl")
     if manifest.due(o.out, read, comparisons):
         new_policy = read_jsonl(comparisons)[0]["new_policy"]
-        write_logps(o, anchored.labels(o), [new_policy, o.policy], read)
+        labels = [filter.preference(pair, "chosen", "rejected", o.anchor, None, None)
+                  for pair in read_pairs(o.anchor)]
+        write_logps(o, labels, [new_policy, o.policy], read)
     if manifest.due(o.out, path, manifest.done(o.out, read)):
         rows = read_jsonl(read)
         weights = pair_weights(*np.array([row.pop("logps") for row in rows]).swapaxes(0, 1))
@@ -64,4 +63,4 @@ def mix_weighted(o, comparisons, ranked, old_policy, path):
 
 if __name__ == "__main__":
     mt.mix, mt.mutual_taught = mix_weighted, anchored.with_labels
-    run.launch(mt.main, options=Options)
+    run.launch(mt.main)
