@@ -48,7 +48,7 @@ def train(folder, pairs, *, beta, lr, batch, micro_batch, max_length, epochs=1, 
     rows, kept = pair_rows(load_tokenizer(folder), pairs, max_length, unfinished=True)
     steps = training.steps_of([len(row) for row in rows], batch, micro_batch, seed, epochs)
     epoch = steps[:len(steps) // epochs]
-    other = reference and reference_logps(load(reference, rows), rows, epoch)
+    ref_logps = reference_logps(load(reference, rows), rows, epoch) if reference else None
     policy = load(folder, rows, recompute)
     weights = torch.tensor([pair.get("weight", 1.0) for pair in kept], device=device())
     say(f"DPO: {kept_of(len(kept), len(pairs))}, {len(steps)} steps of {batch}")
@@ -58,7 +58,7 @@ def train(folder, pairs, *, beta, lr, batch, micro_batch, max_length, epochs=1, 
 
     def pair_loss(numbers, logps):
         some = [kept[i] for i in numbers]
-        losses, chosen, rejected = dpo_loss(*logps.T, *reference[numbers].T, beta, some)
+        losses, chosen, rejected = dpo_loss(*logps.T, *ref_logps[numbers].T, beta, some)
         return losses * weights[numbers], chosen, rejected
 
     def loss(numbers):
@@ -70,7 +70,7 @@ def train(folder, pairs, *, beta, lr, batch, micro_batch, max_length, epochs=1, 
             "logps/chosen": both[:, 0], "logps/rejected": both[:, 1]}
 
     start = reference_logps(policy, rows, epoch[:1] if reference else epoch)
-    reference = other if reference else start
+    ref_logps = ref_logps if reference else start
     first_loss = training.mean(steps[0], lambda numbers: pair_loss(numbers, start[numbers])[0])
     for number in training.optimise(
             policy, steps, loss, lr=lr, log=log, first_loss=first_loss, resume=resume,

@@ -48,8 +48,8 @@ def preference_pairs(samples):
 
     Two answers with the same text make no pair either.
     """
-    def pair(group):
-        group = [samples[i] for i in groups[group]]
+    def pair(number):
+        group = [samples[i] for i in groups[number]]
         choice = choose_pair([row["score"] for row in group], [row["tokens"] for row in group])
         if choice is not None and group[choice[0]]["response"] != group[choice[1]]["response"]:
             return pair_of(group, *choice)

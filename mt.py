@@ -138,10 +138,10 @@ def split(o):
         if third < 1:
             raise Problem(f"{o.prompts}: {len(prompts)} different prompts; --select_prompts "
                           f"{o.select_prompts} and three subsets need at least {o.select_prompts + 3}")
-        for model, answer in ((o.policy, 1), (o.rm, o.max_new_tokens)):
-            models.check_fits(model, training=False)  # what is too large or too long is said now, not
-            models.check_fits(model, training=True)   # hours later
-            encode_prompts(model, prompts, answer)
+        for model, answer, trained in ((o.policy, 1, True), (o.rm, o.max_new_tokens, o.update_rm)):
+            for in_training in {False, trained}:
+                models.check_fits(model, in_training)
+            encode_prompts(model, prompts, answer)  # what is too large or long is said now, not hours later
         shuffled = [{"prompt": prompts[i]} for i in np.random.default_rng(o.seed).permutation(len(prompts))]
         say(f"{len(prompts)} prompts ({repeats} repeated ones left out): "
             f"{o.select_prompts} for model selection, three subsets of {third}")

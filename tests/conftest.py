@@ -145,8 +145,8 @@ def script(tmp_path_factory):
 def variant(tiny, written, prompts, tmp_path):
     """variant("simpo", "--seed", 1, processes=2) -> the folder of a tiny run of a script in variants/.
 
-    By its command; several processes are forked from this one, which has imported everything: that takes a
-    fifth of the time. torchrun itself is in the tests of mt.py."""
+    By its command; several processes are forked from this one, which has imported everything: that takes
+    less time. torchrun itself is in the tests of mt.py."""
     path = written("prompts.jsonl", [{"prompt": p} for p in prompts])
 
     def run(name, *words, processes=1):
