@@ -40,13 +40,13 @@ def local_folder(name):
 
 def load_policy(folder, training=False):
     """A causal LM; in every process, but only rank 0's copy has weights until `replicate` or `shard`."""
-    return _load(AutoModelForCausalLM, folder, _config(folder), training)
+    return _load(AutoModelForCausalLM, folder, config_of(folder), training)
 
 
 def check_reward(folder, fresh_head=False):
     """Refuse, by its config, a model with a head of several labels, or with none unless `fresh_head`;
     returns the config."""
-    config = _config(folder)
+    config = config_of(folder)
     kind = (config.architectures or ["?"])[0]
     if not kind.endswith("ForSequenceClassification"):
         if not fresh_head:
@@ -69,7 +69,7 @@ def load_reward(folder, training=False, fresh_head=False, seed=0):
     return model
 
 
-def _config(folder):
+def config_of(folder):
     try:
         return AutoConfig.from_pretrained(folder)
     except Exception as error:
@@ -79,7 +79,7 @@ def _config(folder):
 def context_of(folder, config=None):
     """The longest sequence in tokens: all positions, or those up to which a chat is read alike whatever its
     length (longrope changes its frequencies there) and attention is not cut into chunks."""
-    config = (config or _config(folder)).get_text_config()
+    config = (config or config_of(folder)).get_text_config()
     if not hasattr(config, "max_position_embeddings"):
         raise Problem(f"{folder}: {config.model_type} models are not supported (no max_position_embeddings)")
     rope = getattr(config, "rope_parameters", None) or {}
@@ -163,12 +163,17 @@ def _write(model, weights, source, folder):
     type(model.config).from_dict(config).save_pretrained(folder)
 
 
-def say_room(o, steps):
-    """Say how much the models of a run (mt.Options; `steps` in a DPO) will take, and whether that fits."""
-    policy, rm = (sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-                  for folder in (o.policy, o.rm))
+def room(o, policy, rm, steps):
+    """Bytes that the models of a run (mt.Options) will take at most: `policy` and `rm` are those of one of
+    each, `steps` the number in a DPO."""
     checkpoints = steps // o.save_every + 1 if o.select else 1
-    need = o.rounds * (2 * policy + o.update_rm * rm) + checkpoints * policy
+    return o.rounds * (2 * policy + o.update_rm * rm) + checkpoints * policy
+
+
+def say_room(o, steps):
+    """Say how much the models of a run will take, and whether that fits."""
+    need = room(o, *(sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+                     for folder in (o.policy, o.rm)), steps)
     free = shutil.disk_usage(o.out).free
     say(f"models: up to {need / 1e9:.2f} GB will be written; {free / 1e9:.2f} GB are free"
         + "; THAT IS TOO LITTLE" * (need > free))

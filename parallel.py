@@ -118,27 +118,23 @@ def decoder_layers(model):
     return next(module for module in decoder(model).modules() if isinstance(module, torch.nn.ModuleList))
 
 
+BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
 def shard(root, recompute=False):
     """FSDP2 over all processes. `root` wraps a model (root.model); only root's forward fires the hooks.
 
     recompute: gradient checkpointing, a decoder layer's activations are computed again in the backward pass.
     """
-    layers = decoder_layers(root.model)
-    if recompute:
-        for layer in layers:
-            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     if not dist.is_initialized():
+        wrap(root, recompute)
         return root.to(device())
     weights = root.state_dict() if rank() == 0 else {}
     buffers = [b.clone() if rank() == 0 else torch.empty_like(b, device="cpu") for b in root.buffers()]
     root.to("meta")
     root.model.tie_weights()
     mesh = init_device_mesh(device().type, (world(),))
-    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    precision = bf16 if device().type == "cuda" else MixedPrecisionPolicy()
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
-    fully_shard(root, mesh=mesh, mp_policy=precision)  # embedding, norm, head: one group, tied or not
+    wrap(root, recompute, mesh, BF16 if device().type == "cuda" else MixedPrecisionPolicy())
     root.to_empty(device=device())
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(root, weights, options=options)
@@ -146,6 +142,18 @@ def shard(root, recompute=False):
         dist.broadcast(rank0s, 0)
         ours.copy_(rank0s)
     return root
+
+
+def wrap(root, recompute, mesh=None, precision=None):
+    """Make the layers recompute and, with a mesh, shards of all parameters."""
+    layers = decoder_layers(root.model)
+    if recompute:
+        for layer in layers:
+            layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+    if mesh:
+        for layer in layers:
+            fully_shard(layer, mesh=mesh, mp_policy=precision)
+        fully_shard(root, mesh=mesh, mp_policy=precision)  # embedding, norm, head: one group, tied or not
 
 
 def held_whole(model):
