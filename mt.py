@@ -26,6 +26,7 @@ import filter
 import labels
 import manifest
 import models
+import plan
 import reward
 import run
 import toy
@@ -82,7 +83,6 @@ def mutual_taught(o):
     for number in range(o.rounds):
         folder = Path(o.out) / f"round{number + 1}"
         a, b, c = (subsets[(number + i) % 3] for i in range(3))
-
         new_policy = e_step(o, policy, rm, a, folder / "e1")
         if not new_policy:
             break
@@ -268,6 +268,8 @@ def link(o, policy, rm):
 
 
 def main(options=Options, **defaults):  # for variants: a subclass with flags of its own, other defaults
+    if "--plan" in sys.argv:
+        return plan.main(options, **defaults)
     o = run.parse(options, **defaults)
     embedded = not o.policy
     if embedded:
