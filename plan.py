@@ -210,7 +210,7 @@ def say_memory(o, needs):
             return sum(need(batch, gpus).values()) <= USABLE * memory * GIB
         batch, most = getattr(o, flag), max(filter(fits, range(1, 513)), default=0)
         parts = need(batch, o.gpus)
-        say(f"{name:13}{sum(parts.values()) / GIB:7.1f} by --{flag} {batch}, at most {most}: "
+        say(f"{name:13}{sum(parts.values()) / GIB:7.1f} by --{flag} {batch}, up to {most} fit: "
             + " + ".join(f"{part} {size / GIB:.1f}" for part, size in parts.items()))
         if not fits(batch):
             gpus = next((gpus for gpus in 2 ** np.arange(11) if fits(1, gpus)), None)

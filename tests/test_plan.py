@@ -4,6 +4,7 @@ The plan's figures are those worked out by hand and those of the training step i
 numbers; what does not fit is said before anything starts.
 """
 import gc
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -169,10 +170,13 @@ def test_70b_is_refused_where_a_whole_model_does_not_fit_on_a_gpu(planned):
 
 
 def test_a_batch_that_does_not_fit_is_refused_with_the_largest_one_that_does(planned):
-    with pytest.raises(Problem, match=r"fit: DPO needs --micro_batch (\d+); B") as refusal:
-        planned("8B", "--gpu", "h100", "--gpus", 8, "--micro_batch", 100)
-    most = str(refusal.value).split("--micro_batch ")[1].split(";")[0]
-    assert f"DPO needs --micro_batch {most}" not in planned("8B", "--gpu", "h100", "--micro_batch", most)
+    words = "8B", "--gpu", "h100", "--gpus", 8, "--micro_batch"
+    with pytest.raises(Problem, match="fit: DPO needs --micro_batch .*; Bradley-Terry needs") as refusal:
+        planned(*words, 100)
+    most = int(re.search(r"micro_batch (\d+)", str(refusal.value))[1])
+    assert f"--micro_batch {most}, up to {most} fit" in planned(*words, most)
+    with pytest.raises(Problem, match=f"fit: DPO needs --micro_batch {most}$"):
+        planned(*words, most + 1)
 
 
 def test_a_disk_that_is_too_small_is_said(planned, monkeypatch):
