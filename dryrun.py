@@ -2,6 +2,7 @@
 
 What is measured is the code of dpo.py and reward.py under FSDP2, as it would run on GPUs.
 """
+import copy
 import gc
 
 import torch
@@ -27,6 +28,7 @@ def trace(config, kind, gpus, pairs, prompt, answer, recompute):
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
     mesh = init_device_mesh("cpu", (gpus,))  # before the mode: it holds numbers
     with FakeTensorMode():
+        config = copy.deepcopy(config)  # it would be told the dtype
         model = kind.from_config(config, dtype=torch.float32, attn_implementation="sdpa").eval()
         model.set_attn_implementation("packed")
         model.plain_head = True  # there is nothing to verify

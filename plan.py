@@ -168,11 +168,6 @@ def main(options, **defaults):
         "Bradley-Terry": ("micro_batch", lambda n, gpus: train_step(rm, gpus, n, *pair, o.recompute))})
     other = sum(train_step(policy, o.gpus, o.micro_batch, *pair, not o.recompute).values())
     say(f"DPO with --recompute {str(not o.recompute).lower()}: {other / GIB:.1f}")
-    if o.plan == "exact":
-        for name, config, kind in zip(("DPO", "Bradley-Terry"), configs, (POLICY, RM)):
-            peak, work = trace(config, kind, o.gpus, o.micro_batch, *pair, o.recompute)
-            say(f"{name} traced: {peak / GIB:.1f}; {work / 1e12:.0f} TFLOP")
-
     stored = (size.params * (config.dtype or torch.float32).itemsize
               for size, config in zip((policy, rm), configs))
     disk = models.room(o, *stored, (len(prompts) - o.select_prompts) // 3 // o.policy_batch)
@@ -180,6 +175,10 @@ def main(options, **defaults):
     free = shutil.disk_usage(next(place for place in (out, *out.parents) if place.exists())).free
     say(f"disk: models of up to {disk / 1e9:.0f} GB, {free / 1e9:.0f} GB are free here; CPU memory of the "
         f"first node: {6 * policy.params / 1e9:.0f} GB, to save in fp32 and bf16")
+    if o.plan == "exact":
+        for name, config, kind in zip(("DPO", "Bradley-Terry"), configs, (POLICY, RM)):
+            peak, work = trace(config, kind, o.gpus, o.micro_batch, *pair, o.recompute)
+            say(f"{name} traced: {peak / GIB:.1f}; {work / 1e12:.0f} TFLOP")
     if wrong := wrong + ["the disk"] * (disk > free):
         raise Problem("this does not fit: " + "; ".join(wrong))
 

@@ -99,6 +99,7 @@ def test_the_formulas_are_the_traced_step_within_15_percent(name, layers, kind, 
     config = llama(name, num_hidden_layers=layers)
     size = plan.size_of(config, kind)
     peak, work = trace(config, kind, gpus, pairs, prompt, answer, recompute)
+    assert config.dtype == torch.bfloat16  # the caller's is left alone
     formula = sum(plan.train_step(size, gpus, pairs, prompt, answer, recompute).values())
     assert formula == pytest.approx(peak, rel=0.15)
     tokens = pairs * (prompt + 2 * answer)
