@@ -93,7 +93,7 @@ def context_of(folder, config=None):
 def check_fits(folder, training=False):
     """Refuse a model that is too large for the memory: sampling and scoring have the whole of it in every
     process, in training the processes share 16 bytes a parameter (parallel.py)."""
-    stored = (_config(folder).dtype or torch.float32).itemsize
+    stored = (config_of(folder).dtype or torch.float32).itemsize
     parameters = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) / stored
     need = parameters * (16 / world() if training else 2 if device().type == "cuda" else 4)
     if need > memory():

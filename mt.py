@@ -26,13 +26,12 @@ import filter
 import labels
 import manifest
 import models
-import plan
 import reward
 import run
 import toy
 import training
 from data import Lines, Problem, load_tokenizer, read_jsonl, read_prompts, read_selection
-from evals import gold, report
+from evals import gold, plan, report
 from parallel import rank, say
 from rollout import means, sample_and_score
 from run import option, show

@@ -156,17 +156,17 @@ def wrap(root, recompute, mesh=None, precision=None):
         fully_shard(root, mesh=mesh, mp_policy=precision)  # embedding, norm, head: one group, tied or not
 
 
-def held_whole(model):
+def held_whole(parameters, memory, processes, width):
     """What of a sharded model stays whole in every process between the micro-batches of a step, which spares
-    communication: (its gradient, its weights).
+    communication: (its gradient, its weights, of `width` bytes each).
 
     A parameter's shard is 16 bytes (fp32: weight, gradient, Adam's two moments) over the number of processes,
-    its whole gradient 4 more (fp32), its whole weight 2 more (bf16; 4 on CPUs). Held is what brings them to
-    two thirds of the memory at most; the rest is for activations. 8 B on eight GPUs of 80 GB: the gradient,
-    which makes it 48 GB, and not the weights, which would make it 64 of 86.
+    its whole gradient 4 more (fp32). Held is what brings them to two thirds of the memory at most; the rest
+    is for activations. 8 B on eight GPUs of 80 GB: the gradient, which makes it 48 GB, and not the weights,
+    which would make it 64 of 86.
     """
-    room = from_rank0(memory()) * 2 / 3 / sum(p.numel() for p in model.parameters()) - 16 / world()
-    return 4 <= room, 4 + (2 if device().type == "cuda" else 4) <= room
+    room = memory * 2 / 3 / parameters - 16 / processes
+    return 4 <= room, 4 + width <= room
 
 
 def before_micro_batch(model, last, gradient, weights):

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 import run
 from data import Problem
-from parallel import before_micro_batch, device, from_rank0, held_whole, rank, world
+from parallel import before_micro_batch, device, from_rank0, held_whole, memory, rank, world
 
 
 class MicroBatch(NamedTuple):
@@ -60,7 +60,8 @@ def optimise(model, steps, loss, *, lr, log, shown="", first_loss=None, resume=N
     sharded = isinstance(model, FSDPModule)
     if sharded:
         model.reshard()  # a forward pass before, of a reference, leaves the root's parameters gathered
-        held = held_whole(model)
+        held = held_whole(sum(p.numel() for p in model.parameters()), from_rank0(memory()), world(),
+                          2 if device().type == "cuda" else 4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
     folder, every = resume or (None, 0)
     lines = restore(folder, model, optimizer) if folder else []

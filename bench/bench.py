@@ -473,7 +473,7 @@ def training_traffic(name, gradient, weights):
                 received[kind] = received.get(kind, 0) + share * whole.nbytes
             return function(*arguments, **(options or {}))
 
-    training.held_whole = lambda model: (gradient, weights)
+    training.held_whole = lambda *_: (gradient, weights)
     with Counting():
         for _, _, model in dpo.train(folder_of(name), pairs_of(name, 2 * BATCH), beta=0.1, lr=1e-3,
                                      batch=BATCH, micro_batch=1, max_length=2048, log=lambda *_, **__: None):

@@ -3,7 +3,7 @@
     python mt.py --policy POLICY --rm RM --prompts prompts.jsonl --plan --gpus 8 --gpu h100   # formulas
     python mt.py --policy POLICY --rm RM --prompts prompts.jsonl --plan exact                 # and a trace
 
-The formulas are for Llamas and their like, and take a second; the trace takes minutes.
+The formulas are for Llamas and their like, and take a second; the trace takes a minute.
 
 Left out on purpose: the FLOPs of attention itself (5% at 2,048 tokens), networks (taken to hide behind work),
 mixtures of experts (all are counted for every token).
@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import models
 import run
 from data import Problem, prompt_id, read_prompts
-from dryrun import trace
+from evals.dryrun import trace
 from packing import LOGITS
-from parallel import decoder_layers, say
+from parallel import decoder_layers, held_whole, say
 from run import option
-from sampler import CACHE_TOKENS, PREFILL, encode_prompts
+from sampler import PREFILL, block_size, encode_prompts
 
 POLICY, RM = AutoModelForCausalLM, AutoModelForSequenceClassification
 GIB = 2**30
@@ -48,22 +48,27 @@ def size_of(config, kind):
     params, layer = (sum(p.numel() for p in module.parameters()) for module in (model, layers[0]))
     embedding, heads = model.get_input_embeddings().weight.numel(), config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    key = (getattr(config, "num_key_value_heads", None) or heads) * width
     return SimpleNamespace(
         params=params, layers=len(layers), layer=layer,
         root=params - len(layers) * layer,  # outside the layers
         head=embedding * policy,  # over the vocabulary
         matrices=params - embedding * (not policy or not config.tie_word_embeddings),  # that tokens multiply
         hidden=config.hidden_size, inner=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-        query=heads * width, key=(getattr(config, "num_key_value_heads", None) or heads) * width)
+        query=heads * width, key=key,
+        token=2 * 2 * key * len(layers))  # bytes in the cache: keys and values in bf16
 
 
 # ---------------------------------------------------------------- memory of a GPU: {part: bytes}
+def rows_of(size, rows, tokens, memory):
+    """As many of `rows` responses of so many tokens as sampler.cache_tokens has room for, at least one."""
+    return min(rows, max(1, (memory - 2 * size.params) // 2 // size.token // tokens))
+
+
 def sampling(size, rows, prompt, answer):
     """`rows` responses in flight, each to a prompt of its own, of so many tokens (attention.Slots)."""
-    token = 2 * 2 * size.key * size.layers  # bytes in the cache: keys and values in bf16
-    rows = min(rows, max(1, CACHE_TOKENS // (prompt + answer)))
-    return {"weights": 2 * size.params, "cache": rows * (prompt + answer) * token,
-            "prompts": rows * prompt * token + PREFILL * prompt * (6 * size.inner + 8 * size.hidden),
+    return {"weights": 2 * size.params, "cache": rows * (prompt + answer) * size.token,
+            "prompts": rows * prompt * size.token + PREFILL * prompt * (6 * size.inner + 8 * size.hidden),
             "logits": 6 * 4 * rows * size.head / size.hidden}  # fp32: probabilities, sums, what compares them
 
 
@@ -73,24 +78,25 @@ def scoring(size, prompts, prompt, answer, samples):
     return {"weights": 2 * size.params, "activations": tokens * (6 * size.inner + 8 * size.hidden)}
 
 
-def train_step(size, gpus, pairs, prompt, answer, recompute):
+def train_step(size, gpus, pairs, prompt, answer, recompute, memory):
     """The backward pass over `pairs` pairs of so many tokens (training.optimise, parallel.wrap).
 
-    States are fp32 shards. Gathered are, in bf16, the root, a layer at work and the next one, and, in fp32,
-    gradients on their way. A layer saves for each token two norms (input in fp32, two results), four results
-    of the MLP and one of attention; for each token of each chat queries, keys, values and attention's result.
-    The pass ends with the root's gradients in bf16 and fp32.
+    States are fp32 shards, beside what parallel.held_whole keeps. Gathered are, in bf16, the root, a layer at
+    work and the next one, and, in fp32, gradients on their way. A layer saves for each token two norms (input
+    in fp32, two results), four results of the MLP and one of attention; for each token of each chat queries,
+    keys, values and attention's result. The pass ends with the root's gradients in bf16 and fp32.
     """
     tokens = pairs * (prompt + 2 * answer)
     saved = (tokens * (16 * size.hidden + 8 * size.inner + 2 * size.query)
              + pairs * 2 * (prompt + answer) * 4 * (size.query + size.key))
     kept = saved + 2 * size.layers * size.hidden * tokens if recompute else size.layers * saved
-    within = {"gathered": 2 * size.root + 8 * size.layer,
+    shard, (gradient, weights) = 4 * size.params / gpus, held_whole(size.params, memory, gpus, 2)
+    within = {"gathered": 4 * size.layer + (0 if weights else 2 * size.root + 4 * size.layer),
               "activations": kept + tokens * (6 * size.inner + 2 * size.hidden),
               "logits": (2 * size.head + 10 * LOGITS) * (size.head > 0)}  # the head's gradient, and tiles
-    shard = 4 * size.params / gpus
-    return {"weights": shard, "gradients": shard, "Adam": 2 * shard} | max(
-        within, {"gathered": 6 * size.root}, key=lambda parts: sum(parts.values()))
+    return {"weights": shard + 2 * size.params * weights, "Adam": 2 * shard,
+            "gradients": 4 * size.params if gradient else shard} | max(
+        within, {"gathered": (4 if weights else 6) * size.root}, key=lambda parts: sum(parts.values()))
 
 
 # ---------------------------------------------------------------- time
@@ -101,7 +107,7 @@ def phases(o, policy, rm, prompts, prompt, end):
     Decoding a token for all rows reads weights and cache once. Every block has an answer of --max_new_tokens,
     at the end of which the other rows are empty.
     """
-    _, flops, bandwidth = GPUS[o.gpu]
+    memory, flops, bandwidth = GPUS[o.gpu]
     flops, bandwidth, answer = flops * COMPUTE[end], bandwidth * DECODING[end], o.max_new_tokens * ANSWER[end]
 
     def compute(name, times, size, passes, rows, tokens):
@@ -110,11 +116,11 @@ def phases(o, policy, rm, prompts, prompt, end):
 
     def sample(name, times, prompts, each):
         _, _, _, _, work, hours = compute(name, times, policy, 1, prompts, prompt + each * answer)
-        block = min(prompts, max(1, 4 * o.sample_batch // each))
-        rows = min(o.sample_batch, max(1, CACHE_TOKENS // (prompt + o.max_new_tokens)), block * each)
+        rows = rows_of(policy, min(o.sample_batch, prompts * each), prompt + o.max_new_tokens, memory * GIB)
+        block = min(prompts, block_size(prompts, o.sample_batch / each))
         steps = block * each / rows * answer + o.max_new_tokens - answer
         steps *= ceil(ceil(prompts / block) / o.gpus)
-        read = 2 * policy.params + rows * (prompt + answer / 2) * 4 * policy.key * policy.layers
+        read = 2 * policy.params + rows * (prompt + answer / 2) * policy.token
         hours += steps * read / bandwidth / 3600
         return name, times, prompts * each, prompts * each * answer, work, hours
 
@@ -161,12 +167,16 @@ def main(options, **defaults):
     answer = min(o.max_new_tokens, models.context_of(o.policy) - longest)
     prompt = max(1, min(longest, o.max_length - answer))
     pair = prompt, min(answer, o.max_length - prompt)  # the largest that is short enough
+    memory = GPUS[o.gpu][0] * GIB
+    o.sample_batch = rows_of(policy, o.sample_batch, longest + answer, memory)  # as the sampler does
+
+    def training(size, recompute=o.recompute):
+        return lambda pairs, gpus: train_step(size, gpus, pairs, *pair, recompute, memory)
     wrong = say_memory(o, {
-        "sampling": ("sample_batch", lambda n, gpus: sampling(policy, n, longest, answer)),
-        "scoring": ("score_batch", lambda n, gpus: scoring(rm, n, longest, answer, o.samples)),
-        "DPO": ("micro_batch", lambda n, gpus: train_step(policy, gpus, n, *pair, o.recompute)),
-        "Bradley-Terry": ("micro_batch", lambda n, gpus: train_step(rm, gpus, n, *pair, o.recompute))})
-    other = sum(train_step(policy, o.gpus, o.micro_batch, *pair, not o.recompute).values())
+        "sampling": ("sample_batch", lambda rows, gpus: sampling(policy, rows, longest, answer)),
+        "scoring": ("score_batch", lambda prompts, gpus: scoring(rm, prompts, longest, answer, o.samples)),
+        "DPO": ("micro_batch", training(policy)), "Bradley-Terry": ("micro_batch", training(rm))})
+    other = sum(training(policy, not o.recompute)(o.micro_batch, o.gpus).values())
     say(f"DPO with --recompute {str(not o.recompute).lower()}: {other / GIB:.1f}")
     stored = (size.params * (config.dtype or torch.float32).itemsize
               for size, config in zip((policy, rm), configs))
@@ -177,7 +187,7 @@ def main(options, **defaults):
         f"first node: {6 * policy.params / 1e9:.0f} GB, to save in fp32 and bf16")
     if o.plan == "exact":
         for name, config, kind in zip(("DPO", "Bradley-Terry"), configs, (POLICY, RM)):
-            peak, work = trace(config, kind, o.gpus, o.micro_batch, *pair, o.recompute)
+            peak, work = trace(config, kind, o.gpus, o.micro_batch, *pair, o.recompute, memory)
             say(f"{name} traced: {peak / GIB:.1f}; {work / 1e12:.0f} TFLOP")
     if wrong := wrong + ["the disk"] * (disk > free):
         raise Problem("this does not fit: " + "; ".join(wrong))
@@ -189,11 +199,11 @@ def say_hours(o, short, long):
     at = f"{COMPUTE[1]:.0%}-{COMPUTE[0]:.0%} of {flops / 1e12:.0f} TFLOP/s"
     decoding = f", {DECODING[1]:.0%}-{DECODING[0]:.0%} of {bandwidth / 1e12:g} TB/s"
     say(f"answers of {ANSWER[0] * o.max_new_tokens:g}-{ANSWER[1] * o.max_new_tokens:g} tokens assumed\n"
-        f"{'phase':19}times    rows   M tokens        PFLOP      hours  each time, assumed")
+        f"{'phase':19}times    rows    M tokens         PFLOP         hours  each time, assumed")
     for (name, times, rows, *low), (*_, tokens, work, hours) in zip(short, long):
         ranges = (f"{a / unit:.{digits}f}-{b / unit:.{digits}f}" for a, b, unit, digits in
                   zip(low, (tokens, work, hours), (1e6, 1e15, 1), (1, 0, 2)))
-        say("{:19}{:5}{:8}{:>11}{:>13}{:>11}  ".format(name, times, rows, *ranges)
+        say("{:19}{:5}{:8}{:>12}{:>14}{:>14}  ".format(name, times, rows, *ranges)
             + at + decoding * name.endswith("sample"))
     low, high = (sum(times * hours for _, times, *_, hours in end) for end in (short, long))
     say(f"the run: {low:.1f}-{high:.1f} hours, {o.gpus * low:.0f}-{o.gpus * high:.0f} GPU-hours, where talk "

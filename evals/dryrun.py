@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from dpo import dpo_loss
 from packing import ResponseLogps, Row, collate
-from parallel import BF16, wrap
+from parallel import BF16, before_micro_batch, held_whole, wrap
 from reward import Rewards, bradley_terry_loss
 
 
-def trace(config, kind, gpus, pairs, prompt, answer, recompute):
-    """(bytes at the peak of a GPU, FLOPs) of a micro-batch that is not the first one of the first step."""
+def trace(config, kind, gpus, pairs, prompt, answer, recompute, memory):
+    """(bytes at the peak of a GPU of so much memory, FLOPs) of the last two micro-batches of a step."""
     policy = kind is AutoModelForCausalLM
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -37,19 +37,25 @@ def trace(config, kind, gpus, pairs, prompt, answer, recompute):
         optimizer = torch.optim.AdamW(root.parameters(), weight_decay=0.0, fused=True)
         packed = collate([Row([0] * prompt, [[0] * answer] * 2, [0, 0])] * pairs)
 
-        def backward():
+        held = held_whole(sum(p.numel() for p in root.parameters()), memory, gpus, 2)
+
+        def backward(last):
+            before_micro_batch(root, last, *held)
             chosen, rejected = root(packed).view(-1, 2).T
             losses = dpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), 0.1)[0] if policy \
                 else bradley_terry_loss(chosen, rejected)
             losses.mean().backward()
-            torch.nn.utils.clip_grad_norm_(root.parameters(), 1.0)
+            if last:
+                torch.nn.utils.clip_grad_norm_(root.parameters(), 1.0)
 
         with FlopCounterMode(display=False) as flops:
-            backward()
+            backward(True)
         optimizer.step()  # before the tracker: DTensor tries what is new on tensors of whole shapes
         gc.collect()      # what the counter holds on to
         with FSDPMemTracker(root, optimizer) as tracker:
-            backward()
+            backward(False)
+            tracker.reset_mod_stats()
+            backward(True)
             optimizer.step()
     dist.destroy_process_group()
     return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"], flops.get_total_flops()
