@@ -16,13 +16,13 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig
 
 import mt
-from evals import plan
 import toy
 from data import Problem
+from evals import plan
 from evals.dryrun import trace
+from evals.plan import GIB, POLICY, RM
 from packing import ResponseLogps, Row, collate
 from parallel import BF16, wrap
-from evals.plan import GIB, POLICY, RM
 
 LLAMA = dict(vocab_size=128256, num_key_value_heads=8, max_position_embeddings=8192, num_labels=1,
              pad_token_id=0, dtype="bfloat16")
