@@ -54,7 +54,8 @@ def claim(path, options, file=False, **more):
         new = {"settings": {k: v for k, v in asdict(options).items() if k != "out"}, **more,
                "versions": versions(), "sources": sources()}
         files = [path, parts_of(path)] if file else path.glob("[!.]*")
-        results = [p for p in files if p.exists() and p.name not in (note.name, "metrics.jsonl")]
+        logs = (note.name, "metrics.jsonl", "timings.jsonl")
+        results = [p for p in files if p.exists() and p.name not in logs]
         if results and not note.exists():
             raise Problem(f"{path} exists and was not written by this command; choose another --out")
         if results:  # without them, it is of a failed start

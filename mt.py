@@ -33,6 +33,7 @@ import training
 from data import Lines, Problem, load_tokenizer, read_jsonl, read_prompts, read_selection
 from evals import gold, plan, report
 from parallel import rank, say
+from progress import log_of, phase, timed
 from rollout import means, sample_and_score
 from run import option, show
 from sampler import encode_prompts
@@ -151,6 +152,7 @@ def split(o):
     return [manifest.done(o.out, file) for file in (held_out, *files)][1:]
 
 
+@timed
 def scored_samples(o, policy, rm, prompts, path, samples=1, judge=None):
     """Responses of `policy` to every prompt of a file, scored by `rm`."""
     manifest.due(o.out, path, prompts, Path(policy).parent, Path(rm).parent)  # refuses what is older
@@ -175,6 +177,7 @@ def make_pairs(o, samples, path):
     return manifest.done(o.out, path)
 
 
+@timed
 def train_policy(o, policy, pairs, path):
     """DPO; returns the checkpoints, in order of steps."""
     if manifest.due(o.out, path, pairs):
@@ -235,6 +238,7 @@ def mix(o, comparisons, ranked, old_policy, path):
     return manifest.done(o.out, path)
 
 
+@timed
 def train_reward(o, preferences, path):
     """Bradley-Terry, from the base RM each time: it has not seen these prompts. Returns the folder."""
     if manifest.due(o.out, path, preferences):
@@ -251,15 +255,6 @@ def train_reward(o, preferences, path):
 
 
 # ---------------------------------------------------------------- what phases share
-def phase(o, path):
-    """A phase's name, its result's path in the run folder: part of its seed and of its log lines."""
-    return str(Path(path).relative_to(o.out).with_suffix(""))
-
-
-def log_of(o, path):
-    return run.open_log(Path(o.out) / "metrics.jsonl", phase(o, path))
-
-
 def link(o, policy, rm):
     """OUT/policy and OUT/rm always are the run's last models."""
     run.link(Path(o.out) / "policy", policy)

@@ -45,6 +45,9 @@ def launch(main, **arguments):
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr, flush=True)
         os._exit(2)  # no waiting for processes that are inside a collective
     except KeyboardInterrupt:
+        if rank() == 0:
+            print(f"\n{Path(sys.argv[0]).name}: interrupted; what is finished stays, "
+                  "and the same command goes on", file=sys.stderr, flush=True)
         os._exit(130)
 
 

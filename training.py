@@ -26,6 +26,7 @@ from parallel import before_micro_batch, device, from_rank0, held_whole, memory,
 class MicroBatch(NamedTuple):
     numbers: list  # of the rows in one forward pass of this process
     shares: list   # what each row adds to the mean over its step's global batch
+    tokens: int    # of these rows, those that another process has not counted
 
 
 def steps_of(lengths, batch, micro_batch, seed, epochs=1, counts=None):
@@ -45,7 +46,8 @@ def steps_of(lengths, batch, micro_batch, seed, epochs=1, counts=None):
             for first in range(0, len(rows), micro_batch * world()):
                 group = rows[first:first + micro_batch * world()]
                 mine = group[rank()::world()]
-                step.append(MicroBatch(mine or group[:1], [share if mine else 0.0] * max(1, len(mine))))
+                step.append(MicroBatch(mine or group[:1], [share if mine else 0.0] * max(1, len(mine)),
+                                       sum(lengths[i] for i in mine)))
             steps.append(step)
     return steps
 
@@ -78,7 +80,9 @@ def optimise(model, steps, loss, *, lr, log, shown="", first_loss=None, resume=N
             (losses @ shares * world()).backward()
             for name, values in {"loss": losses, **metrics}.items():
                 sums[name] += (values.detach() @ shares).item()
+            sums["tokens"] += micro.tokens
         metrics = total(sums)
+        num_tokens = int(metrics.pop("tokens")) + (lines[-1]["num_tokens"] if lines else 0)
         check_loss(metrics["loss"], number, first_loss)
 
         learning_rate = lr * cosine(number - 1, len(steps))
@@ -90,7 +94,7 @@ def optimise(model, steps, loss, *, lr, log, shown="", first_loss=None, resume=N
         optimizer.step()
         optimizer.zero_grad()
         lines.append(dict(step=number, steps=len(steps), **metrics, learning_rate=learning_rate,
-                          grad_norm=grad_norm))
+                          grad_norm=grad_norm, num_tokens=num_tokens))
         log(f"step {{step}}/{{steps}}  loss {{loss:.4f}}  {shown}grad_norm {{grad_norm:.2f}}  "
             "lr {learning_rate:.2e}", **lines[-1])
         yield number

@@ -113,9 +113,10 @@ def attempt(words, folder, processes, rng=None):
 
 
 def files(folder):
-    """Everything in a run folder but its note and what a picture library stamps: name -> bytes."""
+    """Everything in a run folder but its note, times, and what a picture library stamps: name -> bytes."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
-            if p.is_file() and not p.is_symlink() and p.name not in ("run.json", "report.png", "report.html")}
+            if p.is_file() and not p.is_symlink() and p.name not in (
+                "run.json", "timings.jsonl", "report.png", "report.html")}
 
 
 def main():

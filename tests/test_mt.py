@@ -5,6 +5,7 @@ The loop, run tiny with real models: what goes where, when it stops, the record,
 import json
 import os
 import random
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import filter as filter_script
 import manifest
 import mt
+import progress
 import reward
 import run
 import sampler
@@ -314,6 +316,55 @@ def test_win_rates_settings_versions_and_metrics_are_on_record(undisturbed, word
         assert [row for row in lines if row["phase"] == f"round{n}/m/rm" and "accuracy" in row]
 
 
+def test_seconds_and_tokens_per_second_of_every_long_phase_are_on_record(undisturbed):
+    times = {row.pop("phase"): row for row in read_jsonl(undisturbed / "timings.jsonl")}
+    for n in (1, 2):
+        for part, names in (("e1", ["samples", "checkpoints", "select/before"]), ("m", ["new", "old", "rm"]),
+                            ("e2", ["samples", "checkpoints", "select/before"])):
+            for name in names:
+                row = times[f"round{n}/{part}/{name}"]
+                assert row["seconds"] > 0
+                assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"], 0.01)
+    sampled = sum(row["tokens"] for row in read_jsonl(undisturbed / "round1" / "m" / "new.jsonl"))
+    assert times["round1/m/new"]["tokens"] == sampled
+    lines = [row for row in read_jsonl(undisturbed / "metrics.jsonl") if "num_tokens" in row]
+    for name in ("e1/checkpoints", "m/rm"):
+        last = [row["num_tokens"] for row in lines if row["phase"] == f"round1/{name}"][-1]
+        assert times[f"round1/{name}"]["tokens"] == last
+
+
+def test_every_long_phase_says_what_it_is_made_from_and_its_time_and_what_is_left(
+        call, words, here, capsys, tiny, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(mt, "m_step", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            call(mt, *words(rounds=2))
+    monkeypatch.setattr(progress, "BEGUN", {})  # as in another process
+    call(mt, *words(rounds=2))
+    said = capsys.readouterr().out
+    samples = (f"round1/e1/samples: from policy {tiny()}, rm {tiny(reward=True)}, "
+               "prompts run/prompts/s0.jsonl (8 rows)\n")
+    assert said.count(samples) == 1
+    for name in ("e1/samples", "e1/checkpoints", "e1/select/before", "m/new", "m/rm", "e2/samples"):
+        assert len(re.findall(rf"round1/{name}: \d+ s, \d+ tokens, \d+ a second \(\d+% of the", said)) == 1
+    steps = re.findall(r"^(?:going on: )?round \d, .*step.*", said, re.MULTILINE)
+    assert [re.sub(r"about \d+ s if.*", "", step) for step in steps] == [
+        "round 1, E-step", "going on: round 1, M-step; at most 5 steps left, ",
+        "round 1, second E-step; at most 4 steps left, ", "round 2, E-step; at most 3 steps left, ",
+        "round 2, M-step; at most 2 steps left, ", "round 2, second E-step; at most 1 step left, "]
+
+
+def test_a_phase_that_goes_on_has_no_tokens_per_second(call, words, here, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(reward, "score", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            call(mt, *words())
+    call(mt, *words())
+    assert "round1/e1/samples: goes on, from policy" in capsys.readouterr().out
+    with open(here / "timings.jsonl") as file:
+        assert json.loads(file.readline()).keys() == {"phase", "seconds"}
+
+
 def test_the_last_models_are_at_out_policy_and_out_rm_and_load(undisturbed):
     assert same_weights(undisturbed / "policy", undisturbed / "round2" / "e2" / "policy")
     assert same_weights(undisturbed / "rm", undisturbed / "round2" / "m" / "rm")
@@ -347,8 +398,9 @@ def kill_at(monkeypatch, count, after):
 
 
 def files(run):
-    """What a person reads in a run folder: name -> bytes. run.json names the processes and is left out."""
-    paths = (path.relative_to(run) for path in sorted(run.rglob("[!.]*.json*")) if path.name != "run.json")
+    """What a person reads in a run folder: name -> bytes, without what differs by processes and by time."""
+    paths = (path.relative_to(run) for path in sorted(run.rglob("[!.]*.json*"))
+             if path.name not in ("run.json", "timings.jsonl"))
     return {str(path): (run / path).read_bytes() for path in paths
             if not any(part in ("policy", "rm") or part[0] == "." for part in path.parts)}
 

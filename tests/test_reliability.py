@@ -52,7 +52,7 @@ def copy(finished, tmp_path, monkeypatch):
 
 def contents(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
-            if p.is_file() and p.name not in ("run.json", "report.html", "report.png")}
+            if p.is_file() and p.name not in ("run.json", "timings.jsonl", "report.html", "report.png")}
 
 
 # ---------------------------------------------------------------- kills
@@ -64,7 +64,7 @@ def test_killed_again_and_again_a_run_ends_as_an_undisturbed_one(processes, time
     assert "not one byte different" in done.stdout
 
 
-def test_ctrl_c_ends_a_run_in_silence_and_the_same_command_goes_on(words, finished, tmp_path):
+def test_ctrl_c_says_that_the_same_command_goes_on_and_it_does(words, finished, tmp_path):
     command = [sys.executable, ROOT / "mt.py", *words]
     first = subprocess.Popen(  # a shell's background jobs, and so their children, don't hear of Ctrl-C
         command, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
@@ -73,9 +73,12 @@ def test_ctrl_c_ends_a_run_in_silence_and_the_same_command_goes_on(words, finish
         assert first.poll() is None
         time.sleep(0.01)
     first.send_signal(signal.SIGINT)
-    assert first.wait() == 130 and "Traceback" not in first.stderr.read()
+    said = first.communicate()[1]
+    assert first.returncode == 130 and "Traceback" not in said
+    assert said.endswith("\nmt.py: interrupted; what is finished stays, and the same command goes on\n")
     assert not (tmp_path / "run" / "report.html").exists()
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    again = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    assert "\ngoing on: round 1, E-step\n" in again
     assert contents(tmp_path / "run") == contents(finished)
 
 

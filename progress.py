@@ -1,0 +1,101 @@
+"""What a run says of its phases: which one begins, from what, how long it took, what is left of the run.
+
+timings.jsonl in the run folder has a line for each phase that takes time and was finished. Times differ from
+run to run, so they stand apart from metrics.jsonl, which is the same for equal runs.
+"""
+import functools
+import inspect
+import json
+import time
+from collections import Counter
+from pathlib import Path
+
+import run
+from data import read_jsonl
+from parallel import rank, say
+
+STEPS = {"e1": "E-step", "m": "M-step", "e2": "second E-step"}
+BEGUN = {}  # run folder -> the E- and M-steps that this process has worked on
+
+
+def phase(o, path):
+    """A phase's name, its result's path in the run folder: part of its seed and of its log lines."""
+    return str(Path(path).relative_to(o.out).with_suffix(""))
+
+
+def log_of(o, path):
+    return run.open_log(Path(o.out) / "metrics.jsonl", phase(o, path))
+
+
+def timed(work):
+    """For a phase work(o, what it is made from …, path): a line when it begins and one when it ends."""
+    @functools.wraps(work)
+    def with_clock(*arguments, **more):
+        given = inspect.signature(work).bind(*arguments, **more).arguments
+        o, path = given["o"], Path(given["path"])
+        if run.exists(path):
+            return work(*arguments, **more)
+        going_on = any(path.parent.glob(f"*{path.stem}.*"))  # what an attempt before has left
+        if rank() == 0:
+            say_step(o, path)
+            made_from = ", ".join(f"{name} {sized(given[name])}" for name in given if name in (
+                "policy", "rm", "prompts", "pairs", "preferences"))
+            say(f"{phase(o, path)}: {'goes on, ' * going_on}from {made_from}")
+        start = time.time()
+        result = work(*arguments, **more)
+        if rank() == 0:
+            say_time(o, path, time.time() - start, going_on)
+        return result
+    return with_clock
+
+
+def sized(path):
+    """A path, and of a file its rows."""
+    return f"{path} ({len(read_jsonl(path))} rows)" if Path(path).is_file() else str(path)
+
+
+def say_step(o, path):
+    """Once per E- or M-step: what it is, and an estimate of what is left."""
+    number, step = phase(o, path).split("/")[:2]
+    begun, spent = BEGUN.setdefault(Path(o.out).resolve(), []), Counter()
+    for row in timings(o):
+        spent["/".join(row["phase"].split("/")[:2])] += row["seconds"]
+    if (number, step) in begun or step not in STEPS:
+        return
+    before = [seconds for name, seconds in spent.items() if name != f"{number}/{step}"]
+    left, estimate = o.rounds * (2 + o.update_rm) - len(before), ""
+    if before and left > 0:
+        estimate = (f"; at most {left} step{'s' * (left > 1)} left, about "
+                    f"{in_words(left * sum(before) / len(before))} if they take as long as those before")
+    going_on = "going on: " * bool(spent and not begun)
+    say(f"{going_on}round {number.removeprefix('round')}, {STEPS[step]}{estimate}")
+    begun.append((number, step))
+
+
+def say_time(o, path, seconds, going_on):
+    """Tokens: of the responses that were sampled, or of the pairs that were trained on."""
+    if path.suffix == ".jsonl":
+        tokens = sum(row["tokens"] for row in read_jsonl(path))
+    else:
+        tokens = sum(row.get("num_tokens", 0) for row in read_jsonl(Path(o.out) / "metrics.jsonl")
+                     if row["phase"] == phase(o, path) and row.get("step") == row.get("steps"))
+    line = {"phase": phase(o, path), "seconds": round(seconds, 3)}
+    if tokens and not going_on:  # else a part of them was made in other seconds
+        line |= {"tokens": tokens, "tokens_per_second": round(tokens / seconds, 1)}
+    with open(Path(o.out) / "timings.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+    total = sum(row["seconds"] for row in timings(o))
+    speed = f", {tokens} tokens, {tokens / seconds:.0f} a second" if "tokens" in line else ""
+    say(f"{phase(o, path)}: {in_words(seconds)}{speed} ({seconds / total:.0%} of the run so far)")
+
+
+def timings(o):
+    """The lines of timings.jsonl, without what a kill has cut."""
+    path = Path(o.out) / "timings.jsonl"
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if run.phase_of(line)]
+
+
+def in_words(seconds):
+    size, unit = next(((s, u) for s, u in ((3600, "h"), (60, "min")) if seconds >= 2 * s), (1, "s"))
+    return f"{seconds / size:.{int(size > 1)}f} {unit}"
