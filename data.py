@@ -275,8 +275,8 @@ def check_context(rows, model, folder, mend="set a smaller --max_length"):
 
 
 def quiet():
-    """Whether another process shows the progress bars."""
-    return os.environ.get("RANK", "0") != "0"
+    """Whether another process shows the progress bars: tqdm's `disable`, where None is for terminals only."""
+    return os.environ.get("RANK", "0") != "0" or None
 
 
 def seed_of(*parts):

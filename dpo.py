@@ -117,6 +117,7 @@ class Options:
     max_length: int = option(2048, "tokens of prompt and answer; longer pairs are left out")
     seed: int = option(0)
     resume_every: int = option(0, "steps of training that a kill may cost; 0: all")
+    log_every: int = option(0, "steps between lines on the screen; 0: none, just a bar")
     recompute: bool = option(torch.cuda.is_available(), "recompute activations: slower, less memory")
 
 
@@ -128,7 +129,8 @@ def main():
         for step, steps, policy in train(
                 folder, pairs, beta=o.beta, lr=o.lr, batch=o.batch, micro_batch=o.micro_batch,
                 max_length=o.max_length, epochs=o.epochs, seed=o.seed, recompute=o.recompute,
-                resume=(resume_of(out), o.resume_every), log=run.open_log(out / "metrics.jsonl", "dpo")):
+                resume=(resume_of(out), o.resume_every),
+                log=run.open_log(out / "metrics.jsonl", "dpo", o.log_every)):
             if step == steps:
                 models.save(policy, folder, out)
     run.remove_all(resume_of(out))

@@ -29,7 +29,8 @@ from run import parts_of, remove, write_text
 # ---------------------------------------------------------------- settings and sources
 LOCKS = {}  # path -> open file
 HEARTBEAT = 20  # seconds
-ROUNDING = "sample_batch score_batch micro_batch recompute resume_every".split()  # these change no more
+# these change rounding at most
+ROUNDING = "sample_batch score_batch micro_batch recompute resume_every log_every".split()
 
 
 def note_of(path):

@@ -72,6 +72,7 @@ class Options:
     score_batch: int = option(8, "prompts scored at a time in each process")
     micro_batch: int = option(2, "pairs per forward pass and process in training")
     resume_every: int = option(0, "steps of training that a kill may cost; 0: all")
+    log_every: int = option(0, "steps of training between lines on the screen; 0: none, just a bar")
     recompute: bool = option(torch.cuda.is_available(), "recompute activations: slower, less memory")
 
 

@@ -181,7 +181,8 @@ def check_flag(name, value):
     """Numbers are finite, counts can be waited for; where a result goes, nothing is in the way."""
     if type(value) in (int, float):
         most = {"seed": 2**63 - 1, "top_p": 1, "prior": 100}.get(name, 10**6 if type(value) is int else 1e99)
-        zero = name in "seed tau temperature select_prompts resume_every prior labels spot_check".split()
+        zero = name in ("seed tau temperature select_prompts resume_every log_every prior labels "
+                        "spot_check").split()
         if not (0 < value <= most or zero and value == 0) or name == "temperature" and 0 < value < 1e-3:
             raise Problem(f"--{name} {value:.9g} makes no sense ({'from 0' if zero else 'above 0'}, to {most}"
                           f"{'; 0 is greedy, and else 0.001 the least' * (name == 'temperature')})")

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from data import Problem, first_line, read_jsonl, write_jsonl
+from data import Problem, first_line, quiet, read_jsonl, write_jsonl
 from parallel import barrier, from_rank0, rank, say, start, world
 from rows import check_flag
 
@@ -157,9 +157,9 @@ def phase_of(line):
         return None
 
 
-def open_log(path, phase):
-    """log(shown, **values): a JSON line for each event of a phase in the file `path`, and the line `shown` on
-    the screen, filled in with the values; from rank 0. An earlier, broken-off attempt's lines are removed."""
+def open_log(path, phase, every=0):
+    """log(shown, **values): a JSON line for each event of a phase in the file `path`, and, of each `every`th
+    step, `shown` on the screen; from rank 0. An earlier, broken-off attempt's lines are removed."""
     path = Path(path)
     if rank() == 0 and path.exists():
         lines = path.read_text(errors="replace").splitlines(True)
@@ -169,8 +169,9 @@ def open_log(path, phase):
         if rank() == 0:
             with open(path, "a") as file:
                 file.write(json.dumps({"phase": phase, **values}) + "\n")
-            if shown:
-                print(f"{phase}  " + shown.format(**values), flush=True)
+            if shown and every and values["step"] % every == 0:
+                with tqdm.external_write_mode():
+                    print(f"{phase}  {shown}", flush=True)
     return log
 
 
@@ -202,7 +203,7 @@ def in_blocks(rows, size, out, work, what, each=1):
     starts = range(0, len(rows), size)
     mine = [s for s in starts[rank()::world()]
             if not has_rows(parts / f"{size}-{s}.jsonl", each * len(rows[s:s + size]))]
-    for s in tqdm(mine, desc=what, disable=rank() > 0, unit="block", leave=False):
+    for s in tqdm(mine, desc=what, disable=quiet(), unit="block", leave=False):
         write_jsonl(parts / f"{size}-{s}.jsonl", work(rows[s:s + size]))
     with writing(out) as temporary:
         if rank() == 0:

@@ -17,9 +17,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 import run
-from data import Problem
+from data import Problem, quiet
 from parallel import before_micro_batch, device, from_rank0, held_whole, memory, rank, world
 
 
@@ -56,7 +57,7 @@ def optimise(model, steps, loss, *, lr, log, shown="", first_loss=None, resume=N
     """Take the steps of `steps_of` by AdamW; yields the number of each, from 1, when it is done.
 
     loss(numbers) -> losses (B,), {metric: (B,)}: of the rows with these numbers. first_loss: what the mean
-    loss of the first step must be. shown: what a line on the screen says beside it. resume: (folder, N): the
+    loss of the first step must be. shown: what the bar says beside it. resume: (folder, N): the
     state is kept there every N steps (0: never), and taken up again if there is one.
     """
     sharded = isinstance(model, FSDPModule)
@@ -69,7 +70,8 @@ def optimise(model, steps, loss, *, lr, log, shown="", first_loss=None, resume=N
     lines = restore(folder, model, optimizer) if folder else []
     for line in lines:
         log(**line)
-    for number, step in enumerate(steps[len(lines):], len(lines) + 1):
+    bar = tqdm(steps[len(lines):], "steps", len(steps), initial=len(lines), disable=quiet())
+    for number, step in enumerate(bar, len(lines) + 1):
         sums = defaultdict(float)
         for micro in step:
             if sharded:
@@ -95,8 +97,10 @@ def optimise(model, steps, loss, *, lr, log, shown="", first_loss=None, resume=N
         optimizer.zero_grad()
         lines.append(dict(step=number, steps=len(steps), **metrics, learning_rate=learning_rate,
                           grad_norm=grad_norm, num_tokens=num_tokens))
-        log(f"step {{step}}/{{steps}}  loss {{loss:.4f}}  {shown}grad_norm {{grad_norm:.2f}}  "
-            "lr {learning_rate:.2e}", **lines[-1])
+        figures = f"loss {{loss:.4f}}  {shown}grad_norm {{grad_norm:.2f}}  lr {{learning_rate:.2e}}".format(
+            **lines[-1])
+        bar.set_postfix_str(figures)
+        log(f"step {number}/{len(steps)}  {figures}", **lines[-1])
         yield number
         if every and number % every == 0 and number < len(steps):
             keep(folder, model, optimizer, lines)

@@ -2,10 +2,17 @@
 
 DPO and Bradley-Terry training: the same numbers however the work is cut up, and folders that anyone can load.
 """
+import contextlib
 import copy
 import json
 import math
+import os
+import pty
+import re
 import shutil
+import subprocess
+import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -29,6 +36,8 @@ import training
 from data import Problem, load_tokenizer, read_jsonl
 from packing import ResponseLogps, collate, pair_rows
 from reward import Rewards
+
+ROOT = Path(__file__).parents[1]
 
 
 def metrics(out, key="loss"):
@@ -83,8 +92,10 @@ def test_one_process_two_processes_and_micro_batches_give_the_same_20_steps(
     words += ["--model", model, "--pairs", path, "--batch", 5]
     call(module, *words, "--micro_batch", 5, "--out", tmp_path / "one")
     call(module, *words, "--micro_batch", 1, "--out", tmp_path / "micro")
-    done = script(f"{name}.py", *words, "--micro_batch", 2, "--out", tmp_path / "two", processes=2)
+    done = script(f"{name}.py", *words, "--micro_batch", 2, "--out", tmp_path / "two", "--log_every", 9,
+                  processes=2)
     assert done.returncode == 0, done.stderr
+    assert re.findall(r"step (\d+)/20", done.stdout) == ["9", "18"]  # only rank 0 speaks
     losses, norms = (metrics(tmp_path / "one", key) for key in ("loss", "grad_norm"))
     weights = load_file(tmp_path / "one" / "model.safetensors")
     assert len(losses) == 20 and losses[0] != losses[-1]
@@ -101,7 +112,22 @@ def test_one_process_two_processes_and_micro_batches_give_the_same_20_steps(
         for out in ("one", "micro", "two"):
             assert metrics(tmp_path / out)[0] == pytest.approx(math.log(2), abs=1e-6)
             assert metrics(tmp_path / out, "rewards/margins")[0] == 0
-    assert done.stdout.count("step 1/20") == 1  # only rank 0 speaks
+
+
+def test_steps_are_a_bar_on_a_terminal_and_nothing_in_a_redirected_log(tiny, written, pairs, tmp_path):
+    command = [sys.executable, ROOT / "dpo.py", "--model", tiny(), "--batch", "5", "--pairs",
+               written("pairs.jsonl", pairs[:20]), "--out"]
+    done = subprocess.run([*command, tmp_path / "redirected"], capture_output=True, text=True, check=True)
+    assert done.stderr == "" and "step 4/4" not in done.stdout
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (50, 200))
+    process, said = subprocess.Popen([*command, tmp_path / "shown"], stderr=theirs), ""
+    os.close(theirs)
+    with open(ours, "rb", buffering=0) as terminal, contextlib.suppress(OSError):  # the end of a terminal
+        while True:
+            said += terminal.read(4096).decode(errors="replace")
+    assert process.wait() == 0
+    assert re.search(r"steps: 100%.*4/4 .*loss 0.*margins .*grad_norm .*lr ", said), said
 
 
 def test_tied_models_train_alike_in_two_processes(tiny, call, script, written, pairs, tmp_path):
