@@ -33,7 +33,7 @@ import training
 from data import Lines, Problem, load_tokenizer, read_jsonl, read_prompts, read_selection
 from evals import gold, plan, report
 from parallel import rank, say
-from progress import log_of, phase, timed
+from progress import log_of, phase, say_end, timed
 from rollout import means, sample_and_score
 from run import option, show
 from sampler import encode_prompts
@@ -290,6 +290,7 @@ def main(options=Options, **defaults):  # for variants: a subclass with flags of
     if embedded:
         gold.measure(o)
     report.report(o.out)
+    say_end(o)
 
 
 if __name__ == "__main__":

@@ -99,3 +99,18 @@ def timings(o):
 def in_words(seconds):
     size, unit = next(((s, u) for s, u in ((3600, "h"), (60, "min")) if seconds >= 2 * s), (1, "s"))
     return f"{seconds / size:.{int(size > 1)}f} {unit}"
+
+
+def say_end(o):
+    """Where the time went, where the models are, and what to do with them."""
+    spent, kinds = Counter(), {"checkpoints": "policy training", "rm": "reward model training"}
+    for row in timings(o):
+        spent[kinds.get(row["phase"].rsplit("/", 1)[-1], "sampling and scoring")] += row["seconds"]
+    total = sum(spent.values())
+    say(f"time: {in_words(total)}" + "".join(f", {kind} {s / total:.0%}" for kind, s in spent.items()))
+    policy, rm = Path(o.out) / "policy", Path(o.out) / "rm"
+    prompts = Path(o.out) / "prompts" / "select.jsonl" if o.select_prompts else o.prompts
+    words = f"--prompts {prompts} --max_new_tokens {o.max_new_tokens} --out {o.out}-next"
+    say(f"policy: {policy} (a link to {policy.resolve()})\nreward model: {rm} (a link to {rm.resolve()})\n"
+        f"next:\n  python sampler.py --model {policy} {words}.jsonl\n"
+        f"  python eval.py winrate --policy {policy} --baseline {o.policy} --rm {o.rm} {words}")

@@ -2,6 +2,7 @@
 
 The loop, run tiny with real models: what goes where, when it stops, the record, going on.
 """
+import importlib
 import json
 import os
 import random
@@ -347,6 +348,12 @@ def test_every_long_phase_says_what_it_is_made_from_and_its_time_and_what_is_lef
     assert said.count(samples) == 1
     for name in ("e1/samples", "e1/checkpoints", "e1/select/before", "m/new", "m/rm", "e2/samples"):
         assert len(re.findall(rf"round1/{name}: \d+ s, \d+ tokens, \d+ a second \(\d+% of the", said)) == 1
+    assert f"policy: run/policy (a link to {here / 'round2' / 'e2' / 'policy'})\n" in said
+    assert f"reward model: run/rm (a link to {here / 'round2' / 'm' / 'rm'})\n" in said
+    assert re.search(r"\ntime: \d+ s, sampling and scoring \d+%, policy training \d+%, reward model tr", said)
+    for module, command in re.findall(r"^  python (\w+)\.py (.*)", said, re.MULTILINE):  # as they stand
+        call(importlib.import_module(module), *command.split())
+    assert "6 prompts, win rate 0." in capsys.readouterr().out and len(read_jsonl("run-next.jsonl")) == 30
     steps = re.findall(r"^(?:going on: )?round \d, .*step.*", said, re.MULTILINE)
     assert [re.sub(r"about \d+ s if.*", "", step) for step in steps] == [
         "round 1, E-step", "going on: round 1, M-step; at most 5 steps left, ",
