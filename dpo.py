@@ -118,6 +118,7 @@ class Options:
     seed: int = option(0)
     resume_every: int = option(0, "steps of training that a kill may cost; 0: all")
     log_every: int = option(0, "steps between lines on the screen; 0: none, just a bar")
+    report_to: str = option("", "wandb or tensorboard: the metrics there, too")
     recompute: bool = option(torch.cuda.is_available(), "recompute activations: slower, less memory")
 
 
@@ -130,7 +131,7 @@ def main():
                 folder, pairs, beta=o.beta, lr=o.lr, batch=o.batch, micro_batch=o.micro_batch,
                 max_length=o.max_length, epochs=o.epochs, seed=o.seed, recompute=o.recompute,
                 resume=(resume_of(out), o.resume_every),
-                log=run.open_log(out / "metrics.jsonl", "dpo", o.log_every)):
+                log=run.open_log(out / "metrics.jsonl", "dpo", o.log_every, o.report_to)):
             if step == steps:
                 models.save(policy, folder, out)
     run.remove_all(resume_of(out))

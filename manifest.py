@@ -30,7 +30,7 @@ from run import parts_of, remove, write_text
 LOCKS = {}  # path -> open file
 HEARTBEAT = 20  # seconds
 # these change rounding at most
-ROUNDING = "sample_batch score_batch micro_batch recompute resume_every log_every".split()
+ROUNDING = "sample_batch score_batch micro_batch recompute resume_every log_every report_to".split()
 
 
 def note_of(path):

@@ -73,6 +73,7 @@ class Options:
     micro_batch: int = option(2, "pairs per forward pass and process in training")
     resume_every: int = option(0, "steps of training that a kill may cost; 0: all")
     log_every: int = option(0, "steps of training between lines on the screen; 0: none, just a bar")
+    report_to: str = option("", "wandb or tensorboard: the metrics there, too")
     recompute: bool = option(torch.cuda.is_available(), "recompute activations: slower, less memory")
 
 

@@ -24,7 +24,7 @@ def phase(o, path):
 
 
 def log_of(o, path):
-    return run.open_log(Path(o.out) / "metrics.jsonl", phase(o, path), o.log_every)
+    return run.open_log(Path(o.out) / "metrics.jsonl", phase(o, path), o.log_every, o.report_to)
 
 
 def timed(work):

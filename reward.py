@@ -156,6 +156,7 @@ class Options:
     seed: int = option(0)
     resume_every: int = option(0, "steps of training that a kill may cost; 0: all")
     log_every: int = option(0, "steps between lines on the screen; 0: none, just a bar")
+    report_to: str = option("", "wandb or tensorboard: the metrics there, too")
     recompute: bool = option(torch.cuda.is_available(), "recompute activations: slower, less memory")
 
 
@@ -174,7 +175,7 @@ def main():
             folder, pairs, lr=o.lr, batch=o.batch, micro_batch=o.micro_batch, max_length=o.max_length,
             epochs=o.epochs, seed=o.seed, recompute=o.recompute, fresh_head=True,
             resume=(resume_of(out), o.resume_every),
-            log=run.open_log(out / "metrics.jsonl", "reward", o.log_every)), folder, out)
+            log=run.open_log(out / "metrics.jsonl", "reward", o.log_every, o.report_to)), folder, out)
     run.remove_all(resume_of(out))
     if test:
         right = ordered(str(out), test, o.micro_batch)

@@ -8,6 +8,7 @@ import os
 import re
 from array import array
 from collections.abc import Sequence
+from importlib.util import find_spec
 from itertools import accumulate, chain
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -188,6 +189,11 @@ def check_flag(name, value):
                           f"{'; 0 is greedy, and else 0.001 the least' * (name == 'temperature')})")
     elif isinstance(value, str) and not value.isprintable():
         raise Problem(f"--{name} {value!r} holds characters that can't be printed")
+    elif name == "report_to" and value:
+        if value not in ("wandb", "tensorboard"):
+            raise Problem(f"--report_to {value}: wandb or tensorboard")
+        if not find_spec(value):
+            raise Problem(f"--report_to {value}: it is not installed (pip install {value})")
     elif name in ("out", "json") and value:
         path, file = Path(value), name == "json" or value.endswith((".jsonl", ".json", ".html"))
         for place in path.parents if file else (path, *path.parents):

@@ -1,5 +1,6 @@
 """A script's command line and errors, files that are whole or not there, the log, and work in blocks."""
 import argparse
+import functools
 import gc
 import json
 import os
@@ -157,9 +158,10 @@ def phase_of(line):
         return None
 
 
-def open_log(path, phase, every=0):
+def open_log(path, phase, every=0, report_to=""):
     """log(shown, **values): a JSON line for each event of a phase in the file `path`, and, of each `every`th
-    step, `shown` on the screen; from rank 0. An earlier, broken-off attempt's lines are removed."""
+    step, `shown` on the screen; from rank 0. An earlier, broken-off attempt's lines are removed.
+    report_to: wandb or tensorboard, which get the numbers as PHASE/NAME."""
     path = Path(path)
     if rank() == 0 and path.exists():
         lines = path.read_text(errors="replace").splitlines(True)
@@ -169,6 +171,9 @@ def open_log(path, phase, every=0):
         if rank() == 0:
             with open(path, "a") as file:
                 file.write(json.dumps({"phase": phase, **values}) + "\n")
+            if report_to:
+                tracker(report_to, path.parent)({f"{phase}/{name}": value for name, value in values.items()
+                                                 if type(value) in (int, float)}, values.get("step", 0))
             if shown and every and values["step"] % every == 0:
                 with tqdm.external_write_mode():
                     print(f"{phase}  {shown}", flush=True)
@@ -180,6 +185,23 @@ def show(row, *sides):
     for key in ("prompt", *sides):
         score = f" [{row[f'{key}_score']:.3f}]" if key in sides else ""
         say(f"  {key}{score}: {str(row[key])[:300]!r}")
+
+
+@functools.cache
+def tracker(name, out):
+    """send({name: number}, step)"""
+    if name == "wandb":
+        import wandb
+        started = wandb.init(project="mutual-taught", name=out.name, dir=out)
+        return lambda numbers, step: started.log(numbers)  # steps begin anew in every phase, wandb's must not
+    from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(out / "tensorboard")
+
+    def send(numbers, step):
+        for name, number in numbers.items():
+            writer.add_scalar(name, number, step)
+        writer.flush()
+    return send
 
 
 def parts_of(out):

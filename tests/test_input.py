@@ -63,6 +63,8 @@ def line(row=SAMPLE, **changes):
 
 
 CASES = [
+    # ------------------------------------------------------------ trackers
+    ("mt", "--report_to mlflow", "--report_to mlflow: wandb or tensorboard"),
     # ------------------------------------------------------------ JSON
     ("prompts", "", "in.jsonl: empty"),
     ("prompts", "\n \n", "in.jsonl: empty"),
@@ -223,6 +225,12 @@ def test_bad_input_is_one_line(call, here, how, given, expected):
         path.write_bytes(given if isinstance(given, bytes) else given.encode())
     assert expected in refused(call, module, words.split())
     assert not Path("out.jsonl").exists()
+
+
+def test_a_tracker_that_is_not_installed_is_named_with_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(Problem, match=r"--report_to wandb: it is not installed \(pip install wandb\)"):
+        run.parse(mt.Options, ["--report_to", "wandb"])
 
 
 def test_there_are_a_hundred_cases():

@@ -32,6 +32,7 @@ import mt
 import packing
 import parallel
 import reward
+import run
 import training
 from data import Problem, load_tokenizer, read_jsonl
 from packing import ResponseLogps, collate, pair_rows
@@ -128,6 +129,27 @@ def test_steps_are_a_bar_on_a_terminal_and_nothing_in_a_redirected_log(tiny, wri
             said += terminal.read(4096).decode(errors="replace")
     assert process.wait() == 0
     assert re.search(r"steps: 100%.*4/4 .*loss 0.*margins .*grad_norm .*lr ", said), said
+
+
+def test_tensorboard_gets_the_numbers_of_the_metrics_under_their_names(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log = run.open_log(tmp_path / "metrics.jsonl", "round1/m/rm", report_to="tensorboard")
+    for step in (1, 2):
+        log(step=step, **{"rewards/margins": step / 4}, text="not a number")
+    found = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert found.Tags()["scalars"] == ["round1/m/rm/step", "round1/m/rm/rewards/margins"]
+    assert [(x.step, x.value) for x in found.Scalars("round1/m/rm/rewards/margins")] == [(1, 0.25), (2, 0.5)]
+
+
+def test_wandb_gets_the_numbers_of_the_metrics_under_their_names(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    log = run.open_log(tmp_path / "metrics.jsonl", "round1/m/rm", report_to="wandb")
+    log(step=7, **{"rewards/margins": 0.25}, text="not a number")
+    summary = dict(wandb.run.summary)
+    wandb.finish()
+    assert {k: v for k, v in summary.items() if k[0] != "_"} == {
+        "round1/m/rm/step": 7, "round1/m/rm/rewards/margins": 0.25}
 
 
 def test_tied_models_train_alike_in_two_processes(tiny, call, script, written, pairs, tmp_path):
