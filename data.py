@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from transformers import AutoTokenizer
 
+from forms import as_chat, prompt_of
 from rows import (  # noqa: F401  (some for those that import them from here)
     LONGEST,
     Lines,
@@ -76,13 +77,17 @@ def check_prompt(where, prompt):
     return prompt
 
 
-def read_prompts(source):
-    """Prompts in the order of the file, repeated ones once. Returns (prompts, number of repeats left out)."""
+def read_prompts(source, field=""):
+    """Prompts in the order of the file, repeated ones once. Returns (prompts, number of repeats left out).
+    field: where they stand in a row; without it under one of the usual names."""
     rows = read_rows(source)
-    unique = {}
+    unique, fields = {}, set()
     for where, row in rows:
-        prompt = check_prompt(where, row.get("prompt"))
-        unique.setdefault(prompt_id(prompt), prompt)
+        prompt, found = prompt_of(where, row, field)
+        unique.setdefault(prompt_id(check_prompt(where, prompt)), prompt)
+        fields.add(found)
+    if fields - {"prompt"} and not quiet():
+        print(f"{source}: prompts from the field {' and '.join(sorted(fields))}", flush=True)
     return list(unique.values()), len(rows) - len(unique)
 
 
@@ -96,12 +101,14 @@ def read_pairs(source):
     pairs = []
     for where, row in read_rows(source):
         row = {name: value for name, value in row.items() if value is not None}  # parquet fills up with null
-        chosen, rejected = row.get("chosen"), row.get("rejected")
-        prompt = row.get("prompt")
+        chosen, rejected = as_chat(row.get("chosen")), as_chat(row.get("rejected"))
+        prompt = as_chat(row.get("prompt"))
         if prompt is None and isinstance(chosen, list) and isinstance(rejected, list):
             prompt = chosen[:-1]
             if prompt != rejected[:-1]:
                 raise Problem(f"{where}: chosen and rejected answer different prompts")
+        elif prompt is None:
+            prompt, _ = prompt_of(where, row)
         prompt = check_prompt(where, prompt)
         for name in ("weight", "subset", "chosen_finished", "rejected_finished"):
             if name in row:

@@ -44,6 +44,7 @@ class Options:
     policy: str = option("", "base policy: a folder or hub id; none: the embedded task")
     rm: str = option("", "base reward model: a folder or hub id")
     prompts: str = option("", "JSONL, JSON, parquet or hub id with a field `prompt`")
+    prompt_field: str = option("", "where in a row the prompt stands, if not under a usual name")
     rounds: int = option(1, "rounds of E, M, E")
     out: str = option("", "run folder; none: runs/ and the script's name, or runs/toy for the embedded task")
     seed: int = option(0)
@@ -135,7 +136,7 @@ def split(o):
     """Shuffle the prompts once; D_MS first, the rest in three equal subsets. Returns the subsets' files."""
     held_out, *files = (Path(o.out) / "prompts" / f"{part}.jsonl" for part in ("select", "s0", "s1", "s2"))
     if manifest.due(o.out, files[2]):
-        prompts, repeats = read_prompts(o.prompts)
+        prompts, repeats = read_prompts(o.prompts, o.prompt_field)
         third = (len(prompts) - o.select_prompts) // 3
         if third < 1:
             raise Problem(f"{o.prompts}: {len(prompts)} different prompts; --select_prompts "

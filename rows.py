@@ -3,9 +3,13 @@
 All that comes from a file passes `from_json`, and a field that has a meaning passes `check_field`: what is
 wrong is a Problem with its file and line, before anything is computed.
 """
+import csv
+import gzip
+import io
 import json
 import os
 import re
+import zlib
 from array import array
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -24,7 +28,7 @@ def read_rows(source):
     if path.is_dir():
         raise Problem(f"{source}: a folder; a JSONL, JSON or parquet file is needed")
     if path.suffix == ".parquet" or not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) \
-            and path.suffix not in (".json", ".jsonl"):
+            and path.suffix not in (".json", ".jsonl", ".csv", ".gz"):
         rows = _read_with_datasets(source)
     elif not path.exists():
         raise Problem(f"{source}: no such file")
@@ -39,15 +43,33 @@ def read_rows(source):
 
 
 def _read_json(path):
+    packed = path.suffix == ".gz"
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = (gzip.decompress(path.read_bytes()) if packed else path.read_bytes()).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise Problem(f"{path}: not UTF-8 text ({error})") from None
-    if path.suffix != ".json":
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise Problem(f"{path}: not a whole gzip file ({error})") from None
+    suffix = Path(path.stem).suffix if packed else path.suffix
+    if suffix == ".csv":
+        return _read_csv(text, path)
+    if suffix != ".json":
         lines = enumerate(text.split("\n"))
         return [(f"{path}:{i + 1}", from_json(line, path, i)) for i, line in lines if line.strip()]
     rows = from_json(text, path) if text.strip() else []
     return [(f"{path}:row {i}", row) for i, row in enumerate(rows if isinstance(rows, list) else [rows], 1)]
+
+
+def _read_csv(text, path):
+    csv.field_size_limit(2**31 - 1)
+    try:
+        rows = [*csv.DictReader(io.StringIO(text, newline=""), strict=True)]
+    except csv.Error as error:
+        raise Problem(f"{path}: not CSV ({error})") from None
+    for i, row in enumerate(rows, 1):
+        if None in row or None in row.values():
+            raise Problem(f"{path}:row {i}: not as many values as the first line has names")
+    return [(f"{path}:row {i}", row) for i, row in enumerate(rows, 1)]
 
 
 def read_json(path):

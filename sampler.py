@@ -275,6 +275,7 @@ class Options:
     model: str = option(help="policy: a folder or hub id")
     prompts: str = option(help="JSONL, JSON, parquet or hub id with a field `prompt`")
     out: str = option(help="samples.jsonl")
+    prompt_field: str = option("", "where in a row the prompt stands, if not under a usual name")
     samples: int = option(5, "responses per prompt (M)")
     temperature: float = option(0.8, "0: greedy")
     top_p: float = option(0.95)
@@ -286,7 +287,7 @@ class Options:
 def main():
     o = run.parse(Options)
     folder = models.local_folder(o.model)
-    prompts, repeats = read_prompts(o.prompts)
+    prompts, repeats = read_prompts(o.prompts, o.prompt_field)
     manifest.claim(o.out, o, file=True)
     if not run.exists(o.out):
         say(f"{len(prompts)} prompts ({repeats} repeated ones left out), {o.samples} responses each")

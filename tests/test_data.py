@@ -2,6 +2,7 @@
 
 Chats to tokens, rows to batches, and files to prompts and pairs.
 """
+import gzip
 import json
 import shutil
 import sys
@@ -182,6 +183,9 @@ TURNS = dict(chosen=[user("Hi"), assistant("good")], rejected=[user("Hi"), assis
     dict(prompt=[user("Hi")], **TURNS),
     dict(prompt="Hi", **TURNS),                            # UltraFeedback
     dict(TURNS),                                           # an implicit prompt
+    dict(question="Hi", chosen="good", rejected="bad"),
+    dict(chosen="\n\nHuman: Hi\n\nAssistant: good", rejected="\n\nHuman: Hi\n\nAssistant: bad"),  # HH
+    dict(conversations=[{"from": "human", "value": "Hi"}], chosen="good", rejected="bad"),
 ])
 def test_every_way_to_write_a_pair_is_the_same_pair(written, row):
     [pair] = read_pairs(written("pairs.jsonl", [row | {"extra": 1}]))
@@ -206,6 +210,47 @@ def test_a_bad_pair_is_named_by_its_line(written, row, message):
 def test_prompts_come_in_the_order_of_the_file_and_repeats_once(written):
     path = written("prompts.jsonl", [{"prompt": p} for p in ("a", "b", [user("a")], "c", "b")])
     assert read_prompts(path) == (["a", "b", "c"], 2)
+
+
+@pytest.mark.parametrize("row, prompt", [
+    (dict(messages=[user("Hi"), assistant("good")]), [user("Hi")]),
+    (dict(conversations=[{"from": "system", "value": "Be kind."}, {"from": "human", "value": "Hi"},
+                         {"from": "gpt", "value": "good"}]),
+     [dict(role="system", content="Be kind."), user("Hi")]),
+    (dict(instruction="Hi", output="good"), "Hi"),
+    (dict(instruction="Sum up.", input="Hi", output="good"), "Sum up.\n\nHi"),
+    (dict(question="Hi"), "Hi"),
+    (dict(question="Hi", system="Be kind."), [dict(role="system", content="Be kind."), user("Hi")]),
+    (dict(chosen="\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Go\n\nAssistant: good", rejected=""),
+     [user("Hi"), assistant("Yes?"), user("Go")]),
+])
+def test_prompts_under_other_names_are_read_and_their_field_is_said(written, row, prompt, capsys):
+    path = written("prompts.jsonl", [row])
+    assert read_prompts(path) == ([prompt], 0)
+    assert capsys.readouterr().out == f"{path}: prompts from the field {next(iter(row))}\n"
+
+
+def test_a_prompt_field_is_taken_before_all_others_and_a_row_without_one_says_what_it_has(written):
+    path = written("prompts.jsonl", [dict(prompt="a", wish="b")])
+    assert read_prompts(path, "wish") == (["b"], 0)
+    with pytest.raises(Problem, match=":1: no prompt .*the row has wish, x: --prompt_field names another"):
+        read_prompts(written("prompts.jsonl", [dict(wish="b", x=1)]))
+
+
+def test_csv_and_gz_read_like_jsonl(tmp_path):
+    (tmp_path / "p.csv").write_text('prompt,n\n"a, ""b""\nc",1\nd,2\n')
+    (tmp_path / "p.csv.gz").write_bytes(gzip.compress((tmp_path / "p.csv").read_bytes()))
+    (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "a, \\"b\\"\\nc"}\n{"prompt": "d"}\n'))
+    for name in ("p.csv", "p.csv.gz", "p.jsonl.gz"):
+        assert read_prompts(tmp_path / name) == (['a, "b"\nc', "d"], 0)
+    for name, content, message in (("p.csv", b"prompt\na,b\n", "p.csv:row 1: not as many values"),
+                                   ("p.csv", b"prompt,n\na\n", "p.csv:row 1: not as many values"),
+                                   ("p.csv", b'prompt\n"a\n', "p.csv: not CSV"),
+                                   ("p.csv.gz", b"prompt\na\n", "not a whole gzip file"),
+                                   ("p.jsonl.gz", gzip.compress(b"{}" * 99)[:-9], "not a whole gzip file")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(Problem, match=message):
+            read_prompts(tmp_path / name)
 
 
 def test_prompts_are_read_from_a_json_list_and_from_jsonl_alike(tmp_path, written):
