@@ -16,6 +16,7 @@ from evals.alpaca import (
     alpaca_figures,
     length_controlled,
     logistic,
+    name_of,
     preferences,
     read_annotations,
     read_gamed,
@@ -97,6 +98,13 @@ def test_the_intervals_hold_the_estimates_and_the_baseline_is_50(annotated):
 SYSTEMS = ["FuseChat-Llama-3.1-8B-Instruct", "OpenHermes-2.5-Mistral-7B", "alpaca-7b_verbose", "claude-2.1",
            "claude-2.1_concise", "gpt-3.5-turbo-1106", "gpt-3.5-turbo-1106_verbose", "gpt4_1106_preview",
            "openbuddy-llama2-70b-v10.1", "vicuna-13b-v1.5"]
+
+
+@pytest.mark.parametrize("policy, name", [
+    ("models/llama", "llama"), ("runs/mt/policy", "mt"), ("runs/mt/round1/e2/policy", "mt-round1-e2"),
+    ("meta-llama/Llama", "Llama")])
+def test_a_policy_of_a_run_is_named_after_the_run(policy, name):
+    assert name_of(policy) == name
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
