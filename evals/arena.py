@@ -3,7 +3,8 @@
     python eval.py arena-generate --policy runs/mt/policy --prompts question.jsonl
     python eval.py arena --judgments MODEL.jsonl
 
-arena-generate writes NAME.jsonl, as the official tool reads it; arena takes that tool's judgments of one
+arena-generate writes NAME.jsonl, as the official tool reads it, in the format of the questions: with
+`question_id` and `turns`, or, since 2025, with `uid` and `prompt`; arena takes that tool's judgments of one
 model and gives its score against the baseline, in percent.
 
 Left out on purpose: asking a judge (it needs a network and a key), style control, version 2.
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from data import Problem, check_prompt, read_rows, seed_of
-from evals.alpaca import AlpacaGenerate, answer
+from evals.alpaca import AlpacaGenerate, answer, name_of
 from evals.stats import JSON, bootstrap, need, publish
 from parallel import say
 from run import write_rows
@@ -61,21 +62,34 @@ class ArenaGenerate(AlpacaGenerate):
 
 
 def arena_generate(o):
-    if not re.fullmatch(r"[^./\\][^/\\]*", o.name or Path(o.policy).name):
+    if not re.fullmatch(r"[^./\\][^/\\]*", o.name or name_of(o.policy)):
         raise Problem(f"--name {o.name!r}: a plain name is needed, since a file is called so")
     rows = read_rows(need(o.prompts, QUESTIONS))
     try:
-        ids = [row["question_id"] for _, row in rows]
-        prompts = [check_prompt(where, row["turns"][0]["content"]) for where, row in rows]
+        new = "uid" in rows[0][1]
+        ids = [row["uid" if new else "question_id"] for _, row in rows]
+        prompts = [check_prompt(where, row["prompt"] if new else row["turns"][0]["content"])
+                   for where, row in rows]
     except (KeyError, TypeError, IndexError) as error:
-        raise Problem(f"{o.prompts}: not Arena-Hard v0.1's questions ({error!r})") from None
+        raise Problem(f"{o.prompts}: not Arena-Hard's questions ({error!r})") from None
     name, answers = answer(o, prompts)
     path = Path(o.out) / f"{name}.jsonl"
-    write_rows(path, [
-        dict(question_id=id, answer_id=f"{seed_of(name, id):016x}", model_id=name, tstamp=time.time(),
-             choices=[dict(index=0, turns=[dict(content=reply["response"], token_len=reply["tokens"])])])
-        for id, reply in zip(ids, answers)])
-    say(f"{path}: {len(answers)} answers")
+    form = new_answer if new else old_answer
+    write_rows(path, [form(name, id, reply) for id, reply in zip(ids, answers)])
+    say(f"{path}: {len(answers)} answers, by {'uid' if new else 'question_id'}, as the questions")
+
+
+def old_answer(name, id, reply):
+    """An answer as the official tool read it until 2025."""
+    return dict(question_id=id, answer_id=f"{seed_of(name, id):016x}", model_id=name, tstamp=time.time(),
+                choices=[dict(index=0, turns=[dict(content=reply["response"], token_len=reply["tokens"])])])
+
+
+def new_answer(name, id, reply):
+    return dict(uid=id, ans_id=f"{seed_of(name, id):016x}", model=name, tstamp=time.time(), metadata={
+        "token_len": reply["tokens"]}, messages=[
+            dict(role="user", content=reply["prompt"]),
+            dict(role="assistant", content=dict(answer=reply["response"]))])
 
 
 @dataclass

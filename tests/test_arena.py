@@ -78,6 +78,19 @@ def test_arena_generate_writes_what_the_official_tool_reads(call, tiny, written,
     assert len({row["answer_id"] for row in rows}) == 5
 
 
+def test_questions_in_the_new_format_get_answers_in_the_new_format(
+        call, tiny, written, tmp_path, prompts, capsys):
+    questions = [dict(uid=f"q{i}", prompt=p, category="hard_prompt") for i, p in enumerate(prompts[:3])]
+    call(eval_script, "arena-generate", "--policy", tiny(), "--prompts", written("question.jsonl", questions),
+         "--out", tmp_path / "out", "--max_new_tokens", 8, "--name", "mine")
+    rows, samples = (read_jsonl(tmp_path / "out" / f"{file}.jsonl") for file in ("mine", "samples"))
+    for row, question, sample in zip(rows, questions, samples, strict=True):
+        assert (row["uid"], row["model"]) == (question["uid"], "mine")
+        assert row["messages"][0] == dict(role="user", content=question["prompt"])
+        assert row["messages"][-1]["content"]["answer"] == sample["response"]
+    assert "3 answers, by uid" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("words, place", [
     (["arena", "--judgments", "nowhere.json"], "arena-hard-browser"),
     (["arena-generate", "--policy", "x", "--prompts", "nowhere.json"], "question.jsonl")])
@@ -100,5 +113,5 @@ def test_judgments_that_are_none_are_a_problem(rows, message, call, written):
 
 def test_questions_that_are_none_are_a_problem(call, tiny, written):
     path = written("q.jsonl", [dict(question_id=1, turns=[])])
-    with pytest.raises(Problem, match="not Arena-Hard v0.1's questions"):
+    with pytest.raises(Problem, match="not Arena-Hard's questions"):
         call(eval_script, "arena-generate", "--policy", tiny(), "--prompts", path)
