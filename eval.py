@@ -34,7 +34,7 @@ from evals.rewardbench import RewardBench, rewardbench
 from evals.stats import JSON, publish, shares, standard_error
 from filter import wins
 from manifest import claim
-from models import local_folder
+from models import check_reward, local_folder
 from parallel import say
 from rollout import sample_and_score
 from run import launch, parse
@@ -60,7 +60,10 @@ class WinRate:
 def winrate(o):
     prompts, _ = read_prompts(o.prompts)
     judge, out = local_folder(o.rm), Path(o.out)
-    encode_prompts(judge, prompts, o.max_new_tokens)  # what the judge can't read is said before sampling
+    check_reward(judge)
+    encode_prompts(judge, prompts, o.max_new_tokens)  # what a model can't read is said before sampling
+    for policy in (o.policy, o.baseline):
+        encode_prompts(local_folder(policy), prompts)
     claim(out, replace(o, json=""))
     scored = {side: sample_and_score(o, local_folder(policy), judge, prompts, 1, f"{o.seed}/{side}",
                                      out / f"{side}.jsonl")

@@ -35,6 +35,20 @@ def test_winrate_judges_both_policies_on_every_prompt_and_leaves_the_answers(
         assert f"{np.mean(side):.4f} ± {np.std(side, ddof=1) / 10**0.5:.4f}" in said
 
 
+@pytest.mark.parametrize("changes, message", [
+    ({"--rm": "policy"}, "has no reward head"),
+    ({"--baseline": "short"}, "does not fit into the context of 16 "),
+    ({"--policy": "short"}, "does not fit into the context of 16 ")])
+def test_winrate_looks_at_all_it_is_given_before_it_samples(call, tiny, written, tmp_path, changes, message):
+    models = dict(policy=tiny(), short=tiny(max_position_embeddings=16))
+    words = {"--policy": tiny(), "--baseline": tiny(), "--rm": tiny(reward=True), "--out": tmp_path / "out",
+             "--prompts": written("p.jsonl", [{"prompt": "sad " * 30}]), "--max_new_tokens": 8}
+    words |= {flag: models[name] for flag, name in changes.items()}
+    with pytest.raises(Problem, match=message):
+        call(eval_script, "winrate", *[word for pair in words.items() for word in pair])
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_policy_against_itself_wins_half_when_greedy(call, tiny, written, prompts, tmp_path, capsys):
     path = written("prompts.jsonl", [{"prompt": p} for p in prompts[:5]])
     call(eval_script, "winrate", "--policy", tiny(), "--baseline", tiny(), "--rm", tiny(reward=True),
