@@ -37,8 +37,10 @@ def agreement(o):
             for pm, groups in answers.items()}
     judge = {pm: [[row["gold"] for row in group] for group in groups] for pm, groups in answers.items()} \
         if run["gold"] else judged[list(rms)[-1]]
+    if not run["gold"]:
+        rms.popitem()  # the judge
     alike = {pm: {rm: ordered_alike(judged[rm][pm], judge[pm]) for rm in rms} for pm in answers}
-    say(f"agreement with {'gold' if run['gold'] else list(rms)[-1]}\n{'answers of':12}"
+    say(f"agreement with {'gold' if run['gold'] else list(judged)[-1]}\n{'answers of':12}"
         + "".join(f"{rm:>8}" for rm in rms))
     for pm, row in alike.items():
         say(f"{pm:12}" + "".join(f"{share:8.3f}" for share in row.values()))

@@ -399,7 +399,10 @@ def test_agreement_is_that_of_scored_files(tmp_path, tiny, prompts, call, gold, 
             scored[pm, rm] = read_jsonl(tmp_path / "scored.jsonl")
     call(eval_script, "agreement", "--run", run, "--json", tmp_path / "figures.json", "--prompts", 30)
     found = json.loads((tmp_path / "figures.json").read_text())
+    assert all(list(row) == (["RM 0", "RM 1"] if gold else ["RM 0"]) for row in found["agreement"].values())
     for (pm, rm), rows in scored.items():
+        if not gold and rm == "RM 1":
+            continue  # the judge
         truth = [toy.gold_of(row) if gold else row["score"] for row in (rows if gold else scored[pm, "RM 1"])]
         pairs = np.array([(row["score"], t) for row, t in zip(rows, truth)]).reshape(-1, 2, 2)
         differ = pairs[:, 0] - pairs[:, 1]
