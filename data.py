@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 from transformers import AutoTokenizer
 
-from forms import as_chat, prompt_of
 from rows import (  # noqa: F401  (some for those that import them from here)
     LONGEST,
     Lines,
@@ -89,6 +88,12 @@ def read_prompts(source, field=""):
     if fields - {"prompt"} and not quiet():
         print(f"{source}: prompts from the field {' and '.join(sorted(fields))}", flush=True)
     return list(unique.values()), len(rows) - len(unique)
+
+
+def where_is(prompt, source, field=""):
+    """'file:line' of a prompt that `read_prompts` gave."""
+    return next(where for where, row in read_rows(source)
+                if prompt_id(prompt_of(where, row, field)[0]) == prompt_id(prompt))
 
 
 def read_pairs(source):

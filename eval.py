@@ -34,11 +34,10 @@ from evals.rewardbench import RewardBench, rewardbench
 from evals.stats import JSON, publish, shares, standard_error
 from filter import wins
 from manifest import claim
-from models import check_reward, local_folder
+from models import check_reward, encode_prompts, local_folder
 from parallel import say
 from rollout import sample_and_score
 from run import launch, parse
-from sampler import encode_prompts
 
 
 @dataclass

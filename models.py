@@ -2,6 +2,7 @@
 import gc
 import math
 import shutil
+from array import array
 from pathlib import Path
 
 # ruff: noqa: E402
@@ -15,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.core_model_loading import revert_weight_conversion
 
 import attention  # noqa: F401  (registers itself)
-from data import Problem, first_line, load_tokenizer
-from parallel import barrier, device, memory, rank, say, world
+from data import Problem, encode_chat, first_line, load_tokenizer, where_is
+from parallel import barrier, dealt, device, memory, rank, say, world
 
 gc.enable()
 
@@ -88,6 +89,26 @@ def context_of(folder, config=None):
             if isinstance(rope, dict) and rope.get("rope_type") == "longrope"]
     chunk = getattr(config, "attention_chunk_size", None) or math.inf
     return min(config.max_position_embeddings, chunk, *ends)
+
+
+def encode_prompts(folder, prompts, answer=1, o=None):
+    """The prompts' tokens. One that leaves no room for an answer of so many tokens is a Problem which names,
+    if they are those of the file o.prompts, its row; with o.skip_long it gets None instead."""
+    tokenizer, context = load_tokenizer(folder), context_of(folder)
+    room = context - answer
+    encoded = dealt(len(prompts), lambda i: array("i", encode_chat(tokenizer, prompts[i]).ids), "tokens")
+    long = [i for i, ids in enumerate(encoded) if len(ids) > room]
+    if long and o and o.skip_long and len(long) < len(prompts):
+        say(f"{len(long)} of {len(prompts)} prompts are too long for {folder} and left out")
+        return [ids if len(ids) <= room else None for ids in encoded]
+    if long:
+        prompt, length = prompts[long[0]], len(encoded[long[0]])
+        where = f"{where_is(prompt, o.prompts, o.prompt_field)}: " if o else ""
+        mend = "--skip_long leaves out all such" if o else "leave it out"
+        mend += " or set a smaller --max_new_tokens" * (length < context)
+        raise Problem(f"{where}prompt of {length} tokens does not fit into the context of {context} tokens of "
+                      f"{folder} with an answer of {answer}; {mend}: {str(prompt)[:60]!r}…")
+    return encoded
 
 
 def check_fits(folder, training=False):

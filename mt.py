@@ -36,7 +36,6 @@ from parallel import rank, say
 from progress import log_of, phase, say_end, timed
 from rollout import means, sample_and_score
 from run import option, show
-from sampler import encode_prompts
 
 
 @dataclass
@@ -45,6 +44,7 @@ class Options:
     rm: str = option("", "base reward model: a folder or hub id")
     prompts: str = option("", "JSONL, JSON, parquet or hub id with a field `prompt`")
     prompt_field: str = option("", "where in a row the prompt stands, if not under a usual name")
+    skip_long: bool = option(False, "leave out prompts that are too long for policy or RM")
     rounds: int = option(1, "rounds of E, M, E")
     out: str = option("", "run folder; none: runs/ and the script's name, or runs/toy for the embedded task")
     seed: int = option(0)
@@ -137,14 +137,15 @@ def split(o):
     held_out, *files = (Path(o.out) / "prompts" / f"{part}.jsonl" for part in ("select", "s0", "s1", "s2"))
     if manifest.due(o.out, files[2]):
         prompts, repeats = read_prompts(o.prompts, o.prompt_field)
+        for model, answer, trained in ((o.policy, 1, True), (o.rm, o.max_new_tokens, o.update_rm)):
+            for in_training in {False, trained}:
+                models.check_fits(model, in_training)
+            encoded = models.encode_prompts(model, prompts, answer, o)
+            prompts = [prompt for prompt, ids in zip(prompts, encoded) if ids]
         third = (len(prompts) - o.select_prompts) // 3
         if third < 1:
             raise Problem(f"{o.prompts}: {len(prompts)} different prompts; --select_prompts "
                           f"{o.select_prompts} and three subsets need at least {o.select_prompts + 3}")
-        for model, answer, trained in ((o.policy, 1, True), (o.rm, o.max_new_tokens, o.update_rm)):
-            for in_training in {False, trained}:
-                models.check_fits(model, in_training)
-            encode_prompts(model, prompts, answer)  # what is too large or long is said now, not hours later
         shuffled = [{"prompt": prompts[i]} for i in np.random.default_rng(o.seed).permutation(len(prompts))]
         say(f"{len(prompts)} prompts ({repeats} repeated ones left out): "
             f"{o.select_prompts} for model selection, three subsets of {third}")

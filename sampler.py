@@ -14,7 +14,6 @@ holds `generate` to it token for token.
 
 Left out on purpose: top-k, repetition penalties, beams.
 """
-from array import array
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,9 +27,9 @@ import models
 import packing
 import run
 from attention import Slots
-from data import Problem, check_context, encode_chat, load_tokenizer, prompt_id, read_prompts, seed_of
+from data import Problem, check_context, load_tokenizer, prompt_id, read_prompts, seed_of
 from packing import alone, collate
-from parallel import dealt, memory, replicate, say
+from parallel import memory, replicate, say
 from run import option
 
 TRIES = 8     # rejected draws before the nucleus is cut by sorting; with top-p 0.95 one in 10^10 gets there
@@ -212,18 +211,6 @@ def stop_tokens(folder, tokenizer):
     return sorted({*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None})
 
 
-def encode_prompts(folder, prompts, answer=1):
-    """The prompts' tokens; one that leaves no room for an answer of so many tokens is a Problem."""
-    tokenizer, context = load_tokenizer(folder), models.context_of(folder)
-    encoded = dealt(len(prompts), lambda i: array("i", encode_chat(tokenizer, prompts[i]).ids), "tokens")
-    for prompt, ids in zip(prompts, encoded):
-        if len(ids) + answer > context:
-            mend = "leave it out" + " or set a smaller --max_new_tokens" * (len(ids) < context)
-            raise Problem(f"prompt of {len(ids)} tokens does not fit into the context of {context} tokens of "
-                          f"{folder} with an answer of {answer}; {mend}: {str(prompt)[:60]!r}…")
-    return encoded
-
-
 def block_size(prompts, filling):
     """Prompts in a block; `filling`: how many fill the rows. At most 28 fillings, and a multiple of 8 blocks,
     so that 2, 4 or 8 processes end together; but at least 4 fillings.
@@ -242,7 +229,7 @@ def sample(folder, prompts, path, *, samples, temperature, top_p, max_new_tokens
     prompts: a list (text or messages). seed: a number or text; every phase of a run has its own.
     rows: responses decoded at a time.
     """
-    tokenizer, encoded = load_tokenizer(folder), encode_prompts(folder, prompts)
+    tokenizer, encoded = load_tokenizer(folder), models.encode_prompts(folder, prompts)
     stop_ids = stop_tokens(folder, tokenizer)
     model = replicate(models.load_policy(folder))
     check_context([alone(ids) for ids in encoded], model, folder)
@@ -276,6 +263,7 @@ class Options:
     prompts: str = option(help="JSONL, JSON, parquet or hub id with a field `prompt`")
     out: str = option(help="samples.jsonl")
     prompt_field: str = option("", "where in a row the prompt stands, if not under a usual name")
+    skip_long: bool = option(False, "leave out prompts that are too long for the model")
     samples: int = option(5, "responses per prompt (M)")
     temperature: float = option(0.8, "0: greedy")
     top_p: float = option(0.95)
@@ -288,6 +276,8 @@ def main():
     o = run.parse(Options)
     folder = models.local_folder(o.model)
     prompts, repeats = read_prompts(o.prompts, o.prompt_field)
+    encoded = models.encode_prompts(folder, prompts, o=o)
+    prompts = [prompt for prompt, ids in zip(prompts, encoded) if ids]
     manifest.claim(o.out, o, file=True)
     if not run.exists(o.out):
         say(f"{len(prompts)} prompts ({repeats} repeated ones left out), {o.samples} responses each")

@@ -25,7 +25,7 @@ from evals.dryrun import trace
 from packing import LOGITS
 from parallel import decoder_layers, held_whole, say
 from run import option
-from sampler import PREFILL, block_size, encode_prompts
+from sampler import PREFILL, block_size
 
 POLICY, RM = AutoModelForCausalLM, AutoModelForSequenceClassification
 GIB = 2**30
@@ -157,9 +157,9 @@ def main(options, **defaults):
     if len(prompts) < o.select_prompts + 3:
         raise Problem(f"{o.prompts}: {len(prompts)} prompts; --select_prompts {o.select_prompts} needs more")
     some = [prompts[i] for i in np.random.default_rng(0).permutation(len(prompts))[:200]]
-    mean = float(np.mean([len(ids) for ids in encode_prompts(o.policy, some)]))
+    mean = float(np.mean([len(ids) for ids in models.encode_prompts(o.policy, some)]))
     some = sorted(prompts, key=lambda prompt: len(prompt_id(prompt)))[-50:]  # longest in characters
-    longest = max(len(ids) for ids in encode_prompts(o.policy, some))
+    longest = max(len(ids) for ids in models.encode_prompts(o.policy, some))
     say(f"{o.gpus} x {o.gpu}; policy {policy.params / 1e9:.2f} B, reward model {rm.params / 1e9:.2f} B; "
         f"{len(prompts):,} prompts of {mean:.0f} tokens, the longest {longest:,}\n")
     say_hours(o, *(phases(o, policy, rm, len(prompts), mean, end) for end in (0, 1)))

@@ -233,6 +233,23 @@ def test_a_tracker_that_is_not_installed_is_named_with_what_to_install(monkeypat
         run.parse(mt.Options, ["--report_to", "wandb"])
 
 
+@pytest.mark.parametrize("module, words", [(sampler, COMMANDS["sample"][1]), (mt, COMMANDS["mt"][1])])
+def test_a_long_prompt_is_named_by_its_row_and_left_out_and_counted_where_that_is_asked_for(
+        call, here, prompts, capsys, module, words):
+    rows = [{"prompt": prompt} for prompt in ["sad " * 200, *prompts, "happy " * 200]]
+    write_jsonl("prompts.jsonl", [rows[1], *rows])  # a row is not a prompt's number: repeats count
+    words = words.split()
+    with pytest.raises(Problem, match=r"^prompts.jsonl:2: prompt of 203 tokens .*leaves out all 2\)$"):
+        call(module, *words)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "scored_samples" if module is mt else "sample", lambda *a, **b: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            call(module, *words, "--skip_long")
+    said = capsys.readouterr().out
+    assert f"2 of {len(prompts) + 2} prompts are too long for PM and left out" in said
+    assert f"{len(prompts)} prompts (1 repeated ones left out)" in said
+
+
 def test_there_are_a_hundred_cases():
     assert len(CASES) >= 100
 
