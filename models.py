@@ -106,17 +106,21 @@ def encode_prompts(folder, prompts, answer=1, o=None):
         where = f"{where_is(prompt, o.prompts, o.prompt_field)}: " if o else ""
         mend = "--skip_long leaves out all such" if o else "leave it out"
         mend += " or set a smaller --max_new_tokens" * (length < context)
-        raise Problem(f"{where}prompt of {length} tokens does not fit into the context of {context} tokens of "
-                      f"{folder} with an answer of {answer}; {mend}: {str(prompt)[:60]!r}…")
+        raise Problem(f"{where}prompt of {length} tokens does not fit into the context of {context} tokens "
+                      f"of {folder} with an answer of {answer}; {mend}: {str(prompt)[:60]!r}…")
     return encoded
+
+
+def parameters(folder):
+    """How many a saved model has."""
+    stored = (config_of(folder).dtype or torch.float32).itemsize
+    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) // stored
 
 
 def check_fits(folder, training=False):
     """Refuse a model that is too large for the memory: sampling and scoring have the whole of it in every
     process, in training the processes share 16 bytes a parameter (parallel.py)."""
-    stored = (config_of(folder).dtype or torch.float32).itemsize
-    parameters = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) / stored
-    need = parameters * (16 / world() if training else 2 if device().type == "cuda" else 4)
+    need = parameters(folder) * (16 / world() if training else 2 if device().type == "cuda" else 4)
     if need > memory():
         what = "training it" if training else "a whole copy, which sampling and scoring need,"
         raise Problem(f"{folder}: {what} takes {need / 1e9:.3g} GB in each process, which has "

@@ -1,4 +1,4 @@
-"""What a run says of its phases: which one begins, from what, how long it took, what is left of the run.
+"""A run's clock: which phase begins, from what, what it took, and what is left of the run.
 
 timings.jsonl in the run folder has a line for each phase that takes time and was finished. Times differ from
 run to run, so they stand apart from metrics.jsonl, which is the same for equal runs.
@@ -10,9 +10,13 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import torch
+
+import models
 import run
-from data import read_jsonl
-from parallel import rank, say
+from data import Lines
+from evals.plan import GPUS
+from parallel import rank, say, world
 
 STEPS = {"e1": "E-step", "m": "M-step", "e2": "second E-step"}
 BEGUN = {}  # run folder -> the E- and M-steps that this process has worked on
@@ -38,20 +42,18 @@ def timed(work):
         going_on = any(path.parent.glob(f"*{path.stem}.*"))  # what an attempt before has left
         if rank() == 0:
             say_step(o, path)
-            made_from = ", ".join(f"{name} {sized(given[name])}" for name in given if name in (
-                "policy", "rm", "prompts", "pairs", "preferences"))
-            say(f"{phase(o, path)}: {'goes on, ' * going_on}from {made_from}")
+            made_from = (f"{name} {value}" + (f" ({len(Lines(value))} rows)" if Path(value).is_file() else "")
+                         for name, value in given.items()
+                         if name in ("policy", "rm", "prompts", "pairs", "preferences"))
+            say(f"{phase(o, path)}: {'goes on, ' * going_on}from {', '.join(made_from)}")
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         start = time.time()
         result = work(*arguments, **more)
         if rank() == 0:
             say_time(o, path, time.time() - start, going_on)
         return result
     return with_clock
-
-
-def sized(path):
-    """A path, and of a file its rows."""
-    return f"{path} ({len(read_jsonl(path))} rows)" if Path(path).is_file() else str(path)
 
 
 def say_step(o, path):
@@ -67,26 +69,36 @@ def say_step(o, path):
     if before and left > 0:
         estimate = (f"; at most {left} step{'s' * (left > 1)} left, about "
                     f"{in_words(left * sum(before) / len(before))} if they take as long as those before")
-    going_on = "going on: " * bool(spent and not begun)
-    say(f"{going_on}round {number.removeprefix('round')}, {STEPS[step]}{estimate}")
+    say(f"{'going on: ' * bool(spent and not begun)}round {number.removeprefix('round')}, {STEPS[step]}{estimate}")
     begun.append((number, step))
 
 
 def say_time(o, path, seconds, going_on):
     """Tokens: of the responses that were sampled, or of the pairs that were trained on."""
-    if path.suffix == ".jsonl":
-        tokens = sum(row["tokens"] for row in read_jsonl(path))
-    else:
-        tokens = sum(row.get("num_tokens", 0) for row in read_jsonl(Path(o.out) / "metrics.jsonl")
-                     if row["phase"] == phase(o, path) and row.get("step") == row.get("steps"))
+    training = path.suffix != ".jsonl"
+    rows = Lines(Path(o.out) / "metrics.jsonl" if training else path)
+    tokens = sum(row.get("num_tokens", 0) for row in rows
+                 if row["phase"] == phase(o, path) and row.get("step") == row.get("steps")) \
+        if training else sum(row["tokens"] for row in rows)
     line = {"phase": phase(o, path), "seconds": round(seconds, 3)}
     if tokens and not going_on:  # else a part of them was made in other seconds
         line |= {"tokens": tokens, "tokens_per_second": round(tokens / seconds, 1)}
+        if training and (peak := peak_flops()):
+            folder = o.policy if path.name == "checkpoints" else o.rm
+            line["mfu"] = round(6 * models.parameters(folder) * tokens / seconds / world() / peak, 4)
+    if torch.cuda.is_available():
+        line["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     with open(Path(o.out) / "timings.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
     total = sum(row["seconds"] for row in timings(o))
     speed = f", {tokens} tokens, {tokens / seconds:.0f} a second" if "tokens" in line else ""
     say(f"{phase(o, path)}: {in_words(seconds)}{speed} ({seconds / total:.0%} of the run so far)")
+
+
+def peak_flops():
+    """Of this process's GPU in bf16, by the maker; None: unknown."""
+    name = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else ""
+    return next((flops for gpu, (_, flops, _) in GPUS.items() if gpu in name), None)
 
 
 def timings(o):

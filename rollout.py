@@ -2,8 +2,8 @@
 import numpy as np
 
 import reward
-from data import Lines
-from parallel import dealt
+from data import Lines, Problem, prompt_id, read_samples
+from parallel import dealt, rank
 from run import exists, parts_of, remove_all
 from sampler import sample
 
@@ -19,6 +19,8 @@ def sample_and_score(o, policy, rm, prompts, samples, seed, path, judge=None):
         if not exists(raw):
             sample(policy, prompts, raw, samples=samples, temperature=o.temperature, top_p=o.top_p,
                    max_new_tokens=o.max_new_tokens, rows=o.sample_batch, seed=seed)
+        elif rank() == 0:
+            check_samples(o, prompts, samples, raw)
         (judge or reward.score)(rm, Lines(raw), path, o.score_batch)
     remove_all(raw, parts_of(raw), parts_of(path))
     return Lines(path)
@@ -28,3 +30,16 @@ def means(rows, *keys):
     """{key: mean over the rows}; each process reads its share of them."""
     columns = zip(*dealt(len(rows), lambda i: [rows[i][key] for key in keys], "means"))
     return {key: float(np.mean(column)) for key, column in zip(keys, columns)}
+
+
+def check_samples(o, prompts, samples, path):
+    """Responses that are there before sampling may come from elsewhere (docs/run-folder.md): they are held to
+    the prompts, their number, and, where they say it, to the temperature and top_p."""
+    rows = read_samples(path, "response", "tokens", "finished")
+    wanted = [(prompt_id(prompt), index) for prompt in prompts for index in range(samples)]
+    if [(prompt_id(row["prompt"]), row.get("index")) for row in rows] != wanted:
+        raise Problem(f"{path}: {len(rows)} rows; {samples} responses (`index` from 0) to each of "
+                      f"{len(prompts)} prompts are needed, in the prompts' order; delete it to sample here")
+    for name in ("temperature", "top_p"):
+        if other := {row.get(name, getattr(o, name)) for row in rows} - {getattr(o, name)}:
+            raise Problem(f"{path}: sampled with {name} {other.pop()}, the run has {getattr(o, name)}")

@@ -21,6 +21,7 @@ import manifest
 import mt
 import progress
 import reward
+import rollout
 import run
 import sampler
 from data import Problem, read_jsonl, write_jsonl
@@ -379,6 +380,29 @@ def test_the_last_models_are_at_out_policy_and_out_rm_and_load(undisturbed):
         _, info = auto.from_pretrained(undisturbed / name, output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"]
         assert AutoTokenizer.from_pretrained(undisturbed / name).chat_template
+
+
+# ---------------------------------------------------------------- samples from elsewhere
+@pytest.mark.parametrize("damage, message", [
+    (lambda rows: rows, ""), (lambda rows: rows[:-1], "23 rows; 3 .* to each of 8 prompts are needed"),
+    (lambda rows: rows[::-1], "prompts' order"), (lambda rows: [{**r, "index": 0} for r in rows], "`index`"),
+    (lambda rows: [{**r, "prompt": "other"} for r in rows], "are needed"),
+    (lambda rows: [{**r, "tokens": "3"} for r in rows], "the tokens '3' is not"),
+    (lambda rows: [{**r, "top_p": 0.5} for r in rows], "with top_p 0.5, the run has 0.95"),
+    (lambda rows: [{**r, "temperature": 1.0} for r in rows], "with temperature 1.0, the run has 0.8")])
+def test_samples_from_elsewhere_are_taken_in_place_and_checked(
+        call, words, here, monkeypatch, undisturbed, damage, message):
+    with monkeypatch.context() as patch:
+        patch.setattr(rollout, "sample", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            call(mt, *words())  # the prompts are split
+        rows = read_jsonl(undisturbed / "round1" / "e1" / "samples.jsonl")
+        rows = [{k: v for k, v in r.items() if k not in ("score", "rm")} | {"temperature": 0.8} for r in rows]
+        write_jsonl(here / "round1" / "e1" / "samples.unscored.jsonl", damage(rows))
+        patch.setattr(mt, "make_pairs", lambda *_: exit())  # far enough
+        with pytest.raises(Problem if message else SystemExit, match=message):
+            call(mt, *words())
+    assert bool(message) != (here / "round1" / "e1" / "samples.jsonl").exists()
 
 
 # ---------------------------------------------------------------- going on
