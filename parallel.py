@@ -20,7 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import Problem
+from data import Problem, quiet
 
 
 def rank():
@@ -60,7 +60,7 @@ def from_rank0(value):
 def dealt(count, work, what):
     """[work(0), …, work(count − 1)], each done by one process and then known to all: for work of the host,
     while accelerators wait. what: it is called on the screen."""
-    mine = tqdm(range(rank(), count, world()), desc=what, leave=False, disable=rank() > 0)
+    mine = tqdm(range(rank(), count, world()), desc=what, leave=False, disable=quiet())
     mine = [work(i) for i in mine]
     if world() == 1:
         return mine

@@ -69,7 +69,8 @@ def say_step(o, path):
     if before and left > 0:
         estimate = (f"; at most {left} step{'s' * (left > 1)} left, about "
                     f"{in_words(left * sum(before) / len(before))} if they take as long as those before")
-    say(f"{'going on: ' * bool(spent and not begun)}round {number.removeprefix('round')}, {STEPS[step]}{estimate}")
+    going_on = "going on: " * bool(spent and not begun)
+    say(f"{going_on}round {number.removeprefix('round')}, {STEPS[step]}{estimate}")
     begun.append((number, step))
 
 
