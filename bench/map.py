@@ -22,6 +22,7 @@ sys.path.insert(0, str(HOME))
 from arms import ROUNDS, by_this_code, command, mean_and_error  # noqa: E402
 
 import reward  # noqa: E402
+import toy  # noqa: E402
 from data import read_jsonl, read_pairs, write_jsonl  # noqa: E402
 from evals import figures  # noqa: E402
 from evals.agreement import disagreement  # noqa: E402
@@ -35,6 +36,8 @@ POINTS = {
     "own body": {"own_body": True},
     **{f"labels {n}, taste {nats}": {"labels": n, "taste": nats} for n in (500, 9000) for nats in (0.5, 1.5)},
 }
+RIVALS = {n: f"labels {toy.LABELS + 3 * n}" for n in (16, 64, 256)}  # r_0 has what three rounds ask for
+ASK = ["--labeller", f"{sys.executable} {HOME}/bench/label.py", "--labels"]
 ARMS = {  # {base}: the folder of the base models, which the first arm makes
     "fixed": ["--update_rm", "false"],
     "full": [],
@@ -42,9 +45,10 @@ ARMS = {  # {base}: the folder of the base models, which the first arm makes
     "anchor": ["--anchor", "{base}/preferences.jsonl"],
     "lighter": ["--rm_lr", 1e-4],
     "spot check": ["--spot_check", 100, "--labeller", f"{sys.executable} {HOME}/bench/label.py"],
-    **{f"{n} labels": ["--labels", n, "--labeller", f"{sys.executable} {HOME}/bench/label.py"]
-       for n in (16, 64, 256)},
+    **{f"{n} labels{how}": [*ASK, n] for n in RIVALS for how in ("", ", random", ", restart")},
+    **dict.fromkeys(["restart"], []),
 }
+HOW = {", random": {"choose": "random"}, "restart": {"restart": True}}  # by what an arm's name ends with
 PREDICTORS = ("accuracy", "brier", "win_rate", "kept", "disagreement", "gain_on_labels")
 
 
@@ -57,11 +61,15 @@ def run(point, arm, seed):
         base = arm not in ("full", "fixed") and base_of(folder / f"fixed-{seed}")
         command("bench.point", "--rounds", ROUNDS, "--seed", seed, "--out", out,
                 *(str(word).format(base=base) for word in ARMS[arm]), cwd=folder,
-                POINT=json.dumps(POINTS[point]))
+                POINT=json.dumps(constants(point) | next((HOW[end] for end in HOW if arm.endswith(end)), {})))
     print(f"{out} is there", flush=True)
-    row = dict(point=point, **POINTS[point], arm=arm, seed=seed,
+    row = dict(point=point, **constants(point), arm=arm, seed=seed,
                gold=[line["gold"] for line in read_jsonl(out / "gold.jsonl")])
     return row | (predictors(out) if arm == "full" else {})
+
+
+def constants(point):
+    return POINTS[point] if point in POINTS else {"labels": int(point.split()[1])}
 
 
 def base_of(out):
@@ -106,7 +114,7 @@ def tables(rows):
             if len(above):
                 print(f"| {point} | {arm} | {len(above)} | {' | '.join(map(mean_and_error, above.T))} |")
     full = [(point, [row for row in rows if (row["point"], row["arm"]) == (point, "full")])
-            for point in points]
+            for point in points if len(gains(rows, point, "full"))]
     gain = [gains(rows, point, "full")[:, -1].mean() for point, _ in full]
     print(f"\n| point | gain | {' | '.join(PREDICTORS)} |\n|---|---|{'---|' * len(PREDICTORS)}")
     values = np.array([[np.mean([row[name] for row in some if row[name] is not None]) for name in PREDICTORS]
@@ -118,6 +126,21 @@ def tables(rows):
 
 def spearman(x, y):
     return np.corrcoef(*(np.argsort(np.argsort(values)) for values in (x, y)))[0, 1]
+
+
+def curve(rows):
+    """Gold at the last round by the number of labels a round, at the base point."""
+    gold = {(row["point"], row["arm"], row["seed"]): row["gold"][-1] for row in rows}
+
+    def cell(point, arm):
+        return mean_and_error([value for (p, a, _), value in gold.items() if (p, a) == (point, arm)])
+    heads = ["labels a round", "full, unsure pairs", "full, drawn pairs", "full, restart",
+             "fixed RM, r_0 of as many more"]
+    print(f"\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    print(f"| 0 | {cell('base', 'full')} | | {cell('base', 'restart')} | {cell('base', 'fixed')} |")
+    for n, rival in RIVALS.items():
+        arms = [cell("base", f"{n} labels{how}") for how in ("", ", random", ", restart")]
+        print(f"| {n} | {' | '.join([*arms, cell(rival, 'fixed')])} |")
 
 
 def draw(rows, path):
@@ -138,7 +161,7 @@ def draw(rows, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--points", nargs="+", default=POINTS, choices=POINTS)
+    parser.add_argument("--points", nargs="+", default=POINTS, choices=[*POINTS, *RIVALS.values()])
     parser.add_argument("--arms", nargs="+", default=["fixed", "full"], choices=ARMS)
     parser.add_argument("--seeds", type=int, nargs="+", default=range(1, 9))
     parser.add_argument("--json", type=Path, default=HOME / "docs" / "data" / "map.jsonl")
@@ -155,6 +178,7 @@ def main():
         rows = [row for row in rows if (row["point"], row["arm"], row["seed"]) not in keys] + new
         write_jsonl(o.json, rows)
     tables(rows)
+    curve(rows)
     draw(rows, HOME / "docs" / "map.svg")
 
 

@@ -7,28 +7,34 @@ taste      nats that its labellers see in each word of a third of all adjectives
 own_body   r_0 starts from another policy's body, of another seed
 policy_lr  the E-step's
 rule       "best": the highest reward is chosen, as in variants/online_dpo.py
+choose     "random": --labels asks about pairs that are drawn, not about those which the RM is least sure of
+restart    every E-step trains the base policy anew, on the samples of the policy in use
 
 Base models lie in runs/point-base of the current folder, so a folder is for one point. Without --rounds, as
 toy.build calls it, it makes them, and labels of the test prompts that no model learns from: held_out/.
 """
 import json
 import os
+import random
 import sys
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import filter  # noqa: E402
+import labels  # noqa: E402
 import mt  # noqa: E402
 import reward  # noqa: E402
 import run  # noqa: E402
 import toy  # noqa: E402
+from data import by_prompt  # noqa: E402
 from variants.online_dpo import best_and_worst  # noqa: E402
 
 POINT = {"labels": toy.LABELS, "taste": 0.0, "own_body": False, "policy_lr": toy.SETTINGS["policy_lr"],
-         "rule": "shortest"} | json.loads(os.environ.get("POINT", "{}"))
+         "rule": "shortest", "choose": "unsure", "restart": False} | json.loads(os.environ.get("POINT", "{}"))
 TASTY = {*sorted(toy.ADJECTIVE_MOOD)[::3], *sorted(toy.VERB_MOOD)[::3]}
 appeal, train, write_demonstrator = toy.appeal, reward.train, toy.write_demonstrator
+train_policy = mt.train_policy
 
 
 def with_taste(row):
@@ -39,6 +45,20 @@ def from_own_body(folder, pairs, *, seed, log, **settings):
     body = Path(folder).with_name("body")
     write_demonstrator(toy.parts(seed)["demonstrations"], seed + 1000, body, log)
     return train(str(body), pairs, seed=seed, log=log, **settings)
+
+
+def drawn(samples, count):
+    """In the place of labels.unsure: two different answers to each of `count` prompts, drawn."""
+    found = []
+    for group in by_prompt(samples):
+        answers = sorted({row["response"] for row in group})
+        if len(answers) > 1:
+            found.append((group[0]["prompt"], answers[:2]))
+    return random.Random(len(found)).sample(found, min(count, len(found)))
+
+
+def from_base(o, policy, pairs, path):
+    return train_policy(o, o.policy, pairs, path)
 
 
 def make_base():
@@ -54,6 +74,10 @@ if __name__ == "__main__":
     toy.LABELS, toy.appeal, toy.build = POINT["labels"], with_taste, partial(toy.build, script=__file__)
     if POINT["rule"] == "best":
         filter.choose_pair = best_and_worst
+    if POINT["choose"] == "random":
+        labels.unsure = drawn
+    if POINT["restart"]:
+        mt.train_policy = from_base
     if "--rounds" in sys.argv:
         run.launch(mt.main, policy_lr=POINT["policy_lr"])
     else:
