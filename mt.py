@@ -1,6 +1,7 @@
 """Mutual-Taught (arXiv 2506.06292): policy (PM) and reward model (RM) train each other, without new labels.
 
     torchrun mt.py --rounds 3                                          # the embedded task, minutes on a CPU
+    python mt.py --policy … --rm … --prompts … --plan                  # what a run takes, before it starts
     torchrun --nproc-per-node 8 mt.py --policy meta-llama/Meta-Llama-3-8B-Instruct \\
         --rm sfairXC/FsfairX-LLaMA3-RM-v0.1 --prompts HuggingFaceH4/ultrafeedback_binarized --out runs/llama3
 
@@ -269,14 +270,12 @@ def main(options=Options, **defaults):  # for variants: a subclass with flags of
     if "--plan" in sys.argv:
         return plan.main(options, **defaults)
     o = run.parse(options, **defaults)
-    embedded = not o.policy
+    embedded = not (o.policy or o.rm or o.prompts)
     if embedded:
-        if o.rm or o.prompts:
-            raise Problem("--rm and --prompts need --policy")
         say("no --policy: running the embedded task (toy.py)")
         o = run.parse(options, **toy.SETTINGS | defaults)
-    elif not (o.rm and o.prompts):
-        raise Problem("--policy needs --rm and --prompts")
+    elif not (o.policy and o.rm and o.prompts):
+        raise Problem("--policy, --rm and --prompts go together; without them it is the embedded task")
     labels.check(o)
     if o.samples < 2:
         raise Problem("--samples 1 makes no pairs; at least 2 are needed")

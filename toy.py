@@ -48,8 +48,7 @@ from sampler import sample
 SETTINGS = dict(
     max_new_tokens=64, max_length=128, beta=0.1, policy_lr=4e-5, policy_batch=16, rm_lr=5e-4, rm_batch=16,
     save_every=13, select_prompts=300, tau=0.5, sample_batch=256, score_batch=64, micro_batch=16)
-# what base models depend on
-SOURCES = "toy data rows spelled models attention packing reward sampler training".split()
+SOURCES = "toy data rows spelled models attention packing reward sampler training".split()  # for base models
 LOOP_PROMPTS, TEST_PROMPTS, LABELS, DEMONSTRATIONS = 2700, 300, 3000, 7000
 SHAPE = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4,
              initializer_range=0.08, max_position_embeddings=128)

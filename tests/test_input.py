@@ -147,16 +147,16 @@ CASES = [
     ("dpo", "--epochs " + "9" * 5000, "--epochs: invalid int value"),
     ("dpo", "--out a\udcff", "--out 'a\\udcff' holds characters that can't be printed"),
     ("toy", "--samples 1", "--samples 1 makes no pairs"),
-    ("toy", "--rm RM", "--rm and --prompts need --policy"),
+    ("toy", "--rm RM", "--policy, --rm and --prompts go together"),
     ("mt", "--select_prompts 30", "need at least 33"),
-    ("mt", "--max_new_tokens 90", "of RM with an answer of 90; --skip_long leaves out all 30 or set a smaller"),
+    ("mt", "--max_new_tokens 90", "with an answer of 90; --skip_long leaves out all 30 or set a smaller"),
     ("dpo", "--out pairs.jsonl/x/out", "--out pairs.jsonl/x/out: pairs.jsonl is a file, not a folder"),
     ("dpo", "--out gamed.csv", "--out gamed.csv: gamed.csv is a file, not a folder"),
     ("filter", "--samples scored.jsonl --out pairs.jsonl/out.jsonl", "pairs.jsonl is a file, not a folder"),
     ("dpo", "--out out.jsonl", "--out out.jsonl: a folder is written; its name must not end in .jsonl"),
     ("sample", "--out out", "--out out: a file is written; its name must end in .jsonl"),
     ("rm", "--samples scored.jsonl", "give --pairs to train or --samples to score"),
-    ("toy", "--policy PM", "--policy needs --rm and --prompts"),
+    ("toy", "--policy PM", "--policy, --rm and --prompts go together"),
     ("mt", "--select_prompts 0", "--select_prompts 0 needs --select false"),
     ("filter", "", "give --samples, or --new and --old"),
     ("filter", "--samples scored.jsonl --new scored.jsonl", "give --samples, or --new and --old"),
@@ -239,7 +239,7 @@ def test_a_long_prompt_is_named_by_its_row_and_left_out_and_counted_where_that_i
     rows = [{"prompt": prompt} for prompt in ["sad " * 200, *prompts, "happy " * 200]]
     write_jsonl("prompts.jsonl", [rows[1], *rows])  # a row is not a prompt's number: repeats count
     words = words.split()
-    with pytest.raises(Problem, match=r"^prompts.jsonl:2: prompt of 203 tokens .* --skip_long leaves out all 2: "):
+    with pytest.raises(Problem, match=r"^prompts.jsonl:2: .* of 203 tokens .*skip_long leaves out all 2: "):
         call(module, *words)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "scored_samples" if module is mt else "sample", lambda *a, **b: 1 / 0)

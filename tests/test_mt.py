@@ -666,12 +666,12 @@ def test_a_problem_in_two_processes_ends_them_both(script, words, tmp_path):
 
 
 def test_a_policy_needs_a_reward_model_and_prompts(call, here):
-    with pytest.raises(Problem, match="--policy needs --rm and --prompts"):
+    with pytest.raises(Problem, match="--policy, --rm and --prompts go together"):
         call(mt, "--policy", "somewhere", "--out", here)
 
 
 def test_a_reward_model_and_prompts_need_a_policy(call, words, here):
-    with pytest.raises(Problem, match="--rm and --prompts need --policy"):
+    with pytest.raises(Problem, match="--policy, --rm and --prompts go together"):
         call(mt, *words()[2:], "--out", here)
     assert not here.exists()
 

@@ -65,7 +65,8 @@ def test_every_row_counts_once_with_shares_that_add_up_to_1_over_all_processes(
         assert sum(shares) == pytest.approx(1)
         assert len({share for share in shares if share}) == 1
     for epoch in (slice(steps), slice(steps, None)):
-        seen = [i for mine in ranks for step in mine[epoch] for micro in step for i, w in zip(*micro[:2]) if w]
+        micros = [micro for mine in ranks for step in mine[epoch] for micro in step]
+        seen = [i for micro in micros for i, share in zip(micro.numbers, micro.shares) if share]
         assert sorted(seen) == list(range(rows))
     assert world > 1 or rows < 10 or ranks[0][:steps] != ranks[0][steps:]  # shuffled anew
 
