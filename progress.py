@@ -32,7 +32,8 @@ def log_of(o, path):
 
 
 def timed(work):
-    """For a phase work(o, what it is made from …, path): a line when it begins and one when it ends."""
+    """For a phase work(o, what it is made from …, path): a line when it begins and one when it ends, but none
+    for the short ones of model selection."""
     @functools.wraps(work)
     def with_clock(*arguments, **more):
         given = inspect.signature(work).bind(*arguments, **more).arguments
@@ -40,9 +41,11 @@ def timed(work):
         if run.exists(path):
             return work(*arguments, **more)
         going_on = any(path.parent.glob(f"*{path.stem}.*"))  # what an attempt before has left
-        if rank() == 0:
+        speaks = rank() == 0 and path.parent.name != "select"
+        if speaks:
             say_step(o, path)
-            made_from = (f"{name} {value}" + (f" ({len(Lines(value))} rows)" if Path(value).is_file() else "")
+            made_from = (f"{name} {str(value).removeprefix(f'{o.out}/')}"
+                         + (f" ({len(Lines(value))} rows)" if Path(value).is_file() else "")
                          for name, value in given.items()
                          if name in ("policy", "rm", "prompts", "pairs", "preferences"))
             say(f"{phase(o, path)}: {'goes on, ' * going_on}from {', '.join(made_from)}")
@@ -51,7 +54,7 @@ def timed(work):
         start = time.time()
         result = work(*arguments, **more)
         if rank() == 0:
-            say_time(o, path, time.time() - start, going_on)
+            write_time(o, path, time.time() - start, going_on, speaks)
         return result
     return with_clock
 
@@ -74,7 +77,7 @@ def say_step(o, path):
     begun.append((number, step))
 
 
-def say_time(o, path, seconds, going_on):
+def write_time(o, path, seconds, going_on, speaks):
     """Tokens: of the responses that were sampled, or of the pairs that were trained on."""
     training = path.suffix != ".jsonl"
     rows = Lines(Path(o.out) / "metrics.jsonl" if training else path)
@@ -91,9 +94,10 @@ def say_time(o, path, seconds, going_on):
         line["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
     with open(Path(o.out) / "timings.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
-    total = sum(row["seconds"] for row in timings(o))
-    speed = f", {tokens} tokens, {tokens / seconds:.0f} a second" if "tokens" in line else ""
-    say(f"{phase(o, path)}: {in_words(seconds)}{speed} ({seconds / total:.0%} of the run so far)")
+    if speaks:
+        total = sum(row["seconds"] for row in timings(o))
+        speed = f", {tokens / seconds:.0f} tokens a second" if "tokens" in line else ""
+        say(f"{phase(o, path)}: {in_words(seconds)}{speed}, {seconds / total:.0%} of the run so far")
 
 
 def peak_flops():
