@@ -53,7 +53,7 @@ def test_warm_averages_the_weights_of_models_by_different_orders(tiny, pairs):
     assert torch.allclose(averaged, torch.stack(alone).mean(0), atol=1e-6)
     assert not torch.allclose(alone[0], alone[1], atol=1e-4)  # the orders matter
     assert Counter(row["member"] for _, row in lines) == {0: 4, 1: 4, 2: 4}  # three steps and a head, each
-    assert lines[-1][0].startswith("member 2  step {step}")
+    assert lines[-1][0].startswith("member 2  step 3/3")
 
 
 def test_warm_runs_and_two_processes_give_its_losses(variant):
