@@ -141,8 +141,8 @@ def split(o):
         for model, answer, trained in ((o.policy, 1, True), (o.rm, o.max_new_tokens, o.update_rm)):
             for in_training in {False, trained}:
                 models.check_fits(model, in_training)
-            encoded = models.encode_prompts(model, prompts, answer, o)
-            prompts = [prompt for prompt, ids in zip(prompts, encoded) if ids]
+            encoded = models.encode_prompts(model, prompts, answer, o)  # what is too long is said now
+            prompts = [prompt for prompt, ids in zip(prompts, encoded) if ids is not None]
         third = (len(prompts) - o.select_prompts) // 3
         if third < 1:
             raise Problem(f"{o.prompts}: {len(prompts)} different prompts; --select_prompts "

@@ -276,10 +276,10 @@ def main():
     o = run.parse(Options)
     folder = models.local_folder(o.model)
     prompts, repeats = read_prompts(o.prompts, o.prompt_field)
-    encoded = models.encode_prompts(folder, prompts, o=o)
-    prompts = [prompt for prompt, ids in zip(prompts, encoded) if ids]
     manifest.claim(o.out, o, file=True)
     if not run.exists(o.out):
+        encoded = models.encode_prompts(folder, prompts, o=o)
+        prompts = [prompt for prompt, ids in zip(prompts, encoded) if ids is not None]
         say(f"{len(prompts)} prompts ({repeats} repeated ones left out), {o.samples} responses each")
         sample(folder, prompts, o.out, samples=o.samples, temperature=o.temperature, top_p=o.top_p,
                seed=o.seed, max_new_tokens=o.max_new_tokens, rows=o.sample_batch)

@@ -37,16 +37,17 @@ POINTS = {
     **{f"labels {n}, taste {nats}": {"labels": n, "taste": nats} for n in (500, 9000) for nats in (0.5, 1.5)},
 }
 RIVALS = {n: f"labels {toy.LABELS + 3 * n}" for n in (16, 64, 256)}  # r_0 has what three rounds ask for
-ASK = ["--labeller", f"{sys.executable} {HOME}/bench/label.py", "--labels"]
+LABELLER = ["--labeller", f"{sys.executable} {HOME}/bench/label.py"]
 ARMS = {  # {base}: the folder of the base models, which the first arm makes
     "fixed": ["--update_rm", "false"],
     "full": [],
     "gate": ["--gate", "{base}/held_out/preferences.jsonl"],
     "anchor": ["--anchor", "{base}/preferences.jsonl"],
     "lighter": ["--rm_lr", 1e-4],
-    "spot check": ["--spot_check", 100, "--labeller", f"{sys.executable} {HOME}/bench/label.py"],
-    **{f"{n} labels{how}": [*ASK, n] for n in RIVALS for how in ("", ", random", ", restart")},
-    **dict.fromkeys(["restart"], []),
+    "spot check": ["--spot_check", 100, *LABELLER],
+    **{f"{n} labels{how}": ["--labels", n, *LABELLER]
+       for n in RIVALS for how in ("", ", random", ", restart")},
+    "restart": [],
 }
 HOW = {", random": {"choose": "random"}, "restart": {"restart": True}}  # by what an arm's name ends with
 PREDICTORS = ("accuracy", "brier", "win_rate", "kept", "disagreement", "gain_on_labels")

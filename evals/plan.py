@@ -153,13 +153,13 @@ def main(options, **defaults):
         raise Problem(f"--plan needs --policy, --rm, --prompts and a --gpu of {', '.join(GPUS)}")
     configs = models.config_of(o.policy), models.check_reward(o.rm)
     policy, rm = map(size_of, configs, (POLICY, RM))
-    prompts, _ = read_prompts(o.prompts)
+    prompts, _ = read_prompts(o.prompts, o.prompt_field)
     if len(prompts) < o.select_prompts + 3:
         raise Problem(f"{o.prompts}: {len(prompts)} prompts; --select_prompts {o.select_prompts} needs more")
     some = [prompts[i] for i in np.random.default_rng(0).permutation(len(prompts))[:200]]
-    mean = float(np.mean([len(ids) for ids in models.encode_prompts(o.policy, some)]))
+    mean = float(np.mean([len(ids) for ids in models.encode_prompts(o.policy, some, o=o) if ids is not None]))
     some = sorted(prompts, key=lambda prompt: len(prompt_id(prompt)))[-50:]  # longest in characters
-    longest = max(len(ids) for ids in models.encode_prompts(o.policy, some))
+    longest = max(len(ids) for ids in models.encode_prompts(o.policy, some, o=o) if ids is not None)
     say(f"{o.gpus} x {o.gpu}; policy {policy.params / 1e9:.2f} B, reward model {rm.params / 1e9:.2f} B; "
         f"{len(prompts):,} prompts of {mean:.0f} tokens, the longest {longest:,}\n")
     say_hours(o, *(phases(o, policy, rm, len(prompts), mean, end) for end in (0, 1)))

@@ -16,6 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig
 
 import mt
+import sampler
 import toy
 from data import Problem
 from evals import plan
@@ -68,6 +69,13 @@ def test_memory_is_that_worked_out_by_hand():
     assert parts["gathered"] == 2 * 1_050_677_248 + 8 * 218_112_000  # embedding, norm, head; a layer
     without = plan.train_step(size, 8, 2, 200, 900, False, 40 * GIB)["activations"]
     assert without > 7 * parts["activations"] > 7 * 32 * 4000 * 4096 * 2  # the layers' inputs
+
+
+def test_rows_are_as_many_as_the_sampler_has_room_for(monkeypatch):
+    config = llama("tiny")
+    model = POLICY.from_config(config, dtype=torch.bfloat16)
+    monkeypatch.setattr(sampler, "memory", lambda: 10**7)
+    assert plan.rows_of(plan.size_of(config, POLICY), 10**9, 1, 10**7) == sampler.cache_tokens(model) > 1000
 
 
 def test_hours_are_those_worked_out_by_hand():
