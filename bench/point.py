@@ -53,8 +53,10 @@ def drawn(samples, count):
     for group in by_prompt(samples):
         answers = sorted({row["response"] for row in group})
         if len(answers) > 1:
-            found.append((group[0]["prompt"], answers[:2]))
-    return random.Random(len(found)).sample(found, min(count, len(found)))
+            found.append((group[0]["prompt"], answers))
+    draw = random.Random(len(found))
+    found = draw.sample(found, min(count, len(found)))
+    return [(prompt, draw.sample(answers, 2)) for prompt, answers in found]
 
 
 def from_base(o, policy, pairs, path):
