@@ -289,8 +289,7 @@ def main(options=Options, **defaults):  # for variants: a subclass with flags of
     manifest.claim(o.out, o, templates={side: load_tokenizer(getattr(o, side)).chat_template
                                         for side in ("policy", "rm")})
     mutual_taught(o)
-    if embedded:
-        gold.measure(o)
+    (gold.measure if embedded else gold.by_base)(o)
     report.report(o.out)
     say_end(o)
 

@@ -83,6 +83,7 @@ def optimise(model, steps, loss, *, lr, log, shown="", first_loss=None, resume=N
             for name, values in {"loss": losses, **metrics}.items():
                 sums[name] += (values.detach() @ shares).item()
             sums["tokens"] += micro.tokens
+            sums["batch"] += sum(share > 0 for share in micro.shares)
         metrics = total(sums)
         num_tokens = int(metrics.pop("tokens")) + (lines[-1]["num_tokens"] if lines else 0)
         check_loss(metrics["loss"], number, first_loss)
@@ -95,7 +96,8 @@ def optimise(model, steps, loss, *, lr, log, shown="", first_loss=None, resume=N
             group["lr"] = learning_rate
         optimizer.step()
         optimizer.zero_grad()
-        lines.append(dict(step=number, steps=len(steps), **metrics, learning_rate=learning_rate,
+        lines.append(dict(step=number, steps=len(steps), batch=int(metrics.pop("batch")), **metrics,
+                          learning_rate=learning_rate,
                           grad_norm=grad_norm, num_tokens=num_tokens))
         figures = f"loss {{loss:.4f}}  {shown}grad_norm {{grad_norm:.2f}}  lr {{learning_rate:.2e}}".format(
             **lines[-1])

@@ -1,28 +1,28 @@
-"""Figures of a run: the numbers that its files hold, as a table and as plots. What report.py shows.
+"""Figures of a run: the numbers that its files hold, and what they say. What plots.py and report.py show.
 
 Files are streamed: of 60,000 prompts only the numbers and a few sampled texts are held. Numbers are over all
-rows. Plots are functions on a matplotlib axis, for report.png and for the page alike; matplotlib is imported
-only where something is drawn, so everything else works without.
+rows.
 """
-import io
+import math
 import random
 import re
 from collections import Counter
-from html import escape
 from pathlib import Path
 
 import numpy as np
 
 import labels
 from data import Problem, by_prompt, prompt_id
+from evals.stats import wilson
 from rows import from_json, is_number, read_json, read_selection
 
 # ---------------------------------------------------------------- files, one row at a time
 NUMBER = (int, float)
 KINDS = {**dict.fromkeys(("response", "new", "old", "reason"), str), "index": int,
-         **dict.fromkeys(("score", "tokens", "margin", "epsilon", "gold", "r0"), NUMBER)}
-GOLD = ("policy", "rm", "gold", "gold_se", "win_rate", "tokens", "reward_r0", "accuracy_base",
-        "accuracy_current", "length_slope")
+         **dict.fromkeys(("score", "tokens", "margin", "epsilon", "gold", "r0", "se", "n", "rate", "seconds"),
+                         NUMBER)}
+BASE = ("policy", "n", "win_rate", "reward_r0", "reward_r0_se", "tokens", "finished")
+GOLD = (*BASE, "rm", "gold", "gold_se", "accuracy_base", "accuracy_current", "length_slope")
 
 
 def stream(path, *fields):
@@ -70,10 +70,11 @@ def load(folder, shown=0):
         run = {key: note.get(key, {}) for key in ("settings", "versions", "templates")}
         run |= dict(folder=folder, name=folder.resolve().name, arm=arm(run["settings"]),
                     steps=steps_of(folder, shown))
-        for key, fields in (("metrics", ["phase"]), ("gold", GOLD)):
+        for key, fields in (("metrics", ["phase"]), ("gold", GOLD), ("base", BASE),
+                            ("timings", ["phase", "seconds"])):
             path = folder / f"{key}.jsonl"
             run[key] = list(stream(path, *fields)) if path.exists() else []
-        return run
+        return run | {"states": run["gold"] or run["base"], "judge": "gold" if run["gold"] else "reward_r0"}
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise Problem(f"{folder}: not a run as mt.py writes it ({reason})") from None
@@ -123,22 +124,26 @@ def read_e_step(phase, folder, shown):
         paired[hash(prompt)] += 1  # a prompt may give several pairs
         pairs_of.get(prompt, []).append(pair)
     scores, lengths, finished = map(np.asarray, columns)
-    rates = choice["win_rates"]
+    rates, d_ms = choice["win_rates"], held_out(folder / "select", choice["win_rates"])
     return dict(phase=phase, kind="E", chosen=choice["chosen"], win_rates=rates, tau=choice.get("tau"),
-                win_rate=max(rates.values(), default=None), pairs=paired.total(), paired=len(paired),
-                reward=scores.mean(), tokens=lengths.mean(), lengths=lengths, finished=finished.mean(),
-                sample=sample, held_out=held_out(folder / "select", rates))
+                win_rate=max(rates.values(), default=None),
+                judged=len(d_ms["after"]["lengths"]) if d_ms else 0, pairs=paired.total(),
+                paired=len(paired), reward=scores.mean(), tokens=lengths.mean(), lengths=lengths,
+                finished=finished.mean(), sample=sample, held_out=d_ms)
 
 
 def held_out(folder, rates):
-    """Reward and lengths on D_MS, the same prompts in every step: the PM before and the best checkpoint."""
+    """The PM before and the best checkpoint on D_MS, the same prompts in every step: mean reward, lengths,
+    finished share."""
     files = {"before": folder / "before.jsonl",
              "after": folder / f"{max(rates, key=rates.get, default='none')}.jsonl"}
     if not all(file.exists() for file in files.values()):
         return None
-    values = {at: np.array([(row["score"], row["tokens"]) for row in stream(file, "score", "tokens")])
+    values = {at: np.array([(row["score"], row["tokens"], row["finished"])
+                            for row in stream(file, "score", "tokens", "finished")]).T
               for at, file in files.items()}
-    return {at: dict(reward=both[:, 0].mean(), lengths=both[:, 1]) for at, both in values.items()}
+    return {at: dict(reward=scores.mean(), lengths=lengths, finished=finished.mean())
+            for at, (scores, lengths, finished) in values.items()}
 
 
 def read_m_step(phase, folder, shown):
@@ -210,150 +215,93 @@ def training_lines(run, kind):
     return list(found.items())
 
 
-def lengths_of(run):
-    """[(PM, its responses' lengths)]: of the E-steps' samples; the last PM has only its answers on D_MS."""
-    found = [(f"PM {s['pm']}", s["lengths"]) for s in e_steps(run)]
-    last = run["steps"][-1] if run["steps"] else {}
-    if last.get("chosen") and last["held_out"]:
-        found.append((f"PM {last['pm'] + 1}", last["held_out"]["after"]["lengths"]))
+def curves(run, kind):
+    """`training_lines` without those that mislead: an epoch's last step, where it has less than half a batch,
+    and DPO's first one, in which policy and reference are the same."""
+    found = []
+    for phase, rows in training_lines(run, kind):
+        batch = rows[0].get("batch", 0)
+        full = [row for row in rows if row.get("batch", batch) >= batch / 2]
+        found.append((phase, full[kind == "E":] or rows))
     return found
 
 
-# ---------------------------------------------------------------- plots
+def responses_of(run):
+    """[(PM, its responses' lengths, their finished share)]: of the E-steps' samples; the last PM has only
+    its answers on D_MS."""
+    found = [(f"PM {s['pm']}", s["lengths"], s["finished"]) for s in e_steps(run)]
+    last = run["steps"][-1] if run["steps"] else {}
+    if last.get("chosen") and last["held_out"]:
+        after = last["held_out"]["after"]
+        found.append((f"PM {last['pm'] + 1}", after["lengths"], after["finished"]))
+    return found
+
+
+def seconds_of(run):
+    """{E- or M-step: {part: seconds}}, and the parts' names."""
+    parts, found = ("sampling and scoring", "training", "model selection"), {}
+    for row in run["timings"]:
+        number, step, name = (row["phase"] + "/").split("/")[:3]
+        part = 2 if name == "select" else int(name in ("checkpoints", "rm"))
+        seconds = found.setdefault(f"{number}/{step}", dict.fromkeys(parts, 0.0))
+        seconds[parts[part]] += row["seconds"]
+    return found, parts
+
+
+# ---------------------------------------------------------------- whether it worked
+def plus_minus(share, count):
+    """A share of `count` as text, with its 95% interval (Wilson)."""
+    low, high = wilson(share, count)
+    return f"{share:.3f} ± {(high - low) / 2:.3f}" if count else f"{share:.3f}"
+
+
+def verdict(run):
+    """[sentences]: what became of the policies, judged by gold or else by the base RM; then what to beware
+    of."""
+    states, key = run["states"], run["judge"]
+    if len(states) < 2:
+        return ["Nothing here says yet whether it worked: when a run ends, the base reward model judges its "
+                "policies’ answers to the prompts of D_MS; with --select false there are none."]
+    values, errors = ([state[column] for state in states] for column in (key, f"{key}_se"))
+    best = max(range(len(states)), key=values.__getitem__)
+
+    def above(one, other):
+        return values[one] - values[other] > 2 * math.hypot(errors[one], errors[other])
+    peak = f"; its best was {values[best]:.2f}, of {states[best]['policy']}"
+    lead, verb = (("It harmed", "fell") if above(0, -1) else ("It went too far", "went") if above(best, -1)
+                  else ("It worked", "rose") if above(-1, 0) else ("It changed little", "went"))
+    name = f"{lead}. Gold" if key == "gold" else "Reward under the base RM"
+    said = f"{name} {verb} from {values[0]:.2f} to {values[-1]:.2f}{peak * (best < len(states) - 1)}."
+    return [said, *warnings(run)]
+
+
+def warnings(run):
+    first, last, found = run["states"][0], run["states"][-1], []
+    rates = [s["win_rate"] for s in e_steps(run) if s["chosen"] and s["win_rate"] is not None]
+    if rates and rates[-1] > 0.5 > last["win_rate"]:
+        found.append(f"Judges part: by the reward model in use the last update won {rates[-1]:.3f}, yet "
+                     f"against the base this policy wins {plus_minus(last['win_rate'], last['n'])}.")
+    if run["judge"] == "reward_r0":
+        found.append("The base RM was optimised, too: whether answers got better, a benchmark or people must "
+                     "say (docs/curves.md).")
+    elif last["gold"] < first["gold"] and last["reward_r0"] > first["reward_r0"]:
+        found.append(f"Reward under RM 0 rose from {first['reward_r0']:.2f} to {last['reward_r0']:.2f}, "
+                     "while gold fell: over-optimisation.")
+    if last["finished"] < 0.95:
+        found.append(f"Only {last['finished']:.1%} of the last policy’s answers are finished: "
+                     "--max_new_tokens cuts the others off.")
+    change = last["tokens"] / first["tokens"] - 1
+    if abs(change) > 0.2:
+        found.append(f"Answers are {abs(change):.0%} {'longer' if change > 0 else 'shorter'} than the "
+                     "base’s: is that what you wanted?")
+    return found
+
+
+# ---------------------------------------------------------------- texts
 HIDDEN = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f"
                     "\ud800-\udfff\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]")
-SERIES = ["#2f6fb5", "#c8612a", "#3c8d5a", "#8a5bb1", "#b03a5b", "#7a6a1f"]  # the page's --s0, --s1, …
-INK, QUIET = "#22252b", "#8b9099"                                            # and --ink, --quiet
-STYLE = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9.5, "text.color": INK,
-         "axes.labelcolor": INK, "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.edgecolor": QUIET,
-         "xtick.color": QUIET, "ytick.color": QUIET, "axes.spines.top": False, "axes.spines.right": False,
-         "legend.frameon": False, "legend.fontsize": 9, "lines.markersize": 4.5, "lines.linewidth": 1.5,
-         "text.parse_math": False}
 
 
 def visible(text):
     """A text in which what would not be seen, or would turn the writing round, is named."""
     return HIDDEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)
-
-
-def can_plot():
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    return bool(matplotlib)
-
-
-def svg(name, caption, plot):
-    """plot(axis) as inline SVG; its colours are the page's variables, its ids begin with `name`.
-    '' without matplotlib."""
-    if not can_plot():
-        return ""
-    import matplotlib
-    from matplotlib.figure import Figure
-    with matplotlib.rc_context(STYLE):
-        figure, file = Figure(figsize=(4.4, 2.7), layout="constrained"), io.StringIO()
-        plot(figure.subplots())
-        figure.savefig(file, format="svg", transparent=True,
-                       metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    text = visible(file.getvalue().partition("<svg")[2])
-    text = re.sub(r' (xmlns(:xlink)?|width|height)="[^"]*"', "", text, count=4)
-    text = re.sub(r'((?<= )id="|url\(#|href="#)', rf"\g<1>{name}-", text)
-    for variable, colour in [*((f"s{i}", c) for i, c in enumerate(SERIES)), ("ink", INK), ("quiet", QUIET)]:
-        text = text.replace(colour, f"var(--{variable})")
-    return (f'<figure><figcaption>{escape(caption)}</figcaption>'
-            f'<svg role="img" aria-label="{escape(caption)}"{text}</figure>')
-
-
-def plot_gold(axis, runs, key):
-    """A column of gold.jsonl over the states of each run, with its standard error where it has one."""
-    for run, colour in zip(runs, SERIES * len(runs)):
-        gold = run["gold"]
-        axis.errorbar(range(len(gold)), [line[key] for line in gold],
-                      [line[f"{key}_se"] for line in gold] if f"{key}_se" in gold[0] else None, marker="o",
-                      color=colour, capsize=2, label=run["label"])
-    longest = max((run["gold"] for run in runs), key=len)
-    axis.set_xticks(range(len(longest)), [line["policy"] for line in longest])
-    if len(runs) > 1:
-        axis.legend()
-
-
-def plot_held_out(axis, run):
-    """Mean reward on D_MS, a line per RM: before and after each E-step that it judged."""
-    points = {}
-    for s in e_steps(run):
-        if s["held_out"]:
-            points.setdefault(s["rm"], {}).update({
-                s["pm"] + after: s["held_out"][at]["reward"] for after, at in enumerate(("before", "after"))})
-    for rm, rewards in points.items():
-        axis.plot(list(rewards), list(rewards.values()), marker="o", color=SERIES[rm % 6],
-                  label=f"by RM {rm}")
-    axis.legend()
-    made = sum(bool(s["chosen"]) for s in e_steps(run))
-    axis.set_xticks(range(made + 1 + stopped(run)),
-                    [f"PM {i}" for i in range(made + 1)] + ["(discarded)"] * stopped(run))
-
-
-def plot_steps(axis, run, kind, key):
-    """A metric over the optimiser steps of all E-steps (or all M-steps), one after the other."""
-    at, middles = 0, {}
-    for phase, rows in training_lines(run, kind):
-        axis.plot(range(at, at + len(rows)), [row[key] for row in rows], color=SERIES[kind == "M"])
-        axis.axvline(at, color=QUIET, linewidth=0.5, linestyle=":")
-        middles[phase.removeprefix("round")] = at + len(rows) / 2
-        at += len(rows)
-    axis.set_xticks(list(middles.values()), list(middles))
-    axis.tick_params(axis="x", length=0)
-    axis.set_xlabel(f"{at} optimiser steps")
-
-
-def plot_lengths(axis, run):
-    """Median response length of each PM, the middle 80% as a band."""
-    names, lengths = zip(*lengths_of(run))
-    low, middle, high = np.array([np.percentile(x, (10, 50, 90)) for x in lengths]).T
-    axis.fill_between(range(len(names)), low, high, color=SERIES[0], alpha=0.2, linewidth=0)
-    axis.plot(middle, marker="o", color=SERIES[0])
-    axis.set_xticks(range(len(names)), names)
-    axis.set(ylabel="tokens", ylim=(0, None))
-
-
-def plot_margins(axis, step, limits):
-    """Histogram of Δr: kept below, dropped on top, −ε marked."""
-    axis.hist([step["margins"][step["mask"]], step["margins"][~step["mask"]]], np.linspace(*limits, 41),
-              stacked=True, color=[SERIES[0], QUIET], label=["kept", "dropped"])
-    axis.axvline(-step["epsilon"], color=SERIES[1], linestyle="--", label="−ε")
-    axis.set(xlabel="Δr = r(new) − r(old)", ylabel="comparisons")
-    axis.legend()
-
-
-def draw_picture(run, path):
-    """report.png: win rates, gold and reward of each policy, accuracy of each reward model."""
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(11, 3.2), layout="constrained")
-    axes = figure.subplots(1, 3)
-    e, m, gold = e_steps(run), m_steps(run), run["gold"]
-    rates = [s for s in e if s["win_rate"] is not None]
-    axes[0].bar([short(s) for s in rates], [s["win_rate"] for s in rates],
-                color=["tab:blue" if s["chosen"] else "tab:gray" for s in rates])
-    axes[0].axhline(0.5, color="black", linewidth=0.8)
-    for tau in {s["tau"] for s in rates if s["tau"]}:
-        axes[0].axhline(tau, color="black", linewidth=0.8, linestyle=":")
-    axes[0].set(title="win rate on D_MS (grey: discarded)", ylim=(0, 1))
-    if gold:
-        plot_gold(axes[1], [run | {"label": "gold"}], "gold")
-        axes[1].plot([g["reward_r0"] for g in gold], marker="s", color=SERIES[1], label="reward by r0")
-        axes[1].legend()
-        axes[1].set(title="gold and reward on test prompts")
-        axes[2].plot([g["accuracy_base"] for g in gold], marker="o", label="on base policy's answers")
-        axes[2].plot([g["accuracy_current"] for g in gold], marker="s", label="on this policy's answers")
-        axes[2].set_xticks(range(len(gold)), [f"{g['policy']}\nRM: {g['rm']}" for g in gold])
-        axes[2].legend()
-        axes[2].set(title="accuracy of the reward model in use")
-    else:
-        axes[1].plot([short(s) for s in e], [s["reward"] for s in e], marker="o")
-        axes[1].set(title="mean reward of the E-step's samples")
-        axes[2].bar([short(s) for s in m], [s["kept"] / s["comparisons"] for s in m])
-        axes[2].set(title="share of comparisons kept", ylim=(0, 1))
-    for axis in axes:
-        axis.tick_params(axis="x", labelsize=8)
-    figure.savefig(path, dpi=110)

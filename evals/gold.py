@@ -1,7 +1,8 @@
-"""What only the embedded task can show: whether its policies and reward models really get better.
+"""Whether a run's policies get better, by a judge who stays the same: a line for the base and each round.
 
-measure: the answers to the test prompts after each round of a run, by the gold judge, as gold.jsonl;
-gold_table: its lines as text.
+measure: of the embedded task, by gold, on test prompts that nothing else has seen: gold.jsonl.
+by_base: of other runs, by the base RM against the base's answers, on the prompts of D_MS: base.jsonl. It is
+the RM that the first round optimises, so a gain there is still to be shown by a benchmark or by people.
 """
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import labels
 import manifest
 import reward
 import run
-from data import read_jsonl
+from data import read_jsonl, read_selection
 from evals.stats import ordered_alike, standard_error
 from filter import win_rate
 from parallel import from_rank0
@@ -19,9 +20,34 @@ from rollout import sample_and_score
 from toy import gold_of, parts
 
 
+def by_base(o):
+    """base.jsonl in the run folder; without model selection there are no answers to judge, and no file."""
+    out, lines, base = Path(o.out), [], None
+    for label, policy, _ in states_of(out, o) * o.select:
+        step, name = out / "round1" / "e1", "before"
+        if policy != o.policy:
+            step = Path(policy).parent
+            name = read_selection(step / "selection.json")["chosen"]
+        answers, path = step / "select" / f"{name}.jsonl", out / "base" / f"{label.replace(' ', '')}.jsonl"
+        if manifest.due(out, path, answers, Path(o.rm).parent):
+            reward.score(o.rm, read_jsonl(answers), path, o.score_batch)
+        run.remove_all(run.parts_of(path))
+        rows = read_jsonl(manifest.done(out, path))
+        base = base or rows
+        scores, base_scores = ([row["score"] for row in some] for some in (rows, base))
+        lines.append(dict(policy=label, n=len(rows), win_rate=win_rate(scores, base_scores), **common(rows)))
+    run.write_rows(out / "base.jsonl", lines)
+
+
+def common(rows):
+    """What both files say of a policy's answers, scored by the base RM."""
+    scores = [row["score"] for row in rows]
+    return dict(reward_r0=float(np.mean(scores)), reward_r0_se=standard_error(scores),
+                **{key: float(np.mean([row[key] for row in rows])) for key in ("tokens", "finished")})
+
+
 def measure(o):
-    """gold.jsonl in the run folder: a line for the base and one per round,
-    on test prompts that nothing else has seen."""
+    """gold.jsonl in the run folder."""
     out = Path(o.out)
     states, lines, base = states_of(out, o), [], None
     for label, policy, rm in states:
@@ -41,9 +67,8 @@ def measure(o):
         values, base_values = [gold_of(row) for row in rows[::2]], [gold_of(row) for row in base[::2]]
         lines.append(dict(
             policy=label, rm=Path(rm).parts[-3] if rm != o.rm else "r0", gold=float(np.mean(values)),
-            gold_se=standard_error(values), win_rate=win_rate(values, base_values),
-            tokens=float(np.mean([row["tokens"] for row in rows])),
-            reward_r0=float(np.mean([row["score"] for row in rows])),
+            gold_se=standard_error(values), n=len(values), win_rate=win_rate(values, base_values),
+            **common(rows),
             accuracy_base=agreement_with_gold(read_jsonl(folder / "base.jsonl")),
             accuracy_current=agreement_with_gold(read_jsonl(folder / "own.jsonl")),
             length_slope=length_slope(read_jsonl(folder / "base.jsonl"))))

@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from data import as_messages
-from evals import figures
-from evals.figures import e_steps, lengths_of, m_steps, stopped, svg, title, training_lines
+from evals import figures, plots
+from evals.figures import curves, e_steps, m_steps, plus_minus, responses_of, seconds_of, stopped, title
 from evals.gold import gold_table
+from evals.plots import can_plot, svg
 from parallel import rank, say
 from toy import gold_of
 
@@ -51,14 +52,14 @@ def report(*folders, out=""):
 
 
 def tell(run):
-    say("\n" + figures.steps_table(run["steps"]))
+    say(f"\n{run['name']}: {run['arm']}\n{figures.steps_table(run['steps'])}\n")
     if run["gold"]:
-        run["judge"] = gold_of
-        say("\n" + gold_table(run["gold"]))
-    if not figures.can_plot():
-        return say("\nno picture: pip install matplotlib")
-    figures.draw_picture(run, run["folder"] / "report.png")
-    say(f"\npicture: {run['folder'] / 'report.png'}")
+        say(gold_table(run["gold"]) + "\n")
+    say("\n".join(figures.verdict(run)) + "\n")
+    if not can_plot():
+        return say("no picture: pip install matplotlib")
+    plots.draw_picture(run, run["folder"] / "report.png")
+    say(f"picture: {run['folder'] / 'report.png'}")
 
 
 def write(path, parts):
@@ -84,45 +85,44 @@ def page(runs):
            f'<meta http-equiv="Content-Security-Policy" content="{policy}"><style>{CSS}</style>'
            f'<h1>{name}</h1><p class=note>Mutual-Taught: policy models (PM) and reward models (RM) that '
            'train each other. Figures are over all rows of the run’s files, texts are a sample.')
-    if not figures.can_plot():
+    if not can_plot():
         yield "<p>Without plots: <code>pip install matplotlib</code>, then write this page again."
     found = sections(runs)
     links = "".join(f'<a href="#{i}">{escape(head)}</a>' for i, (head, *_) in enumerate(found))
     yield f"<nav>{links}</nav>"
     for number, (head, note, *parts) in enumerate(found):
-        yield f'<h2 id="{number}">{escape(head)}</h2><p class=note>{escape(note)}</p>{"".join(parts)}\n'
+        yield (f'<section><h2 id="{number}">{escape(head)}</h2><p class=note>{escape(note)}</p>'
+               f'{"".join(parts)}</section>\n')
     yield f"<script>{SCRIPT}</script></html>\n"
 
 
 def sections(runs):
     """[(heading, note, HTML, …)]"""
-    gold = [run for run in runs if run["gold"]]
-    several = [("Runs", "By the names of the paper’s ablations.", compared(runs))] if len(runs) > 1 else []
+    judged = [run for run in runs if run["states"]]
     return [
-        *several,
-        ("Policies and reward models", "Win rates of a step’s checkpoints are against the PM before, on "
-         "the held-out prompts of D_MS, judged by the RM in use.", side(runs, chain)),
-        ("Reward and gold" if gold else "Reward", "Rewards of different RMs have different scales: compare "
-         "within one. On D_MS the prompts are the same throughout." + GOLD_NOTE * bool(gold),
-         overlaid(gold, gold="Gold on test prompts (± standard error)",
-                  reward_r0="Reward by RM 0 on test prompts"), side(runs, rewards)),
-        ("Training", "A step’s figures are from before its update. The RM starts from RM 0 each time.",
-         side(runs, losses)),
-        ("Length of responses", "Of the E-steps’ samples; of the last PM, its answers on D_MS. Line: median; "
-         "band: the middle 80%.", side(runs, lengths)),
+        ("Did it work?", FIRST, *[compared(runs)] * (len(runs) > 1), side(runs, first_screen)),
+        ("Policies and reward models", "Win rates of a step’s checkpoints are against the PM before, on the "
+         "held-out prompts of D_MS, judged by the RM in use, with their 95% intervals.", side(runs, chain)),
+        ("Reward", "Rewards of different RMs have different scales: compare within one. On D_MS the prompts "
+         "are the same throughout.", together(overlaid([run for run in judged if run["gold"]], "gold"),
+                                              overlaid(judged, "reward_r0")), side(runs, rewards(runs))),
+        ("Training", "A step’s figures are from before its update. Left out are DPO’s first step, in which "
+         "policy and reference are the same, and a last one with less than half a batch. The RM starts from "
+         "RM 0 each time.", side(runs, losses(runs))),
+        ("Length and time", "Of the E-steps’ samples; of the last PM, its answers on D_MS. Line: median; "
+         "band: the middle 80%.", side(runs, lengths(runs))),
         ("Comparisons", "Δr is the reward of the new PM’s answer minus that of the old one’s. At or below "
          "−ε, a standard deviation of the old rewards, a comparison is dropped.", side(runs, margins(runs))),
         ("Accuracy of the reward models", "How often the RM in use orders two answers as gold does, where "
-         "gold has a preference; “base” is before any M-step.",
-         overlaid(gold, accuracy_base="On the base PM’s answers", accuracy_current="On this PM’s answers"),
-         side(runs, accuracies)),
+         "gold has a preference. Length slope: by how many of its standard deviations the reward of an "
+         "answer to the same prompt rises with ten more tokens.", side(runs, accuracies)),
         ("Texts", f"A sample by a fixed seed, at most {SHOWN} prompts of a step; the run’s files have all.",
          TOOLS, side(runs, texts(runs))),
         ("Configuration and versions", "", configuration(runs))]
 
 
-GOLD_NOTE = (" Gold and “reward by RM 0” are on test prompts that nothing else has seen; a run that has "
-             "stopped keeps its last PM.")
+FIRST = ("Judged by gold where there is one, on test prompts that nothing else has seen; else by RM 0, the "
+         "base reward model, on D_MS. ±: half of a win rate’s 95% interval, a mean’s standard error (se).")
 
 
 def side(runs, panel):
@@ -132,8 +132,21 @@ def side(runs, panel):
     return f'<div class="side{" one" * (len(runs) == 1)}">{panels}</div>'
 
 
-def plots(*drawn):
+def together(*drawn):
     return f"<div class=plots>{''.join(drawn)}</div>"
+
+
+def plot(runs, name, caption, draw):
+    """A function from a run to its plot by draw(axis, run), on the same axes for all; '' if it is not of
+    `runs`."""
+    limits = plots.alike(runs, draw) if can_plot() and runs else None
+
+    def of(run):
+        def drawn(axis):
+            draw(axis, run)
+            axis.set_ylim(limits)
+        return svg(mark(run, name), caption, drawn) if run in runs else ""
+    return of
 
 
 def grid(head, rows, style=""):
@@ -142,6 +155,11 @@ def grid(head, rows, style=""):
         return "<tr>" + "".join(f"<{tag}>{escape(str(value))}</{tag}>" for value in values)
     lines = f'<thead>{line("th", head)}<tbody>{"".join(line("td", row) for row in rows)}'
     return f'<div class=wide><table class="{style}">{lines}</table></div>' if rows else ""
+
+
+def folded(head, rows):
+    """A table that a click opens: the plots beside it show the same."""
+    return f"<details><summary class=note>figures</summary>{grid(head, rows)}</details>" if rows else ""
 
 
 def num(value, digits=3):
@@ -157,18 +175,37 @@ def mark(run, name):
 def compared(runs):
     rows = []
     for run in runs:
-        last = run["gold"][-1] if run["gold"] else {}
-        rows.append([run["name"], run["arm"], sum(bool(s["chosen"]) for s in e_steps(run)), len(m_steps(run)),
-                     *(num(last.get(key)) for key in ("gold", "win_rate", "accuracy_base")), outcome(run)])
-    return grid(["run", "ablation", "new PMs", "new RMs", "last gold", "win vs base", "RM accuracy",
-                 "outcome"], rows, "plain")
+        states = run["states"] or [{}]
+        first, last, judge = states[0], states[-1], run["judge"]
+        best = max(states, key=lambda state: state.get(judge, 0))
+        rows.append([run["name"], run["arm"], "gold" if run["gold"] else "RM 0", num(first.get(judge)),
+                     f"{num(best.get(judge))} ({best.get('policy', '–')})", num(last.get(judge)),
+                     plus_minus(last["win_rate"], last["n"]) if last else "–",
+                     *(num(last.get(key)) for key in ("accuracy_current", "accuracy_base")), outcome(run)])
+    return grid(["run", "ablation", "judge", "base", "best", "last", "last, win vs base", "RM accuracy: own",
+                 "base’s answers", "outcome"], rows, "plain")
+
+
+def first_screen(run):
+    said, *warned = figures.verdict(run)
+    head = ["policy", "gold ± se", "win vs base", "RM accuracy, own answers"] if run["gold"] else [
+        "policy", "win vs base"]
+    rows = [[s["policy"], *([f"{num(s['gold'])} ± {num(s['gold_se'])}"] if run["gold"] else []),
+             plus_minus(s["win_rate"], s["n"]), *([num(s["accuracy_current"])] if run["gold"] else []),
+             f"{num(s['reward_r0'])} ± {num(s['reward_r0_se'])}", num(s["tokens"], 1), f"{s['finished']:.1%}"]
+            for s in run["states"]]
+    return (f"<p class=verdict>{escape(said)} {escape(outcome(run))}</p>"
+            + "".join(f"<p class=warning>{escape(line)}</p>" for line in warned)
+            + grid([*head, "reward under RM 0 ± se", "tokens", "finished"], rows))
 
 
 def outcome(run):
     if stopped(run):
         s = run["steps"][-1]
-        return (f"Stopped in {title(s)}: best win rate {num(s['win_rate'])} < τ = {s['tau']}; "
-                f"PM {s['pm']} stays.")
+        low, high = figures.wilson(s["win_rate"], s["judged"])
+        inside = " (τ is within the interval)" * (low < s["tau"] < high)
+        return (f"Stopped in {title(s)}: best win rate {plus_minus(s['win_rate'], s['judged'])} < τ = "
+                f"{s['tau']}{inside}; PM {s['pm']} stays.")
     rounds, of_a_round = run["settings"].get("rounds", 0), 2 + (run["settings"].get("update_rm") is not False)
     if len(run["steps"]) < rounds * of_a_round:
         return f"Unfinished: {len(run['steps'])} of {rounds * of_a_round} steps so far."
@@ -177,7 +214,9 @@ def outcome(run):
 
 def chain(run):
     end = f"<li{' class=stop' * stopped(run)}><b>{escape(outcome(run))}</b>"
-    return f"<ol class=chain>{''.join(map(chain_link, run['steps']))}{end}</ol>"
+    drawn = any(s["win_rates"] for s in e_steps(run)) and svg(
+        mark(run, "win"), "Win rate of each checkpoint", lambda axis: plots.plot_win_rates(axis, run))
+    return f"<ol class=chain>{''.join(map(chain_link, run['steps']))}{end}</ol>{together(drawn or '')}"
 
 
 def chain_link(s):
@@ -189,56 +228,81 @@ def chain_link(s):
     else:
         made, share = f"PM {s['pm'] + 1}" if s["chosen"] else "discarded", s["win_rate"]
         what = f"PM {s['pm']} → {made}"
-        head = "no selection" if share is None else f"win rate {num(share)}"
-        facts = [f"{step}: {num(rate)}{' ✓' * (step == s['chosen'])}"
-                 for step, rate in s["win_rates"].items()]
-        facts.append(f"{s['paired']} of {s['sample'].seen} prompts gave a pair")
+        head = "no selection" if share is None else f"win rate {plus_minus(share, s['judged'])}"
+        facts = [" · ".join(f"{step}: {num(rate)}{' ✓' * (step == s['chosen'])}"
+                            for step, rate in s["win_rates"].items()),
+                 f"{s['paired']} of {s['sample'].seen} prompts gave a pair"]
     bar = f'<span class=bar style="--w:{share:.1%}"></span>' if share is not None else ""
-    facts = "<br>".join(map(escape, [*facts, f"judged by RM {s['rm']}"]))
+    facts = "<br>".join(map(escape, filter(None, [*facts, f"judged by RM {s['rm']}"])))
     return f"<li class={s['kind']}>{escape(title(s))}<b>{what}</b>{head}{bar}<div class=note>{facts}</div>"
 
 
-def overlaid(runs, **drawn):
-    """Columns of gold.jsonl, all runs in one plot. drawn: column = caption."""
-    return plots(*(svg(key, caption, lambda x, key=key: figures.plot_gold(x, runs, key))
-                   for key, caption in drawn.items() if runs))
+def overlaid(runs, key):
+    """A column of the states, all runs in one plot."""
+    return runs and svg(key, plots.UNITS[key], lambda axis: plots.plot_states(axis, runs, key)) or ""
 
 
-def rewards(run):
-    gold = grid(["test prompts", "gold", "± se", "win vs base", "tokens", "reward by RM 0"], [
-        [g["policy"], *(num(g[key]) for key in ("gold", "gold_se", "win_rate")), num(g["tokens"], 1),
-         num(g["reward_r0"])] for g in run["gold"]])
-    rows = [[title(s), f"PM {s['pm']}", f"RM {s['rm']}", num(s["reward"]),
-             *(num(s["held_out"] and s["held_out"][at]["reward"]) for at in ("before", "after"))]
-            for s in e_steps(run)]
-    plot = svg(mark(run, "held"), "Mean reward on D_MS", lambda x: figures.plot_held_out(x, run)) \
-        if any(s["held_out"] for s in e_steps(run)) else ""
-    table = grid(["E-step", "PM", "judge", "of its samples", "D_MS before", "D_MS after"], rows)
-    return gold + plots(plot, table)
+def rewards(runs):
+    drawn = plot([run for run in runs if any(s["held_out"] for s in e_steps(run))], "held",
+                 "Mean reward on D_MS", plots.plot_held_out)
+
+    def panel(run):
+        rows = [[title(s), f"PM {s['pm']}", f"RM {s['rm']}", num(s["reward"]),
+                 *(num(s["held_out"] and s["held_out"][at]["reward"]) for at in ("before", "after"))]
+                for s in e_steps(run)]
+        head = ["E-step", "PM", "judge", "of its samples", "D_MS before", "D_MS after"]
+        return together(drawn(run)) + folded(head, rows)
+    return panel
 
 
-METRICS = {"E": {"loss": "loss", "rewards/margins": "margins", "rewards/accuracies": "accuracy"},
-           "M": {"loss": "loss", "margin": "margins", "accuracy": "accuracy"}}
+METRICS = [("E", "DPO loss", {"loss": "loss"}),
+           ("E", "DPO rewards, β log π/π_ref", {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}),
+           ("E", "DPO log-probabilities, nats", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
+           ("E", "DPO accuracy", {"rewards/accuracies": "accuracy"}), ("M", "RM loss", {"loss": "loss"}),
+           ("M", "RM margins", {"margin": "margin"}), ("M", "RM accuracy", {"accuracy": "accuracy"})]
 
 
-def losses(run):
-    drawn, rows = [], []
-    for kind, what in (("E", "DPO"), ("M", "RM")):
-        found = training_lines(run, kind)
-        drawn += [svg(mark(run, f"{kind}{i}"), f"{what} {name}",
-                      lambda x, kind=kind, key=key: figures.plot_steps(x, run, kind, key))
-                  for i, (key, name) in enumerate(METRICS[kind].items()) if found]
-        rows += [[phase.removeprefix("round"), len(log), *(num(log[at][key]) for key in METRICS[kind]
-                                                           for at in (0, -1))] for phase, log in found]
-    head = ["phase", "steps", "loss: first", "last", "margins: first", "last", "accuracy: first", "last"]
-    return plots(*drawn) + grid(head, rows)
+def has(run, kind, keys):
+    """Whether a run's trainings have these metrics: variants have others."""
+    found = curves(run, kind)
+    return bool(found) and all(keys <= rows[0].keys() for _, rows in found)
 
 
-def lengths(run):
-    rows = [[name, *(num(np.percentile(x, q), 0) for q in (10, 50, 90)), num(x.mean(), 1)]
-            for name, x in lengths_of(run)]
-    plot = rows and svg(mark(run, "len"), "Tokens per response", lambda x: figures.plot_lengths(x, run))
-    return plots(plot or "", grid(["PM", "10%", "median", "90%", "mean"], rows))
+def losses(runs):
+    drawn = [plot([run for run in runs if has(run, kind, keys.keys())], f"{kind}{i}", name,
+                  lambda axis, run, kind=kind, keys=keys: plots.plot_steps(axis, run, kind, keys))
+             for i, (kind, name, keys) in enumerate(METRICS)]
+    columns = {"E": ("loss", "rewards/margins", "rewards/accuracies"), "M": ("loss", "margin", "accuracy")}
+
+    def panel(run):
+        rows = []
+        for kind, keys in columns.items():
+            for phase, log in curves(run, kind) if has(run, kind, {*keys}) else []:
+                fifth = -(-len(log) // 5)
+                rows.append([phase.removeprefix("round"), log[-1]["step"], *(
+                    num(np.mean([row[key] for row in part])) for key in keys
+                    for part in (log[:fifth], log[-fifth:]))])
+        head = ["phase", "steps", *(f"{name}: {part}" for name in ("loss", "margins", "accuracy")
+                                    for part in ("first fifth", "last fifth"))]
+        return together(*(one(run) for one in drawn)) + folded(head, rows)
+    return panel
+
+
+def lengths(runs):
+    some = [run for run in runs if e_steps(run)]
+    drawn = [plot(some, "len", "Tokens per response", plots.plot_lengths),
+             plot(some, "end", "Finished responses", plots.plot_finished),
+             plot([run for run in runs if run["timings"]], "sec", "Where the time went", plots.plot_seconds)]
+
+    def panel(run):
+        rows = [[name, *(num(np.percentile(x, q), 0) for q in (10, 50, 90)), num(x.mean(), 1), f"{share:.1%}"]
+                for name, x, share in responses_of(run)]
+        seconds, parts = seconds_of(run)
+        return (together(*(one(run) for one in drawn))
+                + folded(["PM", "10%", "median", "90%", "mean", "finished"], rows)
+                + folded(["seconds", *parts], [[step, *(num(s[part], 1) for part in parts)]
+                                               for step, s in seconds.items()]))
+    return panel
 
 
 def margins(runs):
@@ -247,20 +311,20 @@ def margins(runs):
     limits = every.min(), max(every.max(), every.min() + 1e-6)
 
     def panel(run):
-        drawn = [svg(mark(run, f"dr{i}"), title(s), lambda x, s=s: figures.plot_margins(x, s, limits))
+        drawn = [svg(mark(run, f"dr{i}"), title(s), lambda x, s=s: plots.plot_margins(x, s, limits))
                  for i, s in enumerate(m_steps(run))]
         rows = [[title(s), s["comparisons"], s["kept"], s["comparisons"] - s["kept"], num(s["margin"]),
                  num(s["epsilon"]), ", ".join(f"{n} {why}" for why, n in sorted(s["dropped"].items())) or "–"]
                 for s in m_steps(run)]
         head = ["M-step", "comparisons", "kept", "dropped", "mean Δr", "ε", "dropped because"]
-        return plots(*drawn) + grid(head, rows) if rows else "<p>No M-step: nothing was compared.</p>"
+        return together(*drawn) + folded(head, rows) if rows else "<p>No M-step: nothing was compared.</p>"
     return panel
 
 
 def accuracies(run):
-    keys = ("accuracy_base", "accuracy_current", "length_slope")
+    keys = ("accuracy_current", "accuracy_base", "length_slope")
     rows = [[g["policy"], g["rm"], *(num(g[key]) for key in keys)] for g in run["gold"]]
-    return grid(["after", "RM in use", "on base PM’s answers", "on own answers", "length slope"], rows) or (
+    return grid(["after", "RM in use", "on own answers", "on the base’s", "length slope"], rows) or (
         "<p>This run has no gold; <code>eval.py agreement --run RUN</code> holds its RMs against each other.")
 
 
@@ -340,8 +404,8 @@ def comparison(run, row, number):
 
 def answer_html(run, row, style="", word=""):
     facts = [f"reward {row['score']:.3f}", f"{row['tokens']} tokens", *["cut off"] * (not row["finished"])]
-    if "judge" in run:
-        facts.insert(1, f"gold {run['judge'](row):.3f}")
+    if run["gold"]:
+        facts.insert(1, f"gold {gold_of(row):.3f}")
     facts = f"<b class={style}>{word}</b> " * bool(word) + " · ".join(facts)
     return f"<div class=answer><div class=facts>{facts}</div><p>{cut(row['response'])}</p></div>"
 
@@ -369,10 +433,10 @@ TOOLS = ('<div id=tools hidden><input type=search aria-label=search placeholder=
          f'chosen, dropped …">{BUTTONS}<span id=found role=status></span></div>')
 CSS = """
 :root { color-scheme: light dark; --bg: #fdfdfc; --card: #fff; --ink: #22252b; --quiet: #8b9099;
-  --soft: #5d636e; --line: #e3e4e6; --good: #2c7a4b; --bad: #b1452f;
+  --soft: #5d636e; --line: #e3e4e6; --shade: #0003; --good: #2c7a4b; --bad: #b1452f;
   --s0: #2f6fb5; --s1: #c8612a; --s2: #3c8d5a; --s3: #8a5bb1; --s4: #b03a5b; --s5: #7a6a1f }
 @media (prefers-color-scheme: dark) { :root { --bg: #15171a; --card: #1c1f23; --ink: #e3e5e8;
-  --quiet: #7d838d; --soft: #a3a9b3; --line: #31353b; --good: #6cc08b; --bad: #ec8a72;
+  --quiet: #7d838d; --soft: #a3a9b3; --line: #31353b; --shade: #fff4; --good: #6cc08b; --bad: #ec8a72;
   --s0: #79aee8; --s1: #f0985f; --s2: #74c48f; --s3: #bd98de; --s4: #e58aa3; --s5: #cdbb62 } }
 * { box-sizing: border-box } [hidden] { display: none !important }
 html { scroll-padding-top: 3.5rem }
@@ -388,7 +452,15 @@ figure svg text { font-family: inherit !important }
 .side, .plots { display: grid; gap: .4rem 1.6rem; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)) }
 .side > *, .plots > * { min-width: 0 } .one { grid-template-columns: minmax(0, 1fr) }
-.wide { overflow-x: auto }
+@media (max-width: 40rem) { .side:not(.one) { grid-auto-flow: column; grid-template-columns: none;
+  grid-auto-columns: 88%; overflow-x: auto } }
+.wide { overflow-x: auto; background:
+  linear-gradient(90deg, var(--bg) 50%, transparent) 0 0 / 3rem 100% no-repeat local,
+  linear-gradient(270deg, var(--bg) 50%, transparent) 100% 0 / 3rem 100% no-repeat local,
+  linear-gradient(90deg, var(--shade), transparent) 0 0 / 1.2rem 100% no-repeat,
+  linear-gradient(270deg, var(--shade), transparent) 100% 0 / 1.2rem 100% no-repeat }
+.verdict { font-size: 1.15rem; font-weight: 500; max-width: 60rem }
+.warning { border-left: 3px solid var(--bad); padding-left: .7rem; max-width: 60rem }
 table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; margin: .4rem 0 }
 th, td { padding: .22rem 1.1rem .22rem 0; text-align: right; border-bottom: 1px solid var(--line);
   white-space: nowrap }

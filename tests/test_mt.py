@@ -312,10 +312,32 @@ def test_win_rates_settings_versions_and_metrics_are_on_record(undisturbed, word
             steps = [row for row in lines if row["phase"] == f"round{n}/{part}/checkpoints" and "loss" in row]
             assert [row["step"] for row in steps] == list(range(1, len(steps) + 1)) and steps
             assert {"rewards/margins", "rewards/accuracies", "logps/chosen"} <= steps[0].keys()
+            pairs = len(read_jsonl(undisturbed / f"round{n}" / part / "pairs.jsonl"))
+            assert [row["batch"] for row in steps] == [4] * (pairs // 4) + [pairs % 4] * (pairs % 4 > 0)
             rates = {row["checkpoint"]: row["win_rate"] for row in lines
                      if row["phase"] == f"round{n}/{part}/selection"}
             assert rates == selection(undisturbed / f"round{n}" / part)["win_rates"]
         assert [row for row in lines if row["phase"] == f"round{n}/m/rm" and "accuracy" in row]
+
+
+def test_each_rounds_policy_is_judged_by_the_base_rm_against_the_base(undisturbed, tiny, tmp_path):
+    def rewards(path):
+        reward.score(tiny(reward=True), read_jsonl(path), tmp_path / "scored.jsonl", 4)
+        return np.array([row["score"] for row in read_jsonl(tmp_path / "scored.jsonl")])
+    lines = read_jsonl(undisturbed / "base.jsonl")
+    assert [line["policy"] for line in lines] == ["base", "round 1", "round 2"]
+    base = rewards(undisturbed / "round1/e1/select/before.jsonl")
+    for number, line in enumerate(lines):
+        step = undisturbed / f"round{number}" / "e2"
+        answers = step / "select" / f"{selection(step)['chosen']}.jsonl" if number else \
+            undisturbed / "round1/e1/select/before.jsonl"
+        own, rows = rewards(answers), read_jsonl(answers)
+        assert line["n"] == len(rows) == 6
+        assert line["reward_r0"] == pytest.approx(own.mean())
+        assert line["reward_r0_se"] == pytest.approx(own.std(ddof=1) / 6**0.5)
+        assert line["win_rate"] == pytest.approx((own > base).mean() + (own == base).mean() / 2)
+        assert line["tokens"] == np.mean([row["tokens"] for row in rows])
+        assert line["finished"] == np.mean([row["finished"] for row in rows])
 
 
 def test_seconds_and_tokens_per_second_of_every_long_phase_are_on_record(undisturbed):

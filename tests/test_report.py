@@ -23,7 +23,7 @@ import evals.report as report_script
 import reward
 import toy
 from data import Problem, read_jsonl, write_jsonl
-from evals import figures
+from evals import figures, plots
 from evals.figures import Sample, arm, load, steps_of, steps_table
 from evals.report import report
 from filter import compare, preference_pairs
@@ -58,14 +58,16 @@ def make_run(folder, prompts, text=toy.demonstration, gold=False, **settings):
         for name in ("before", *rates):
             write_jsonl(at / "select" / f"{name}.jsonl", answers(prompts[:5], 1, rng, text))
     if gold:
-        row = dict(gold=1.25, gold_se=0.1, win_rate=0.5, tokens=9.0, reward_r0=0.2, rm="r0",
+        row = dict(gold=1.25, gold_se=0.1, n=30, win_rate=0.5, tokens=9.0, finished=0.9, reward_r0=0.2,
+                   reward_r0_se=0.3, rm="r0",
                    accuracy_base=0.625, accuracy_current=0.71, length_slope=0.1)
         write_jsonl(folder / "gold.jsonl", [row | {"policy": name} for name in ("base", "round 1")])
     write_jsonl(folder / "metrics.jsonl", [
-        {"phase": f"round1/{p}/checkpoints", "step": i, "loss": 0.7 - i / 100, "rewards/margins": i / 10,
-         "rewards/accuracies": i / 20} for p in ("e1", "e2") for i in range(1, 11)] + [
-        {"phase": "round1/m/rm", "step": i, "loss": 0.4, "margin": 1.5, "accuracy": 0.875, "mean_reward": 0.0}
-        for i in range(5)] * ("m" in steps))
+        {"phase": f"round1/{p}/checkpoints", "step": i, "batch": 3 if i == 11 else 8, "loss": 0.7 - i / 100,
+         "rewards/margins": i / 10, "rewards/accuracies": i / 20, "rewards/chosen": i, "rewards/rejected": -i,
+         "logps/chosen": -20 - i, "logps/rejected": -20 - 2 * i} for p in ("e1", "e2") for i in range(1, 12)]
+        + [{"phase": "round1/m/rm", "step": i, "loss": 0.4, "margin": 1.5, "accuracy": 0.875,
+            "mean_reward": 0.0} for i in range(1, 6)] * ("m" in steps))
     settings = {"rounds": 1, "update_rm": True, "select": True, "filter": True, **settings}
     (folder / "run.json").write_text(json.dumps({"settings": settings, "versions": {"torch": "2.x"},
                                                  "templates": {"policy": "{{ m['content'] }}"}}))
@@ -138,6 +140,62 @@ def test_there_is_a_picture_with_matplotlib(tmp_path, prompts, call, capsys):
     assert "round 1" in said  # the embedded task's table
 
 
+# ---------------------------------------------------------------- whether it worked
+STATE = dict(policy="base", n=300, win_rate=0.5, reward_r0=0.0, reward_r0_se=0.05, tokens=20.0, finished=1.0)
+
+
+@pytest.mark.parametrize("values, said", [
+    ((3.0, 3.3, 3.6), "It worked. Gold rose from 3.00 to 3.60."),
+    ((3.0, 3.6, 3.5), "It worked. Gold rose from 3.00 to 3.50; its best was 3.60, of round 1."),
+    ((3.0, 3.6, 3.3), "It went too far. Gold went from 3.00 to 3.30; its best was 3.60, of round 1."),
+    ((3.0, 3.6, 2.8), "It harmed. Gold fell from 3.00 to 2.80; its best was 3.60, of round 1."),
+    ((3.0, 3.1, 3.1), "It changed little. Gold went from 3.00 to 3.10; its best was 3.10, of round 1."),
+])
+def test_the_verdict_is_that_of_gold(values, said):
+    states = [STATE | dict(policy=f"round {i}" if i else "base", gold=value, gold_se=0.05)
+              for i, value in enumerate(values)]
+    assert figures.verdict(dict(states=states, judge="gold", steps=[])) == [said]
+
+
+def test_without_gold_the_base_reward_model_judges_and_cannot_say_more_than_that():
+    states = [STATE, STATE | dict(policy="round 1", reward_r0=0.5)]
+    said, warning = figures.verdict(dict(states=states, judge="reward_r0", steps=[]))
+    assert said == "Reward under the base RM rose from 0.00 to 0.50." and "a benchmark or people" in warning
+    assert "Nothing here says yet" in figures.verdict(dict(states=[], judge="reward_r0"))[0]
+
+
+@pytest.mark.parametrize("last, warned", [
+    (dict(finished=0.94), "Only 94.0% of the last policy’s answers are finished"),
+    (dict(tokens=25.0), "Answers are 25% longer"), (dict(tokens=15.0), "Answers are 25% shorter"),
+    (dict(win_rate=0.43), "by the reward model in use the last update won 0.860, yet against the base this "
+                          "policy wins 0.430 ± 0.056"),
+    (dict(gold=2.95, reward_r0=2.0), "while gold fell: over-optimisation"),
+    (dict(finished=0.96, tokens=23.0, win_rate=0.51), "")])
+def test_what_to_beware_of_is_said(last, warned):
+    states = [STATE | dict(gold=3.0, gold_se=0.05) | more for more in ({}, last)]
+    steps = [dict(kind="E", chosen="step-2", win_rate=0.86), dict(kind="E", chosen=None, win_rate=0.3)]
+    said = figures.warnings(dict(states=states, judge="gold", steps=steps))
+    assert len(said) == bool(warned) and all(warned in line for line in said)
+
+
+def test_the_seconds_of_a_step_are_those_of_its_phases(run):
+    write_jsonl(run / "timings.jsonl", [dict(phase=f"round1/{name}", seconds=seconds) for name, seconds in {
+        "e1/samples": 1.0, "e1/checkpoints": 2.0, "e1/select/before": 4.0, "e1/select/step-2": 8.0,
+        "m/new": 16.0, "m/old": 32.0, "m/rm": 64.0}.items()])
+    found, parts = figures.seconds_of(load(run))
+    assert {step: [seconds[part] for part in parts] for step, seconds in found.items()} == {
+        "round1/e1": [1.0, 2.0, 12.0], "round1/m": [48.0, 64.0, 0.0]}
+    assert "Where the time went" in written_page(run) or not plots.can_plot()
+
+
+def test_plots_that_are_compared_share_their_axes(tmp_path, prompts):
+    pytest.importorskip("matplotlib")
+    runs = [load(make_run(tmp_path / name, prompts[:n])) for name, n in (("a", 30), ("b", 3))]
+    alone = [plots.alike([run], plots.plot_lengths) for run in runs]
+    assert plots.alike(runs, plots.plot_lengths) == (0, max(high for _, high in alone))
+    assert alone[0] != alone[1]
+
+
 # ---------------------------------------------------------------- the page
 def test_the_figures_on_the_page_are_those_of_the_files(run):
     page = written_page(run)
@@ -149,9 +207,9 @@ def test_the_figures_on_the_page_are_those_of_the_files(run):
         means = [f"{np.mean([row['score'] for row in some]):.3f}" for some in (samples, *select)]
         e, pm = ("E(a)", 0) if part == "e1" else ("E(c)", 1)
         assert [f"round 1 · {e}", f"PM {pm}", f"RM {pm}", *means] in rows
-        tokens = [row["tokens"] for row in samples]
+        tokens, finished = ([row[key] for row in samples] for key in ("tokens", "finished"))
         assert [f"PM {pm}", *(f"{np.percentile(tokens, q):.0f}" for q in (10, 50, 90)),
-                f"{np.mean(tokens):.1f}"] in rows
+                f"{np.mean(tokens):.1f}", f"{np.mean(finished):.1%}"] in rows
         for step, rate in RATES[part].items():
             assert f"{step}: {rate:.3f}" in page
     compared = read_jsonl(run / "round1/m/comparisons.jsonl")
@@ -159,15 +217,18 @@ def test_the_figures_on_the_page_are_those_of_the_files(run):
     margin, epsilon = np.mean([row["margin"] for row in compared]), compared[0]["epsilon"]
     assert ["round 1 · M(b)", "30", str(kept), str(30 - kept), f"{margin:.3f}", f"{epsilon:.3f}",
             f"{30 - kept} margin at or below -epsilon"] in rows
-    assert ["1/e1", "10", "0.690", "0.600", "0.100", "1.000", "0.050", "0.500"] in rows
+    # without DPO's first step and the last one of 3 pairs: of 2 to 10 the first two and the last two
+    assert ["1/e1", "10", "0.675", "0.605", "0.250", "0.950", "0.125", "0.475"] in rows
     assert ["1/m", "5", "0.400", "0.400", "1.500", "1.500", "0.875", "0.875"] in rows
-    assert "Stopped in round 1 · E(c): best win rate 0.250 &lt; τ = 0.6; PM 1 stays." in page
+    assert "win rate 0.750 ± 0.305" in page  # of 5 prompts
+    assert ("Stopped in round 1 · E(c): best win rate 0.250 ± 0.305 &lt; τ = 0.6 (τ is within the interval); "
+            "PM 1 stays.") in page
 
 
 def test_the_histogram_of_margins_holds_every_comparison(run):
     Figure = pytest.importorskip("matplotlib.figure").Figure
     step, axis = load(run)["steps"][1], Figure().subplots()
-    figures.plot_margins(axis, step, (step["margins"].min(), step["margins"].max()))
+    plots.plot_margins(axis, step, (step["margins"].min(), step["margins"].max()))
     kept, dropped = (sum(bar.get_height() for bar in bars) for bars in axis.containers)
     assert (kept, dropped) == (step["kept"], 30 - step["kept"]) and 0 < kept < 30
     assert axis.lines[0].get_xdata()[0] == -step["epsilon"]
@@ -203,8 +264,9 @@ def test_prompts_without_a_pair_say_why(tmp_path):
 def test_gold_stands_beside_reward(tmp_path, prompts):
     run = make_run(tmp_path / "run", prompts, gold=True)
     page = written_page(run)
-    assert ["base", "1.250", "0.100", "0.500", "9.0", "0.200"] in tables(page)
-    assert ["round 1", "r0", "0.625", "0.710", "0.100"] in tables(page)
+    assert ["base", "1.250 ± 0.100", "0.500 ± 0.168", "0.710", "0.200 ± 0.300", "9.0",
+            "90.0%"] in tables(page)
+    assert ["round 1", "r0", "0.710", "0.625", "0.100"] in tables(page)
     row = read_jsonl(run / "round1/e1/samples.jsonl")[0]
     assert f"reward {row['score']:.3f} · gold {toy.gold_of(row):.3f}" in page
 
@@ -283,7 +345,7 @@ def test_runs_stand_side_by_side_by_their_ablations_names(tmp_path, prompts, cal
     call(eval_script, "report", *runs, "--out", tmp_path / "all.html")
     page = (tmp_path / "all.html").read_text()
     for i, name in enumerate(ARMS):
-        assert page.count(f"<h3>run{i}: {escape(name)}</h3>") == 7
+        assert page.count(f"<h3>run{i}: {escape(name)}</h3>") == 8
     heads = [row[0] for row in tables(page)]
     at = heads.index("settings")  # what differs comes first
     assert heads[at:at + 5] == ["settings", "update_rm", "select", "filter", "settings"]
@@ -408,7 +470,7 @@ def test_agreement_is_that_of_scored_files(tmp_path, tiny, prompts, call, gold, 
         differ = pairs[:, 0] - pairs[:, 1]
         differ = differ[differ[:, 1] != 0]
         assert found["agreement"][pm][rm] == pytest.approx(np.mean((differ[:, 0] > 0) == (differ[:, 1] > 0)))
-    assert found["disagreement"] == {f"round1/{p}": pytest.approx(1 - (6 + 7 + 8 + 9 + 10) / 5 / 20)
+    assert found["disagreement"] == {f"round1/{p}": pytest.approx(1 - (6 + 7 + 8 + 9 + 10 + 11) / 6 / 20)
                                      for p in ("e1", "e2")}
     assert f"agreement with {'gold' if gold else 'RM 1'}" in capsys.readouterr().out
 
@@ -482,6 +544,17 @@ def test_a_browser_sorts_and_searches_and_runs_no_text(browser, tmp_path, prompt
     assert tab.js("window.pwned") is None
 
 
+TOOLS_TOP = "document.getElementById('tools').getBoundingClientRect().top"
+
+
+def test_the_search_bar_stays_with_the_texts(browser, run):
+    written_page(run)
+    tab = Tab(browser, run / "report.html")
+    for place, seen in ((".items > :last-child", True), ("section:last-of-type table", False)):
+        tab.js(f"document.querySelector('{place}').scrollIntoView()")
+        assert (tab.js(TOOLS_TOP) >= 0) == seen, place
+
+
 def test_a_large_page_opens_in_three_seconds_and_fits_a_phone(browser, large):
     if not (large / "report.html").exists():
         report(large)
@@ -492,3 +565,4 @@ def test_a_large_page_opens_in_three_seconds_and_fits_a_phone(browser, large):
     size = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
     browser("POST", "/goog/cdp/execute", {"cmd": "Emulation.setDeviceMetricsOverride", "params": size})
     assert tab.js("document.documentElement.scrollWidth") <= 390
+    assert 0 < tab.js(TOOLS_TOP) < 15 * 800  # screens before the texts
