@@ -141,6 +141,16 @@ def plot_finished(axis, run):
     axis.set(xlabel="PM", ylabel="finished responses, %", ylim=(min(90, *np.multiply(finished, 98)), 100.5))
 
 
+def plot_accuracy(axis, run):
+    """How often the RM in use orders two answers as gold does."""
+    for key, name, colour in (("accuracy_current", "on own answers", SERIES[0]),
+                              ("accuracy_base", "on the base’s answers", SERIES[1])):
+        axis.plot([g[key] for g in run["gold"]], marker="o", color=colour, label=name)
+    axis.set_xticks(range(len(run["gold"])), [f"{g['policy']}\n{g['rm']}" for g in run["gold"]])
+    axis.set(xlabel="policy after, RM in use", ylabel="RM accuracy")
+    legend(axis)
+
+
 def plot_seconds(axis, run):
     found, parts = seconds_of(run)
     below = np.zeros(len(found))
@@ -184,12 +194,7 @@ def draw_picture(run, path):
         if states:
             plot_states(axes[1], [run | {"label": judge}], judge)
         if run["gold"]:
-            for key, name, colour in (("accuracy_base", "on the base’s answers", SERIES[1]),
-                                      ("accuracy_current", "on own answers", SERIES[0])):
-                axes[2].plot([g[key] for g in run["gold"]], marker="o", color=colour, label=name)
-            axes[2].set_xticks(range(len(run["gold"])), [f"{g['policy']}\n{g['rm']}" for g in run["gold"]])
-            axes[2].set(ylabel="RM accuracy")
-            legend(axes[2])
+            plot_accuracy(axes[2], run)
         elif e_steps(run):
             plot_lengths(axes[2], run)
         figure.savefig(path, dpi=110)

@@ -1,0 +1,144 @@
+"""python tests/pretend.py POLICY RM PAIRS OUT: trains, samples and scores on the CPU and on a pretend
+accelerator, there in bf16, too, and prints all figures as JSON. A process of its own, since a device cannot
+be unregistered.
+
+Tensors on the device `pretend` hold their numbers in CPU storages, every operation is the CPU's, and one on
+tensors of two devices is refused, as on CUDA.
+"""
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch.utils._pytree import tree_map_only
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import dpo  # noqa: E402
+import models  # noqa: E402
+import packing  # noqa: E402
+import parallel  # noqa: E402
+import reward  # noqa: E402
+import sampler  # noqa: E402
+from data import load_tokenizer, read_jsonl, read_pairs  # noqa: E402
+
+DTYPES = {int: torch.int64, float: torch.float64}
+COPIES = ("aten::_to_copy", "aten::_copy_from", "aten::copy_")
+META = torch._C.DispatchKeySet(torch._C.DispatchKey.Meta)
+NUMBERS = {}  # storage of a pretend tensor -> a CPU storage's tensor
+
+
+def numbers_of(x):
+    return NUMBERS[x.untyped_storage()._cdata].as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def pretend(numbers):
+    made = torch._C._acc.create_empty_tensor(numbers.shape, numbers.dtype)
+    NUMBERS[made.untyped_storage()._cdata] = numbers.contiguous().view(-1)
+    return made
+
+
+def on_the_cpu(op, *args, **kwargs):
+    """Any operation with the PrivateUse1 key."""
+    name, given, others = op._schema.name, {}, []
+
+    def numbers(x):
+        if x.device.type != "pretend":
+            others.append(x)
+            return x
+        found = numbers_of(x)
+        given[found.untyped_storage()._cdata] = x
+        same[id(found)] = found, x
+        return found
+
+    def wrapped(x):
+        if id(x) in same:
+            return same[id(x)][1]
+        if x.untyped_storage()._cdata in given:  # a view
+            return torch.ops.aten.as_strided.default.redispatch(
+                META, given[x.untyped_storage()._cdata], x.shape, x.stride(), x.storage_offset())
+        return pretend(x)
+
+    same = {}
+    to = torch.device(kwargs.get("device") or "pretend")
+    if "device" in kwargs:
+        kwargs["device"] = "cpu"
+    args, kwargs = tree_map_only(torch.Tensor, numbers, (args, kwargs))
+    if any(x.dim() for x in others) and name not in COPIES:
+        raise RuntimeError(f"{name}: tensors on two devices")
+    if name == "aten::_copy_from":
+        return args[1].copy_(args[0])
+    args = [torch.tensor(x, dtype=DTYPES[type(x)]) if type(x) in DTYPES and str(field.type) == "Tensor"
+            else x for x, field in zip(args, op._schema.arguments)]  # a number that stood for a tensor
+    if op is torch.ops.aten.bmm.dtype:  # which CPUs don't have
+        op, args = torch.ops.aten.bmm.default, [x.to(args[2]) for x in args[:2]]
+    result = op(*args, **kwargs)
+    for found, x in same.values():
+        if x.shape != found.shape:  # an `out` of another shape
+            x.data = pretend(found)
+    if to.type == "cpu":
+        return result
+    return tree_map_only(torch.Tensor, wrapped, result)
+
+
+def figures(policy, rm, pairs, out):
+    """What training, sampling and scoring give."""
+    lines = []
+    settings = dict(lr=1e-3, batch=8, micro_batch=4, seed=0, max_length=64, recompute=False,
+                    log=lambda text="", **line: lines.append(line))
+    for _ in dpo.train(policy, pairs, beta=0.1, **settings):
+        pass
+    reward.train(rm, pairs, **settings)
+    sample(policy, pairs, out)
+    reward.score(rm, read_jsonl(out / "samples.jsonl"), out / "scored.jsonl", 8)
+    return dict(lines=lines, samples=read_jsonl(out / "scored.jsonl"))
+
+
+def sample(policy, pairs, out):
+    sampler.sample(policy, [pair["prompt"] for pair in pairs], out / "samples.jsonl", samples=3, seed="0",
+                   temperature=0.8, top_p=0.95, max_new_tokens=10, rows=16)
+
+
+def inference(policy, rm, pairs, samples):
+    """Log-probabilities of the pairs' answers and rewards of the samples, as in sampling and scoring."""
+    model = packing.ResponseLogps(parallel.replicate(models.load_policy(policy)))
+    rows, _ = packing.pair_rows(load_tokenizer(policy), pairs, 64)
+    scorer, tokenizer = reward.load(rm)
+    with torch.no_grad():
+        logps = dpo.pair_logps(model, rows, range(len(rows)))
+        return dict(logps=logps.tolist(), dtype=str(model.model.dtype), rewards=reward.score_answers(
+            scorer, tokenizer, [(row["prompt"], [row["response"]]) for row in samples], 8))
+
+
+def main():
+    policy, rm, pairs, out = sys.argv[1:]
+    pairs, out, found, cpu = read_pairs(pairs), Path(out), {}, parallel.device
+    _setup_privateuseone_for_python_backend("pretend")
+    library = torch.library.Library("_", "IMPL")
+    library.fallback(on_the_cpu, "PrivateUse1")
+    for where in ("cpu", "pretend"):
+        if where == "pretend":
+            for module in [m for m in sys.modules.values() if getattr(m, "device", None) is cpu]:
+                module.device = lambda: torch.device("pretend")
+            models.device = cpu  # which only chooses the dtype by it: fp32
+        (out / where).mkdir()
+        found[where] = figures(policy, rm, pairs, out / where)
+        found[f"{where} inference"] = inference(policy, rm, pairs, found["cpu"]["samples"])
+    models.device = parallel.device  # bf16
+    found["bf16 inference"] = inference(policy, rm, pairs, found["cpu"]["samples"])
+    sample(policy, pairs, out)  # held by the sampler to plain forward passes
+    found["bf16 samples"] = read_jsonl(out / "samples.jsonl")
+
+    found["went through"] = []
+    for name, mixed in {"add": torch.add, "matmul": torch.matmul, "embedding": torch.embedding}.items():
+        one, other = torch.zeros(2, 2, device=parallel.device()), torch.zeros(2, 2)
+        try:
+            mixed(one, other.long() if name == "embedding" else other)
+        except RuntimeError:
+            continue
+        found["went through"].append(name)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

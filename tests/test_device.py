@@ -1,0 +1,47 @@
+"""pytest tests/test_device.py
+
+What a GPU would do, as far as a CPU can tell: no operation mixes devices, bf16 is off by what bf16 explains.
+FSDP2, NCCL and CUDA's own kernels are not in it.
+"""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import write_jsonl
+
+
+@pytest.fixture(scope="module")
+def found(script, tiny, pairs, tmp_path_factory):
+    """What tests/pretend.py prints."""
+    folder = tmp_path_factory.mktemp("pretend")
+    write_jsonl(folder / "pairs.jsonl", pairs[:12])
+    done = script(Path(__file__).with_name("pretend.py"), tiny(), tiny(reward=True), folder / "pairs.jsonl",
+                  folder)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_training_sampling_and_scoring_on_another_device_are_those_of_the_cpu(found):
+    for one, other in zip(found["cpu"]["lines"], found["pretend"]["lines"], strict=True):
+        assert one == pytest.approx(other, rel=1e-3, abs=1e-5)
+    assert sum("loss" in line for line in found["cpu"]["lines"]) == 4
+    for one, other in zip(found["cpu"]["samples"], found["pretend"]["samples"], strict=True):
+        assert one["response"] == other["response"]
+        assert one["score"] == pytest.approx(other["score"], abs=1e-4)
+    assert len(found["cpu"]["samples"]) == 36
+
+
+def test_an_operation_on_two_devices_is_refused(found):
+    assert found["went through"] == []
+
+
+def test_bf16_is_off_by_what_its_eight_bits_explain(found):
+    exact, rounded = found["pretend inference"], found["bf16 inference"]
+    assert (exact["dtype"], rounded["dtype"]) == ("torch.float32", "torch.bfloat16")
+    for key in ("logps", "rewards"):
+        one, other = np.array(exact[key]), np.array(rounded[key])
+        off = np.abs(one - other) / one.std()
+        assert 0 < off.mean() < 0.02 and off.max() < 0.1, key
+    assert len(found["bf16 samples"]) == 36
