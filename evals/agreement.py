@@ -41,8 +41,8 @@ def agreement(o):
         rms.popitem()  # the judge
     alike = {pm: {rm: ordered_alike(judged[rm][pm], judge[pm]) for rm in rms} for pm in answers}
     say(f"agreement with {'gold' if run['gold'] else list(judged)[-1]}\n{'answers of':12}"
-        + "".join(f"{rm:>8}" for rm in rms))
-    for pm, row in alike.items():
+        + "".join(f"{rm:>8}" for rm in rms) if rms else "one reward model and no gold: nothing to agree with")
+    for pm, row in alike.items() if rms else []:
         say(f"{pm:12}" + "".join(f"{share:8.3f}" for share in row.values()))
     say("PM-RM disagreement")
     apart = disagreement(run)

@@ -475,6 +475,13 @@ def test_agreement_is_that_of_scored_files(tmp_path, tiny, prompts, call, gold, 
     assert f"agreement with {'gold' if gold else 'RM 1'}" in capsys.readouterr().out
 
 
+def test_agreement_of_one_reward_model_without_gold_says_that_there_is_none(
+        tmp_path, tiny, prompts, call, capsys):
+    run = make_run(tmp_path / "run", prompts, update_rm=False, rm=tiny(reward=True))
+    call(eval_script, "agreement", "--run", run, "--prompts", 3)
+    assert "nothing to agree with\nPM-RM disagreement\nround1/e1" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- in a real browser
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
