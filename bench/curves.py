@@ -1,4 +1,4 @@
-"""docs/curves.svg: the curves that docs/curves.md explains, of one run that goes too far and one that stops.
+"""docs/curves.png: the curves that docs/curves.md explains, of one run that goes too far and one that stops.
 
     torchrun mt.py --rounds 3 && torchrun mt.py --rounds 3 --tau 0.63 --out runs/stopped
     python bench/curves.py runs/toy runs/stopped
@@ -32,4 +32,4 @@ with matplotlib.rc_context(plots.STYLE):
     for axis, (name, plot) in zip(figure.subplots(3, 3).flat, PANELS):
         plot(axis)
         axis.set_title(name, loc="left", pad=20, fontweight="bold")
-    figure.savefig(HOME / "docs" / "curves.svg", metadata={"Date": None})
+    figure.savefig(HOME / "docs" / "curves.png", dpi=80)

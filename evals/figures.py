@@ -271,7 +271,7 @@ def verdict(run):
     lead, verb = (("It harmed", "fell") if above(0, -1) else ("It went too far", "went") if above(best, -1)
                   else ("It worked", "rose") if above(-1, 0) else ("It changed little", "went"))
     name = f"{lead}. Gold" if key == "gold" else "Reward under the base RM"
-    said = f"{name} {verb} from {values[0]:.2f} to {values[-1]:.2f}{peak * (best < len(states) - 1)}."
+    said = f"{name} {verb} from {values[0]:.2f} to {values[-1]:.2f}{peak * (values[best] > values[-1])}."
     return [said, *warnings(run)]
 
 

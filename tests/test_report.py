@@ -148,8 +148,9 @@ STATE = dict(policy="base", n=300, win_rate=0.5, reward_r0=0.0, reward_r0_se=0.0
     ((3.0, 3.3, 3.6), "It worked. Gold rose from 3.00 to 3.60."),
     ((3.0, 3.6, 3.5), "It worked. Gold rose from 3.00 to 3.50; its best was 3.60, of round 1."),
     ((3.0, 3.6, 3.3), "It went too far. Gold went from 3.00 to 3.30; its best was 3.60, of round 1."),
+    ((3.0, 3.5, 3.5), "It worked. Gold rose from 3.00 to 3.50."),
     ((3.0, 3.6, 2.8), "It harmed. Gold fell from 3.00 to 2.80; its best was 3.60, of round 1."),
-    ((3.0, 3.1, 3.1), "It changed little. Gold went from 3.00 to 3.10; its best was 3.10, of round 1."),
+    ((3.0, 3.1, 3.1), "It changed little. Gold went from 3.00 to 3.10."),
 ])
 def test_the_verdict_is_that_of_gold(values, said):
     states = [STATE | dict(policy=f"round {i}" if i else "base", gold=value, gold_se=0.05)
