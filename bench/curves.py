@@ -15,12 +15,12 @@ from evals import figures, plots  # noqa: E402
 
 run, stopped = (figures.load(folder) | {"label": ""} for folder in sys.argv[1:])
 PANELS = [
-    ("a  DPO loss", lambda axis: plots.plot_steps(axis, run, "E", {"loss": "loss"})),
-    ("b  log-probabilities, nats", lambda axis: plots.plot_steps(
-        axis, run, "E", {"logps/chosen": "chosen", "logps/rejected": "rejected"})),
-    ("c  rewards, β log π/π_ref", lambda axis: plots.plot_steps(
-        axis, run, "E", {"rewards/chosen": "chosen", "rewards/rejected": "rejected"})),
-    ("d  RM loss", lambda axis: plots.plot_steps(axis, run, "M", {"loss": "loss"})),
+    ("a  DPO loss", lambda axis: plots.plot_steps(axis, run, "E", "loss", {"loss": ""})),
+    ("b  log-probabilities", lambda axis: plots.plot_steps(
+        axis, run, "E", "nats", {"logps/chosen": "chosen", "logps/rejected": "rejected"})),
+    ("c  rewards", lambda axis: plots.plot_steps(
+        axis, run, "E", "β log π/π_ref", {"rewards/chosen": "chosen", "rewards/rejected": "rejected"})),
+    ("d  RM loss", lambda axis: plots.plot_steps(axis, run, "M", "loss", {"loss": ""})),
     ("e  length", lambda axis: plots.plot_lengths(axis, run)),
     ("f  reward under RM 0", lambda axis: plots.plot_states(axis, [run], "reward_r0")),
     ("g  gold", lambda axis: plots.plot_states(axis, [run], "gold")),

@@ -107,7 +107,7 @@ def plot_win_rates(axis, run):
     legend(axis)
 
 
-def plot_steps(axis, run, kind, keys):
+def plot_steps(axis, run, kind, unit, keys):
     """Metrics over the optimiser steps of all E-steps (or all M-steps), in a row. keys: {key: name}"""
     at, middles = 0, {}
     for phase, rows in curves(run, kind):
@@ -119,7 +119,7 @@ def plot_steps(axis, run, kind, keys):
         at += len(rows)
     axis.set_xticks(list(middles.values()), list(middles))
     axis.tick_params(axis="x", length=0)
-    axis.set(xlabel=f"{at} optimiser steps", ylabel=next(iter(keys.values())) if len(keys) == 1 else "")
+    axis.set(xlabel=f"{at} optimiser steps", ylabel=unit)
     if len(keys) > 1:
         legend(axis)
 

@@ -14,6 +14,7 @@ import hashlib
 import html
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -255,11 +256,14 @@ def rewards(runs):
     return panel
 
 
-METRICS = [("E", "DPO loss", {"loss": "loss"}),
-           ("E", "DPO rewards, β log π/π_ref", {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}),
-           ("E", "DPO log-probabilities, nats", {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
-           ("E", "DPO accuracy", {"rewards/accuracies": "accuracy"}), ("M", "RM loss", {"loss": "loss"}),
-           ("M", "RM margins", {"margin": "margin"}), ("M", "RM accuracy", {"accuracy": "accuracy"})]
+METRICS = [("E", "DPO loss", "loss", {"loss": ""}),
+           ("E", "DPO rewards", "β log π/π_ref",
+            {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}),
+           ("E", "DPO log-probabilities", "nats",
+            {"logps/chosen": "chosen", "logps/rejected": "rejected"}),
+           ("E", "DPO accuracy", "accuracy", {"rewards/accuracies": ""}),
+           ("M", "RM loss", "loss", {"loss": ""}), ("M", "RM margins", "margin", {"margin": ""}),
+           ("M", "RM accuracy", "accuracy", {"accuracy": ""})]
 
 
 def has(run, kind, keys):
@@ -270,8 +274,8 @@ def has(run, kind, keys):
 
 def losses(runs):
     drawn = [plot([run for run in runs if has(run, kind, keys.keys())], f"{kind}{i}", name,
-                  lambda axis, run, kind=kind, keys=keys: plots.plot_steps(axis, run, kind, keys))
-             for i, (kind, name, keys) in enumerate(METRICS)]
+                  partial(plots.plot_steps, kind=kind, unit=unit, keys=keys))
+             for i, (kind, name, unit, keys) in enumerate(METRICS)]
     columns = {"E": ("loss", "rewards/margins", "rewards/accuracies"), "M": ("loss", "margin", "accuracy")}
 
     def panel(run):

@@ -197,6 +197,22 @@ def test_plots_that_are_compared_share_their_axes(tmp_path, prompts):
     assert alone[0] != alone[1]
 
 
+def test_every_axis_says_what_it_is(tmp_path, prompts):
+    Figure = pytest.importorskip("matplotlib.figure").Figure
+    run = load(make_run(tmp_path / "run", prompts, gold=True)) | {"label": "run"}
+    run["timings"] = [dict(phase="round1/e1/samples", seconds=1.0)]
+    drawn = [lambda axis, steps=steps: plots.plot_steps(axis, run, *steps) for steps in (
+        (kind, unit, keys) for kind, _, unit, keys in report_script.METRICS)]
+    drawn += [lambda axis, plot=plot: plot(axis, run) for plot in (
+        plots.plot_held_out, plots.plot_win_rates, plots.plot_lengths, plots.plot_finished,
+        plots.plot_seconds, plots.plot_accuracy)]
+    drawn += [lambda axis, key=key: plots.plot_states(axis, [run], key) for key in plots.UNITS]
+    for draw in drawn:
+        axis = Figure().subplots()
+        draw(axis)
+        assert axis.get_ylabel() and (axis.get_xlabel() or axis.get_xticklabels()[0].get_text())
+
+
 # ---------------------------------------------------------------- the page
 def test_the_figures_on_the_page_are_those_of_the_files(run):
     page = written_page(run)
