@@ -248,6 +248,14 @@ def seconds_of(run):
     return found, parts
 
 
+def times_dpo(run):
+    """How many times as long the run took as DPO on the same pairs: as its E-steps' sampling, scoring and
+    training alone. The paper says three to four."""
+    found, (sampling, training, _) = seconds_of(run)
+    dpo = sum(s[sampling] + s[training] for step, s in found.items() if not step.endswith("/m"))
+    return sum(sum(s.values()) for s in found.values()) / dpo
+
+
 # ---------------------------------------------------------------- whether it worked
 def plus_minus(share, count):
     """A share of `count` as text, with its 95% interval (Wilson)."""

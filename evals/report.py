@@ -302,7 +302,9 @@ def lengths(runs):
         rows = [[name, *(num(np.percentile(x, q), 0) for q in (10, 50, 90)), num(x.mean(), 1), f"{share:.1%}"]
                 for name, x, share in responses_of(run)]
         seconds, parts = seconds_of(run)
-        return (together(*(one(run) for one in drawn))
+        ratio = seconds and (f"<p class=note>In all {figures.times_dpo(run):.2f} times the time of DPO on "
+                             "the same pairs: of the E-steps’ sampling, scoring and training.")
+        return (together(*(one(run) for one in drawn)) + (ratio or "")
                 + folded(["PM", "10%", "median", "90%", "mean", "finished"], rows)
                 + folded(["seconds", *parts], [[step, *(num(s[part], 1) for part in parts)]
                                                for step, s in seconds.items()]))
