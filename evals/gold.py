@@ -23,7 +23,7 @@ from toy import gold_of, parts
 def by_base(o):
     """base.jsonl in the run folder; without model selection there are no answers to judge, and no file."""
     out, lines, base = Path(o.out), [], None
-    for label, policy, _ in states_of(out, o) * o.select:
+    for label, policy, _ in states_of(out, o) if o.select else []:
         step, name = out / "round1" / "e1", "before"
         if policy != o.policy:
             step = Path(policy).parent
@@ -36,7 +36,8 @@ def by_base(o):
         base = base or rows
         scores, base_scores = ([row["score"] for row in some] for some in (rows, base))
         lines.append(dict(policy=label, n=len(rows), win_rate=win_rate(scores, base_scores), **common(rows)))
-    run.write_rows(out / "base.jsonl", lines)
+    if lines:
+        run.write_rows(out / "base.jsonl", lines)
 
 
 def common(rows):
