@@ -25,7 +25,7 @@ from data import load_tokenizer, read_jsonl, read_pairs  # noqa: E402
 DTYPES = {int: torch.int64, float: torch.float64}
 COPIES = ("aten::_to_copy", "aten::_copy_from", "aten::copy_")
 META = torch._C.DispatchKeySet(torch._C.DispatchKey.Meta)
-NUMBERS = {}  # storage of a pretend tensor -> a CPU storage's tensor
+NUMBERS = {}  # storage of a pretend tensor -> a CPU tensor with its own
 
 
 def numbers_of(x):
@@ -34,7 +34,7 @@ def numbers_of(x):
 
 def pretend(numbers):
     made = torch._C._acc.create_empty_tensor(numbers.shape, numbers.dtype)
-    NUMBERS[made.untyped_storage()._cdata] = numbers.contiguous().view(-1)
+    NUMBERS[made.untyped_storage()._cdata] = numbers.clone(memory_format=torch.contiguous_format)
     return made
 
 
