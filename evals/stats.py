@@ -27,7 +27,8 @@ def wilson(share, count):
     z = 1.959964
     middle = share + z * z / (2 * count)
     half = z * math.sqrt(share * (1 - share) / count + (z / (2 * count))**2)
-    return (middle - half) / (1 + z * z / count), (middle + half) / (1 + z * z / count)
+    low, high = (middle - half) / (1 + z * z / count), (middle + half) / (1 + z * z / count)
+    return min(low, share), max(high, share)  # of 0 and 1 they would miss it by a rounding
 
 
 def bootstrap(statistic, count, draws=1000, seed=0):

@@ -10,6 +10,13 @@ import pytest
 from evals.stats import bootstrap, ordered_alike, shares, wilson
 
 
+def test_an_interval_holds_its_share():
+    for count in range(1, 300):
+        for share in (0.0, 0.5 / count, 1.0):
+            low, high = wilson(share, count)
+            assert low <= share <= high
+
+
 def test_wilsons_interval_is_the_textbooks():
     assert wilson(0.5, 10) == pytest.approx((0.236593, 0.763407), abs=1e-6)
     assert wilson(0.0, 10) == pytest.approx((0.0, 0.277533), abs=1e-6)
