@@ -3,6 +3,7 @@
 Files are streamed: of 60,000 prompts only the numbers and a few sampled texts are held. Numbers are over all
 rows.
 """
+import json
 import math
 import random
 import re
@@ -15,6 +16,7 @@ import labels
 from data import Problem, by_prompt, prompt_id
 from evals.stats import wilson
 from rows import from_json, is_number, read_json, read_selection
+from run import phase_of
 
 # ---------------------------------------------------------------- files, one row at a time
 NUMBER = (int, float)
@@ -70,10 +72,12 @@ def load(folder, shown=0):
         run = {key: note.get(key, {}) for key in ("settings", "versions", "templates")}
         run |= dict(folder=folder, name=folder.resolve().name, arm=arm(run["settings"]),
                     steps=steps_of(folder, shown))
-        for key, fields in (("metrics", ["phase"]), ("gold", GOLD), ("base", BASE),
-                            ("timings", ["phase", "seconds"])):
+        for key, fields in (("metrics", ["phase"]), ("gold", GOLD), ("base", BASE)):
             path = folder / f"{key}.jsonl"
             run[key] = list(stream(path, *fields)) if path.exists() else []
+        times = folder / "timings.jsonl"  # of which a kill may have cut a line
+        lines = times.read_text(errors="replace").splitlines() if times.exists() else []
+        run["timings"] = [json.loads(line) for line in lines if phase_of(line)]
         return run | {"states": run["gold"] or run["base"], "judge": "gold" if run["gold"] else "reward_r0"}
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
@@ -242,7 +246,7 @@ def seconds_of(run):
     parts, found = ("sampling and scoring", "training", "model selection"), {}
     for row in run["timings"]:
         number, step, name = (row["phase"] + "/").split("/")[:3]
-        part = 2 if name == "select" else int(name in ("checkpoints", "rm"))
+        part = 2 if name == "select" else int(name == "checkpoints" or name.startswith("rm"))
         seconds = found.setdefault(f"{number}/{step}", dict.fromkeys(parts, 0.0))
         seconds[parts[part]] += row["seconds"]
     return found, parts
@@ -257,10 +261,15 @@ def times_dpo(run):
 
 
 # ---------------------------------------------------------------- whether it worked
-def plus_minus(share, count):
+def with_interval(share, count):
     """A share of `count` as text, with its 95% interval (Wilson)."""
-    low, high = wilson(share, count)
-    return f"{share:.3f} ± {(high - low) / 2:.3f}" if count else f"{share:.3f}"
+    return "{:.3f} ({:.3f} to {:.3f})".format(share, *wilson(share, count)) if count else f"{share:.3f}"
+
+
+def above(run, one, other):
+    """Whether a state is judged higher than another by more than twice the standard error."""
+    one, other, key = run["states"][one], run["states"][other], run["judge"]
+    return one[key] - other[key] > 2 * math.hypot(one[f"{key}_se"], other[f"{key}_se"])
 
 
 def verdict(run):
@@ -268,16 +277,14 @@ def verdict(run):
     of."""
     states, key = run["states"], run["judge"]
     if len(states) < 2:
-        return ["Nothing here says yet whether it worked: when a run ends, the base reward model judges its "
-                "policies’ answers to the prompts of D_MS; with --select false there are none."]
-    values, errors = ([state[column] for state in states] for column in (key, f"{key}_se"))
+        return ["Nothing here says yet whether it worked: policies are judged when a run ends, without gold "
+                "by the base reward model on the prompts of D_MS; with --select false there are none."]
+    values = [state[key] for state in states]
     best = max(range(len(states)), key=values.__getitem__)
-
-    def above(one, other):
-        return values[one] - values[other] > 2 * math.hypot(errors[one], errors[other])
     peak = f"; its best was {values[best]:.2f}, of {states[best]['policy']}"
-    lead, verb = (("It harmed", "fell") if above(0, -1) else ("It went too far", "went") if above(best, -1)
-                  else ("It worked", "rose") if above(-1, 0) else ("It changed little", "went"))
+    lead, verb = (("It harmed", "fell") if above(run, 0, -1) else
+                  ("It went too far", "went") if above(run, best, -1) else
+                  ("It worked", "rose") if above(run, -1, 0) else ("It changed little", "went"))
     name = f"{lead}. Gold" if key == "gold" else "Reward under the base RM"
     said = f"{name} {verb} from {values[0]:.2f} to {values[-1]:.2f}{peak * (values[best] > values[-1])}."
     return [said, *warnings(run)]
@@ -286,13 +293,13 @@ def verdict(run):
 def warnings(run):
     first, last, found = run["states"][0], run["states"][-1], []
     rates = [s["win_rate"] for s in e_steps(run) if s["chosen"] and s["win_rate"] is not None]
-    if rates and rates[-1] > 0.5 > last["win_rate"]:
+    if rates and rates[-1] > 0.5 > wilson(last["win_rate"], last["n"])[1]:
         found.append(f"Judges part: by the reward model in use the last update won {rates[-1]:.3f}, yet "
-                     f"against the base this policy wins {plus_minus(last['win_rate'], last['n'])}.")
+                     f"against the base this policy wins {with_interval(last['win_rate'], last['n'])}.")
     if run["judge"] == "reward_r0":
         found.append("The base RM was optimised, too: whether answers got better, a benchmark or people must "
                      "say (docs/curves.md).")
-    elif last["gold"] < first["gold"] and last["reward_r0"] > first["reward_r0"]:
+    elif above(run, 0, -1) and last["reward_r0"] > first["reward_r0"]:
         found.append(f"Reward under RM 0 rose from {first['reward_r0']:.2f} to {last['reward_r0']:.2f}, "
                      "while gold fell: over-optimisation.")
     if last["finished"] < 0.95:

@@ -15,7 +15,7 @@ import run
 from data import read_jsonl, read_selection
 from evals.stats import ordered_alike, standard_error
 from filter import win_rate
-from parallel import from_rank0
+from parallel import from_rank0, rank
 from rollout import sample_and_score
 from toy import gold_of, parts
 
@@ -23,16 +23,17 @@ from toy import gold_of, parts
 def by_base(o):
     """base.jsonl in the run folder; without model selection there are no answers to judge, and no file."""
     out, lines, base = Path(o.out), [], None
-    for label, policy, _ in states_of(out, o) if o.select else []:
+    for label, policy, _ in states_of(out, o) if o.select and o.select_prompts > 1 else []:
         step, name = out / "round1" / "e1", "before"
         if policy != o.policy:
             step = Path(policy).parent
             name = read_selection(step / "selection.json")["chosen"]
-        answers, path = step / "select" / f"{name}.jsonl", out / "base" / f"{label.replace(' ', '')}.jsonl"
-        if manifest.due(out, path, answers, Path(o.rm).parent):
+        answers, path = step / "select" / f"{name}.jsonl", out / "judged" / f"{label.replace(' ', '')}.jsonl"
+        if not from_rank0(rank() == 0 and path.exists() and texts(path) == texts(answers)):  # or made again
+            run.remove_all(path, run.parts_of(path))
             reward.score(o.rm, read_jsonl(answers), path, o.score_batch)
-        run.remove_all(run.parts_of(path))
-        rows = read_jsonl(manifest.done(out, path))
+            run.remove_all(run.parts_of(path))
+        rows = read_jsonl(path)
         base = base or rows
         scores, base_scores = ([row["score"] for row in some] for some in (rows, base))
         lines.append(dict(policy=label, n=len(rows), win_rate=win_rate(scores, base_scores), **common(rows)))
@@ -40,10 +41,14 @@ def by_base(o):
         run.write_rows(out / "base.jsonl", lines)
 
 
-def common(rows):
+def texts(path):
+    return [row["response"] for row in read_jsonl(path)]
+
+
+def common(rows, per_prompt=1):
     """What both files say of a policy's answers, scored by the base RM."""
-    scores = [row["score"] for row in rows]
-    return dict(reward_r0=float(np.mean(scores)), reward_r0_se=standard_error(scores),
+    scores = np.reshape([row["score"] for row in rows], (-1, per_prompt)).mean(1)
+    return dict(reward_r0=float(scores.mean()), reward_r0_se=standard_error(scores),
                 **{key: float(np.mean([row[key] for row in rows])) for key in ("tokens", "finished")})
 
 
@@ -69,7 +74,7 @@ def measure(o):
         lines.append(dict(
             policy=label, rm=Path(rm).parts[-3] if rm != o.rm else "r0", gold=float(np.mean(values)),
             gold_se=standard_error(values), n=len(values), win_rate=win_rate(values, base_values),
-            **common(rows),
+            **common(rows, 2),
             accuracy_base=agreement_with_gold(read_jsonl(folder / "base.jsonl")),
             accuracy_current=agreement_with_gold(read_jsonl(folder / "own.jsonl")),
             length_slope=length_slope(read_jsonl(folder / "base.jsonl"))))

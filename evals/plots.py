@@ -119,7 +119,7 @@ def plot_steps(axis, run, kind, unit, keys):
         at += len(rows)
     axis.set_xticks(list(middles.values()), list(middles))
     axis.tick_params(axis="x", length=0)
-    axis.set(xlabel=f"{at} optimiser steps", ylabel=unit)
+    axis.set(xlabel=f"{at} optimiser steps shown", ylabel=unit)
     if len(keys) > 1:
         legend(axis)
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from data import as_messages
 from evals import figures, plots
-from evals.figures import curves, e_steps, m_steps, plus_minus, responses_of, seconds_of, stopped, title
+from evals.figures import curves, e_steps, m_steps, responses_of, seconds_of, stopped, title, with_interval
 from evals.gold import gold_table
 from evals.plots import can_plot, svg
 from parallel import rank, say
@@ -123,7 +123,7 @@ def sections(runs):
 
 
 FIRST = ("Judged by gold where there is one, on test prompts that nothing else has seen; else by RM 0, the "
-         "base reward model, on D_MS. ±: half of a win rate’s 95% interval, a mean’s standard error (se).")
+         "base reward model, on D_MS. In brackets: 95% intervals; ±: standard errors (se).")
 
 
 def side(runs, panel):
@@ -181,7 +181,7 @@ def compared(runs):
         best = max(states, key=lambda state: state.get(judge, 0))
         rows.append([run["name"], run["arm"], "gold" if run["gold"] else "RM 0", num(first.get(judge)),
                      f"{num(best.get(judge))} ({best.get('policy', '–')})", num(last.get(judge)),
-                     plus_minus(last["win_rate"], last["n"]) if last else "–",
+                     with_interval(last["win_rate"], last["n"]) if last else "–",
                      *(num(last.get(key)) for key in ("accuracy_current", "accuracy_base")), outcome(run)])
     return grid(["run", "ablation", "judge", "base", "best", "last", "last, win vs base", "RM accuracy: own",
                  "base’s answers", "outcome"], rows, "plain")
@@ -192,7 +192,8 @@ def first_screen(run):
     head = ["policy", "gold ± se", "win vs base", "RM accuracy, own answers"] if run["gold"] else [
         "policy", "win vs base"]
     rows = [[s["policy"], *([f"{num(s['gold'])} ± {num(s['gold_se'])}"] if run["gold"] else []),
-             plus_minus(s["win_rate"], s["n"]), *([num(s["accuracy_current"])] if run["gold"] else []),
+             with_interval(s["win_rate"], s["n"] * (s is not run["states"][0])),
+             *([num(s["accuracy_current"])] if run["gold"] else []),
              f"{num(s['reward_r0'])} ± {num(s['reward_r0_se'])}", num(s["tokens"], 1), f"{s['finished']:.1%}"]
             for s in run["states"]]
     return (f"<p class=verdict>{escape(said)} {escape(outcome(run))}</p>"
@@ -205,7 +206,7 @@ def outcome(run):
         s = run["steps"][-1]
         low, high = figures.wilson(s["win_rate"], s["judged"])
         inside = " (τ is within the interval)" * (low < s["tau"] < high)
-        return (f"Stopped in {title(s)}: best win rate {plus_minus(s['win_rate'], s['judged'])} < τ = "
+        return (f"Stopped in {title(s)}: best win rate {with_interval(s['win_rate'], s['judged'])} < τ = "
                 f"{s['tau']}{inside}; PM {s['pm']} stays.")
     rounds, of_a_round = run["settings"].get("rounds", 0), 2 + (run["settings"].get("update_rm") is not False)
     if len(run["steps"]) < rounds * of_a_round:
@@ -229,7 +230,7 @@ def chain_link(s):
     else:
         made, share = f"PM {s['pm'] + 1}" if s["chosen"] else "discarded", s["win_rate"]
         what = f"PM {s['pm']} → {made}"
-        head = "no selection" if share is None else f"win rate {plus_minus(share, s['judged'])}"
+        head = "no selection" if share is None else f"win rate {with_interval(share, s['judged'])}"
         facts = [" · ".join(f"{step}: {num(rate)}{' ✓' * (step == s['chosen'])}"
                             for step, rate in s["win_rates"].items()),
                  f"{s['paired']} of {s['sample'].seen} prompts gave a pair"]
@@ -283,7 +284,7 @@ def losses(runs):
         for kind, keys in columns.items():
             for phase, log in curves(run, kind) if has(run, kind, {*keys}) else []:
                 fifth = -(-len(log) // 5)
-                rows.append([phase.removeprefix("round"), log[-1]["step"], *(
+                rows.append([phase.removeprefix("round"), log[-1].get("steps", "–"), *(
                     num(np.mean([row[key] for row in part])) for key in keys
                     for part in (log[:fifth], log[-fifth:]))])
         head = ["phase", "steps", *(f"{name}: {part}" for name in ("loss", "margins", "accuracy")
@@ -303,7 +304,7 @@ def lengths(runs):
                 for name, x, share in responses_of(run)]
         seconds, parts = seconds_of(run)
         ratio = seconds and (f"<p class=note>In all {figures.times_dpo(run):.2f} times the time of DPO on "
-                             "the same pairs: of the E-steps’ sampling, scoring and training.")
+                             "the same pairs (the E-steps’ sampling, scoring, training), by timings.jsonl.")
         return (together(*(one(run) for one in drawn)) + (ratio or "")
                 + folded(["PM", "10%", "median", "90%", "mean", "finished"], rows)
                 + folded(["seconds", *parts], [[step, *(num(s[part], 1) for part in parts)]
