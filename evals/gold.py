@@ -32,7 +32,7 @@ def by_base(o):
         if not from_rank0(rank() == 0 and path.exists() and texts(path) == texts(answers)):  # or made again
             run.remove_all(path, run.parts_of(path))
             reward.score(o.rm, read_jsonl(answers), path, o.score_batch)
-            run.remove_all(run.parts_of(path))
+        run.remove_all(run.parts_of(path))
         rows = read_jsonl(path)
         base = base or rows
         scores, base_scores = ([row["score"] for row in some] for some in (rows, base))
