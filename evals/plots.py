@@ -22,8 +22,6 @@ STYLE = {"svg.fonttype": "none", "svg.hashsalt": "report", "font.size": 9.5, "te
          "text.parse_math": False}
 
 
-
-
 def can_plot():
     try:
         import matplotlib

@@ -24,6 +24,7 @@ from evals import figures, plots
 from evals.figures import curves, e_steps, m_steps, responses_of, seconds_of, stopped, title, with_interval
 from evals.gold import gold_table
 from evals.plots import can_plot, svg
+from evals.stats import wilson
 from parallel import rank, say
 from toy import gold_of
 
@@ -204,7 +205,7 @@ def first_screen(run):
 def outcome(run):
     if stopped(run):
         s = run["steps"][-1]
-        low, high = figures.wilson(s["win_rate"], s["judged"])
+        low, high = wilson(s["win_rate"], s["judged"])
         inside = " (τ is within the interval)" * (low < s["tau"] < high)
         return (f"Stopped in {title(s)}: best win rate {with_interval(s['win_rate'], s['judged'])} < τ = "
                 f"{s['tau']}{inside}; PM {s['pm']} stays.")

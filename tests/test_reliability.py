@@ -56,7 +56,7 @@ def contents(folder):
 
 
 # ---------------------------------------------------------------- kills
-@pytest.mark.parametrize("processes, times", [(1, 8), (2, 3)])
+@pytest.mark.parametrize("processes, times", [(1, 20), (2, 5)])
 def test_killed_again_and_again_a_run_ends_as_an_undisturbed_one(processes, times):
     done = subprocess.run([sys.executable, ROOT / "bench" / "kills.py", "--times", str(times), "--processes",
                            str(processes)], capture_output=True, text=True)
