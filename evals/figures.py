@@ -78,7 +78,10 @@ def load(folder, shown=0):
         times = folder / "timings.jsonl"  # of which a kill may have cut a line
         lines = times.read_text(errors="replace").splitlines() if times.exists() else []
         run["timings"] = [json.loads(line) for line in lines if phase_of(line)]
-        return run | {"states": run["gold"] or run["base"], "judge": "gold" if run["gold"] else "reward_r0"}
+        lines = run["gold"] or run["base"]
+        states = [line for before, line in zip([{}, *lines], lines)
+                  if line | {"policy": ""} != before | {"policy": ""}]  # none for rounds after a stop
+        return run | {"states": states, "judge": "gold" if run["gold"] else "reward_r0"}
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise Problem(f"{folder}: not a run as mt.py writes it ({reason})") from None
@@ -268,7 +271,7 @@ def with_interval(share, count):
 
 def above(run, one, other):
     """Whether a state is judged higher than another by more than twice the standard error."""
-    one, other, key = run["states"][one], run["states"][other], run["judge"]
+    key = run["judge"]
     return one[key] - other[key] > 2 * math.hypot(one[f"{key}_se"], other[f"{key}_se"])
 
 
@@ -276,22 +279,22 @@ def verdict(run):
     """[sentences]: what became of the policies, judged by gold or else by the base RM; then what to beware
     of."""
     states, key = run["states"], run["judge"]
-    if len(states) < 2:
+    if not states:
         return ["Nothing here says yet whether it worked: policies are judged when a run ends, without gold "
                 "by the base reward model on the prompts of D_MS; with --select false there are none."]
-    values = [state[key] for state in states]
-    best = max(range(len(states)), key=values.__getitem__)
-    peak = f"; its best was {values[best]:.2f}, of {states[best]['policy']}"
-    lead, verb = (("It harmed", "fell") if above(run, 0, -1) else
-                  ("It went too far", "went") if above(run, best, -1) else
-                  ("It worked", "rose") if above(run, -1, 0) else ("It changed little", "went"))
+    first, last, best = states[0], states[-1], max(states, key=lambda state: state[key])
+    peak = f"; its best was {best[key]:.2f}, of {best['policy']}" * (best[key] > last[key])
+    lead, verb = (("It harmed", "fell") if above(run, first, last) else
+                  ("It went too far", "went") if above(run, best, last) else
+                  ("It worked", "rose") if above(run, last, first) else ("It changed little", "went"))
     name = f"{lead}. Gold" if key == "gold" else "Reward under the base RM"
-    said = f"{name} {verb} from {values[0]:.2f} to {values[-1]:.2f}{peak * (values[best] > values[-1])}."
+    said = f"{name} {verb} from {first[key]:.2f} to {last[key]:.2f}{peak}."
     return [said, *warnings(run)]
 
 
 def warnings(run):
     first, last, found = run["states"][0], run["states"][-1], []
+    best = max(run["states"], key=lambda state: state[run["judge"]])
     rates = [s["win_rate"] for s in e_steps(run) if s["chosen"] and s["win_rate"] is not None]
     if rates and rates[-1] > 0.5 > wilson(last["win_rate"], last["n"])[1]:
         found.append(f"Judges part: by the reward model in use the last update won {rates[-1]:.3f}, yet "
@@ -299,9 +302,9 @@ def warnings(run):
     if run["judge"] == "reward_r0":
         found.append("The base RM was optimised, too: whether answers got better, a benchmark or people must "
                      "say (docs/curves.md).")
-    elif above(run, 0, -1) and last["reward_r0"] > first["reward_r0"]:
-        found.append(f"Reward under RM 0 rose from {first['reward_r0']:.2f} to {last['reward_r0']:.2f}, "
-                     "while gold fell: over-optimisation.")
+    elif above(run, best, last) and last["reward_r0"] > best["reward_r0"]:
+        found.append(f"Since {best['policy']} the reward under RM 0 rose from {best['reward_r0']:.2f} to "
+                     f"{last['reward_r0']:.2f}, while gold fell: over-optimisation.")
     if last["finished"] < 0.95:
         found.append(f"Only {last['finished']:.1%} of the last policy’s answers are finished: "
                      "--max_new_tokens cuts the others off.")

@@ -56,8 +56,9 @@ def report(*folders, out=""):
 def tell(run):
     say(f"\n{run['name']}: {run['arm']}\n{figures.steps_table(run['steps'])}\n")
     if run["gold"]:
-        say(gold_table(run["gold"]) + "\n")
-    say("\n".join(figures.verdict(run)) + "\n")
+        say(gold_table(run["states"]) + "\n")
+    said, *warned = figures.verdict(run)
+    say("\n".join([f"{said} {outcome(run)}", *warned]) + "\n")
     if not can_plot():
         return say("no picture: pip install matplotlib")
     plots.draw_picture(run, run["folder"] / "report.png")

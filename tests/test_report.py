@@ -139,6 +139,7 @@ def test_there_is_a_picture_with_matplotlib(tmp_path, prompts, call, capsys):
         assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
         assert f"picture: {folder / 'report.png'}" in said
     assert "round 1" in said  # the embedded task's table
+    assert "Stopped in round 1 · E(c): best win rate 0.250" in said
 
 
 # ---------------------------------------------------------------- whether it worked
@@ -157,6 +158,23 @@ def test_the_verdict_is_that_of_gold(values, said):
     states = [STATE | dict(policy=f"round {i}" if i else "base", gold=value, gold_se=0.05)
               for i, value in enumerate(values)]
     assert figures.verdict(dict(states=states, judge="gold", steps=[])) == [said]
+
+
+def test_what_was_optimised_after_the_best_policy_is_said():
+    states = [STATE | dict(policy=policy, gold=gold, gold_se=0.05, reward_r0=reward)
+              for policy, gold, reward in (("base", 3.0, 0.0), ("round 1", 3.6, 1.0), ("round 2", 3.3, 1.5))]
+    _, warned = figures.verdict(dict(states=states, judge="gold", steps=[]))
+    assert warned == ("Since round 1 the reward under RM 0 rose from 1.00 to 1.50, while gold fell: "
+                      "over-optimisation.")
+
+
+def test_a_run_that_stopped_shows_no_rounds_after_the_stop(tmp_path, prompts):
+    run = make_run(tmp_path / "run", prompts, gold=True)
+    base = read_jsonl(run / "gold.jsonl")[0]
+    write_jsonl(run / "gold.jsonl", [base | {"policy": policy} for policy in ("base", "round 1", "round 2")])
+    found = load(run)
+    assert [state["policy"] for state in found["states"]] == ["base"]
+    assert figures.verdict(found)[0].startswith("It changed little. Gold went from")
 
 
 def test_without_gold_the_base_reward_model_judges_and_cannot_say_more_than_that():
