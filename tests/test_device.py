@@ -1,14 +1,18 @@
 """pytest tests/test_device.py
 
 What a GPU would do, as far as a CPU can tell: no operation mixes devices, bf16 is off by what bf16 explains.
-FSDP2, NCCL and CUDA's own kernels are not in it.
+NCCL and CUDA's own kernels are not in it.
 """
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
+import dpo
+import parallel
+import reward
 from data import write_jsonl
 
 
@@ -45,3 +49,24 @@ def test_bf16_is_off_by_what_its_eight_bits_explain(found):
         off = np.abs(one - other) / one.std()
         assert 0 < off.mean() < 0.02 and off.max() < 0.1, key
     assert len(found["bf16 samples"]) == 36
+
+
+def test_training_with_fsdps_bf16_begins_at_the_bound_and_goes_where_fp32_goes(tiny, pairs, monkeypatch):
+    def losses():
+        lines = []
+        settings = dict(lr=1e-3, batch=8, micro_batch=4, seed=0, max_length=64, recompute=False,
+                        log=lambda text="", **line: lines.append(line))
+        list(dpo.train(tiny(), pairs[:12], beta=0.1, **settings))
+        reward.train(tiny(reward=True), pairs[:12], **settings)
+        return [line["loss"] for line in lines if "loss" in line]
+
+    exact = losses()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(parallel, "MixedPrecisionPolicy", lambda: parallel.BF16)  # as on a GPU
+        rounded = losses()
+    finally:
+        dist.destroy_process_group()
+    off = np.abs(np.subtract(exact, rounded))
+    assert len(off) == 4 and (0 < off[1:]).all() and off.max() < 0.02
+    assert rounded[0] == pytest.approx(np.log(2), abs=1e-3)  # both log-probabilities by the same rounding
