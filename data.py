@@ -109,12 +109,11 @@ def read_pairs(source):
     for where, row in read_rows(source):
         row = {name: value for name, value in row.items() if value is not None}  # parquet fills up with null
         chosen, rejected = as_chat(row.get("chosen")), as_chat(row.get("rejected"))
-        prompt = as_chat(row.get("prompt"))
-        if prompt is None and isinstance(chosen, list) and isinstance(rejected, list):
+        if "prompt" not in row and isinstance(chosen, list) and isinstance(rejected, list):
             prompt = chosen[:-1]
             if prompt != rejected[:-1]:
                 raise Problem(f"{where}: chosen and rejected answer different prompts")
-        elif prompt is None:
+        else:
             prompt, _ = prompt_of(where, row)
         prompt = check_prompt(where, prompt)
         for name in ("weight", "subset", "chosen_finished", "rejected_finished"):

@@ -34,7 +34,7 @@ from evals.rewardbench import RewardBench, rewardbench
 from evals.stats import JSON, publish, shares, standard_error
 from filter import wins
 from manifest import claim
-from models import check_reward, encode_prompts, local_folder
+from models import check_policy, check_reward, encode_prompts, local_folder
 from parallel import say
 from rollout import sample_and_score
 from run import launch, parse
@@ -46,6 +46,7 @@ class WinRate:
     baseline: str = field(metadata={"help": "folder or hub id"})
     rm: str = field(metadata={"help": "the judge: folder or hub id"})
     prompts: str = field(metadata={"help": "JSONL, JSON, parquet or hub id with a field `prompt`"})
+    prompt_field: str = ""
     out: str = field(default="runs/winrate", metadata={"help": "folder for the scored responses"})
     json: str = field(**JSON)
     temperature: float = 0.8
@@ -57,12 +58,13 @@ class WinRate:
 
 
 def winrate(o):
-    prompts, _ = read_prompts(o.prompts)
+    prompts, _ = read_prompts(o.prompts, o.prompt_field)
     judge, out = local_folder(o.rm), Path(o.out)
     check_reward(judge)
     encode_prompts(judge, prompts, o.max_new_tokens)  # what a model can't read is said before sampling
-    for policy in (o.policy, o.baseline):
-        encode_prompts(local_folder(policy), prompts)
+    for policy in map(local_folder, (o.policy, o.baseline)):
+        check_policy(policy)
+        encode_prompts(policy, prompts)
     claim(out, replace(o, json=""))
     scored = {side: sample_and_score(o, local_folder(policy), judge, prompts, 1, f"{o.seed}/{side}",
                                      out / f"{side}.jsonl")

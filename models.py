@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.core_model_loading import revert_weight_conversion
 
 import attention  # noqa: F401  (registers itself)
-from data import Problem, encode_chat, first_line, load_tokenizer, where_is
+from data import Problem, encode_chat, first_line, load_tokenizer, read_prompts, where_is
 from parallel import barrier, dealt, device, memory, rank, say, world
 
 gc.enable()
@@ -41,7 +41,15 @@ def local_folder(name):
 
 def load_policy(folder, training=False):
     """A causal LM; in every process, but only rank 0's copy has weights until `replicate` or `shard`."""
-    return _load(AutoModelForCausalLM, folder, config_of(folder), training)
+    return _load(AutoModelForCausalLM, folder, check_policy(folder), training)
+
+
+def check_policy(folder):
+    """Refuse, by its config, a reward model; returns the config."""
+    config = config_of(folder)
+    if (config.architectures or ["?"])[0].endswith("ForSequenceClassification"):
+        raise Problem(f"{folder}: a {config.architectures[0]}, which is a reward model and no policy")
+    return config
 
 
 def check_reward(folder, fresh_head=False):
@@ -91,6 +99,16 @@ def context_of(folder, config=None):
     return min(config.max_position_embeddings, chunk, *ends)
 
 
+def read_fitting_prompts(o):
+    """The different prompts of o.prompts that policy and RM can read, the number of each one's tokens for the
+    policy, and how many repeated ones were left out."""
+    prompts, repeats = read_prompts(o.prompts, o.prompt_field)
+    for folder, answer in ((o.rm, o.max_new_tokens), (o.policy, 1)):
+        encoded = encode_prompts(folder, prompts, answer, o)
+        prompts = [prompt for prompt, ids in zip(prompts, encoded) if ids is not None]
+    return prompts, [len(ids) for ids in encoded if ids is not None], repeats
+
+
 def encode_prompts(folder, prompts, answer=1, o=None):
     """The prompts' tokens. One that leaves no room for an answer of so many tokens is a Problem which names,
     if they are those of the file o.prompts, its row; with o.skip_long it gets None instead."""
@@ -104,7 +122,8 @@ def encode_prompts(folder, prompts, answer=1, o=None):
     if long:
         prompt, length = prompts[long[0]], len(encoded[long[0]])
         where = f"{where_is(prompt, o.prompts, o.prompt_field)}: " if o else ""
-        mend = f"--skip_long leaves out all {len(long)}" if o else "leave it out"
+        some = o and len(long) < len(prompts)
+        mend = f"--skip_long leaves out all {len(long)}" if some else "leave it out"
         mend += " or set a smaller --max_new_tokens" * (length < context)
         raise Problem(f"{where}prompt of {length} tokens does not fit into the context of {context} tokens "
                       f"of {folder} with an answer of {answer}; {mend}: {str(prompt)[:60]!r}…")

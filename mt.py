@@ -31,7 +31,7 @@ import reward
 import run
 import toy
 import training
-from data import Lines, Problem, load_tokenizer, read_jsonl, read_prompts, read_selection
+from data import Lines, Problem, load_tokenizer, read_jsonl, read_selection
 from evals import gold, plan, report
 from parallel import rank, say
 from progress import log_of, phase, say_end, timed
@@ -137,12 +137,10 @@ def split(o):
     """Shuffle the prompts once; D_MS first, the rest in three equal subsets. Returns the subsets' files."""
     held_out, *files = (Path(o.out) / "prompts" / f"{part}.jsonl" for part in ("select", "s0", "s1", "s2"))
     if manifest.due(o.out, files[2]):
-        prompts, repeats = read_prompts(o.prompts, o.prompt_field)
-        for model, answer, trained in ((o.policy, 1, True), (o.rm, o.max_new_tokens, o.update_rm)):
+        for model, trained in ((o.policy, True), (o.rm, o.update_rm)):
             for in_training in {False, trained}:
                 models.check_fits(model, in_training)
-            encoded = models.encode_prompts(model, prompts, answer, o)  # what is too long is said now
-            prompts = [prompt for prompt, ids in zip(prompts, encoded) if ids is not None]
+        prompts, _, repeats = models.read_fitting_prompts(o)  # what is too long is said now
         third = (len(prompts) - o.select_prompts) // 3
         if third < 1:
             raise Problem(f"{o.prompts}: {len(prompts)} different prompts; --select_prompts "
@@ -285,6 +283,7 @@ def main(options=Options, **defaults):  # for variants: a subclass with flags of
     o = replace(o, out=o.out or f"runs/{'toy' if embedded and script == 'mt' else script}",
                 **(toy.build(o.seed) if embedded else {}))
     o = replace(o, policy=models.local_folder(o.policy), rm=models.local_folder(o.rm))
+    models.check_policy(o.policy)
     models.check_reward(o.rm)
     manifest.claim(o.out, o, templates={side: load_tokenizer(getattr(o, side)).chat_template
                                         for side in ("policy", "rm")})

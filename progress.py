@@ -9,6 +9,7 @@ import json
 import time
 from collections import Counter
 from pathlib import Path
+from shlex import quote
 
 import torch
 
@@ -126,8 +127,9 @@ def say_end(o):
     total = sum(spent.values())
     say(f"time: {in_words(total)}" + "".join(f", {kind} {s / total:.0%}" for kind, s in spent.items()))
     policy, rm = Path(o.out) / "policy", Path(o.out) / "rm"
-    prompts = Path(o.out) / "prompts" / "select.jsonl" if o.select_prompts else o.prompts
-    words = f"--prompts {prompts} --max_new_tokens {o.max_new_tokens} --out {o.out}-next"
-    say(f"policy: {policy} (a link to {policy.resolve()})\nreward model: {rm} (a link to {rm.resolve()})\n"
-        f"next:\n  python sampler.py --model {policy} {words}.jsonl\n"
-        f"  python eval.py winrate --policy {policy} --baseline {o.policy} --rm {o.rm} {words}")
+    say(f"policy: {policy} (a link to {policy.resolve()})\nreward model: {rm} (a link to {rm.resolve()})")
+    prompts = Path(o.out) / "prompts" / ("select.jsonl" if o.select_prompts else "s0.jsonl")
+    prompts, policy, base, rm, out = (quote(str(path)) for path in (prompts, policy, o.policy, o.rm, o.out))
+    words = f"--prompts {prompts} --max_new_tokens {o.max_new_tokens} --out {out}-next"
+    say(f"next:\n  python sampler.py --model {policy} {words}.jsonl\n"
+        f"  python eval.py winrate --policy {policy} --baseline {base} --rm {rm} {words}")

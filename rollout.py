@@ -1,9 +1,11 @@
 """Sampling followed by scoring: prompts -> scored responses. Loop, win rates and embedded task need it."""
+from itertools import zip_longest
+
 import numpy as np
 
 import reward
 from data import Lines, Problem, prompt_id, read_samples
-from parallel import dealt, rank
+from parallel import dealt, rank, say
 from run import exists, parts_of, remove_all
 from sampler import sample
 
@@ -37,9 +39,13 @@ def check_samples(o, prompts, samples, path):
     the prompts, their number, and, where they say it, to the temperature and top_p."""
     rows = read_samples(path, "response", "tokens", "finished")
     wanted = [(prompt_id(prompt), index) for prompt in prompts for index in range(samples)]
-    if [(prompt_id(row["prompt"]), row.get("index")) for row in rows] != wanted:
+    found = [(prompt_id(row["prompt"]), row.get("index")) for row in rows]
+    if found != wanted:
+        row = next(i for i, (one, other) in enumerate(zip_longest(found, wanted), 1) if one != other)
         raise Problem(f"{path}: {len(rows)} rows; {samples} responses (`index` from 0) to each of "
-                      f"{len(prompts)} prompts are needed, in the prompts' order; delete it to sample here")
+                      f"{len(prompts)} prompts are needed, in the prompts' order, which row {row} leaves; "
+                      "delete it to sample here")
     for name in ("temperature", "top_p"):
         if other := {row.get(name, getattr(o, name)) for row in rows} - {getattr(o, name)}:
             raise Problem(f"{path}: sampled with {name} {other.pop()}, the run has {getattr(o, name)}")
+    say(f"{path}: {len(rows)} responses that are there are taken")

@@ -78,14 +78,15 @@ def _read_csv(text, path):
 
 def prompt_of(where, row, field=""):
     """(prompt, the field that it was found in). Of a chat under another name than `prompt` the assistant's
-    last turns are left out: they are an answer."""
+    last turns are left out: they are an answer; an empty one, as HH's prompts end with, under any name."""
     field = field or next((name for name in PROMPTS if row.get(name) is not None), "")
     value = as_chat(row.get(field))
     if value is None or field == "chosen" and isinstance(value, str):
         raise Problem(f"{where}: no prompt (a field `prompt` with text, or a list of messages with role and "
                       f"content); the row has {', '.join(row)}: --prompt_field names another"[:400])
-    if field != "prompt" and isinstance(value, list):
-        while value and isinstance(value[-1], dict) and value[-1].get("role") == "assistant":
+    if isinstance(value, list):
+        while value and isinstance(value[-1], dict) and value[-1].get("role") == "assistant" \
+                and (field != "prompt" or not value[-1].get("content")):
             value = value[:-1]
     if field == "instruction" and row.get("input"):  # Alpaca
         value = f"{value}\n\n{row['input']}"

@@ -3,7 +3,8 @@
     python mt.py --policy POLICY --rm RM --prompts prompts.jsonl --plan --gpus 8 --gpu h100   # formulas
     python mt.py --policy POLICY --rm RM --prompts prompts.jsonl --plan exact                 # and a trace
 
-The formulas are for Llamas and their like, and take a second; the trace takes a minute.
+The formulas are for Llamas and their like, and take a second, the prompts' tokens as long as in the run; the
+trace takes a minute.
 
 Left out on purpose: the FLOPs of attention itself (5% at 2,048 tokens), networks (taken to hide behind work),
 mixtures of experts (all are counted for every token).
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import models
 import run
-from data import Problem, prompt_id, read_prompts
+from data import Problem
 from evals.dryrun import trace
 from packing import LOGITS
 from parallel import decoder_layers, held_whole, say
@@ -151,15 +152,12 @@ def main(options, **defaults):
     o = run.parse(Options, **{"recompute": True, **defaults})
     if not (o.policy and o.rm and o.prompts and o.gpu in GPUS):
         raise Problem(f"--plan needs --policy, --rm, --prompts and a --gpu of {', '.join(GPUS)}")
-    configs = models.config_of(o.policy), models.check_reward(o.rm)
+    configs = models.check_policy(o.policy), models.check_reward(o.rm)
     policy, rm = map(size_of, configs, (POLICY, RM))
-    prompts, _ = read_prompts(o.prompts, o.prompt_field)
+    prompts, lengths, _ = models.read_fitting_prompts(o)
     if len(prompts) < o.select_prompts + 3:
         raise Problem(f"{o.prompts}: {len(prompts)} prompts; --select_prompts {o.select_prompts} needs more")
-    some = [prompts[i] for i in np.random.default_rng(0).permutation(len(prompts))[:200]]
-    mean = float(np.mean([len(ids) for ids in models.encode_prompts(o.policy, some, o=o) if ids is not None]))
-    some = sorted(prompts, key=lambda prompt: len(prompt_id(prompt)))[-50:]  # longest in characters
-    longest = max(len(ids) for ids in models.encode_prompts(o.policy, some, o=o) if ids is not None)
+    mean, longest = float(np.mean(lengths)), max(lengths)
     say(f"{o.gpus} x {o.gpu}; policy {policy.params / 1e9:.2f} B, reward model {rm.params / 1e9:.2f} B; "
         f"{len(prompts):,} prompts of {mean:.0f} tokens, the longest {longest:,}\n")
     say_hours(o, *(phases(o, policy, rm, len(prompts), mean, end) for end in (0, 1)))

@@ -186,6 +186,7 @@ TURNS = dict(chosen=[user("Hi"), assistant("good")], rejected=[user("Hi"), assis
     dict(question="Hi", chosen="good", rejected="bad"),
     dict(chosen="\n\nHuman: Hi\n\nAssistant: good", rejected="\n\nHuman: Hi\n\nAssistant: bad"),  # HH
     dict(conversations=[{"from": "human", "value": "Hi"}], chosen="good", rejected="bad"),
+    dict(prompt="\n\nHuman: Hi\n\nAssistant:", chosen="good", rejected="bad"),
 ])
 def test_every_way_to_write_a_pair_is_the_same_pair(written, row):
     [pair] = read_pairs(written("pairs.jsonl", [row | {"extra": 1}]))

@@ -23,9 +23,9 @@ def test_a_tie_counts_half(new, old, rate):
 
 def test_winrate_judges_both_policies_on_every_prompt_and_leaves_the_answers(
         call, tiny, written, prompts, tmp_path, capsys):
-    path, out = written("prompts.jsonl", [{"prompt": p} for p in prompts[:10]]), tmp_path / "winrate"
+    path, out = written("prompts.jsonl", [{"wish": p} for p in prompts[:10]]), tmp_path / "winrate"
     call(eval_script, "winrate", "--policy", tiny(seed=1), "--baseline", tiny(), "--rm", tiny(reward=True),
-         "--prompts", path, "--out", out, "--max_new_tokens", 8)
+         "--prompts", path, "--prompt_field", "wish", "--out", out, "--max_new_tokens", 8)
     said = capsys.readouterr().out
     rows = [read_jsonl(out / f"{side}.jsonl") for side in ("policy", "baseline")]
     assert [[row["prompt"] for row in side] for side in rows] == [prompts[:10]] * 2
@@ -37,10 +37,11 @@ def test_winrate_judges_both_policies_on_every_prompt_and_leaves_the_answers(
 
 @pytest.mark.parametrize("changes, message", [
     ({"--rm": "policy"}, "has no reward head"),
+    ({"--baseline": "rm"}, "which is a reward model and no policy"),
     ({"--baseline": "short"}, "does not fit into the context of 16 "),
     ({"--policy": "short"}, "does not fit into the context of 16 ")])
 def test_winrate_looks_at_all_it_is_given_before_it_samples(call, tiny, written, tmp_path, changes, message):
-    models = dict(policy=tiny(), short=tiny(max_position_embeddings=16))
+    models = dict(policy=tiny(), rm=tiny(reward=True), short=tiny(max_position_embeddings=16))
     words = {"--policy": tiny(), "--baseline": tiny(), "--rm": tiny(reward=True), "--out": tmp_path / "out",
              "--prompts": written("p.jsonl", [{"prompt": "sad " * 30}]), "--max_new_tokens": 8}
     words |= {flag: models[name] for flag, name in changes.items()}

@@ -148,8 +148,10 @@ CASES = [
     ("dpo", "--out a\udcff", "--out 'a\\udcff' holds characters that can't be printed"),
     ("toy", "--samples 1", "--samples 1 makes no pairs"),
     ("toy", "--rm RM", "--policy, --rm and --prompts go together"),
+    ("mt", "--policy RM", "RM: a LlamaForSequenceClassification, which is a reward model and no policy"),
+    ("sample", "--model RM", "RM: a LlamaForSequenceClassification, which is a reward model and no policy"),
     ("mt", "--select_prompts 30", "need at least 33"),
-    ("mt", "--max_new_tokens 90", "with an answer of 90; --skip_long leaves out all 30 or set a smaller"),
+    ("mt", "--max_new_tokens 90", "with an answer of 90; leave it out or set a smaller"),
     ("dpo", "--out pairs.jsonl/x/out", "--out pairs.jsonl/x/out: pairs.jsonl is a file, not a folder"),
     ("dpo", "--out gamed.csv", "--out gamed.csv: gamed.csv is a file, not a folder"),
     ("filter", "--samples scored.jsonl --out pairs.jsonl/out.jsonl", "pairs.jsonl is a file, not a folder"),
@@ -246,7 +248,8 @@ def test_a_long_prompt_is_named_by_its_row_and_left_out_and_counted_where_that_i
         with pytest.raises(ZeroDivisionError):
             call(module, *words, "--skip_long")
     said = capsys.readouterr().out
-    assert f"2 of {len(prompts) + 2} prompts are too long for PM and left out" in said
+    model = "RM" if module is mt else "PM"
+    assert f"2 of {len(prompts) + 2} prompts are too long for {model} and left out" in said
     assert f"{len(prompts)} prompts (1 repeated ones left out)" in said
 
 

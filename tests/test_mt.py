@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -375,7 +376,7 @@ def test_every_long_phase_says_what_it_is_made_from_and_its_time_and_what_is_lef
     assert f"reward model: run/rm (a link to {here / 'round2' / 'm' / 'rm'})\n" in said
     assert re.search(r"\ntime: \d+ s, sampling and scoring \d+%, policy training \d+%, reward model tr", said)
     for module, command in re.findall(r"^  python (\w+)\.py (.*)", said, re.MULTILINE):  # as they stand
-        call(importlib.import_module(module), *command.split())
+        call(importlib.import_module(module), *shlex.split(command))
     assert "6 prompts, win rate 0." in capsys.readouterr().out and len(read_jsonl("run-next.jsonl")) == 30
     steps = re.findall(r"^(?:going on: )?round \d, .*step.*", said, re.MULTILINE)
     assert [re.sub(r"about \d+ s if.*", "", step) for step in steps] == [
@@ -406,8 +407,10 @@ def test_the_last_models_are_at_out_policy_and_out_rm_and_load(undisturbed):
 
 # ---------------------------------------------------------------- samples from elsewhere
 @pytest.mark.parametrize("damage, message", [
-    (lambda rows: rows, ""), (lambda rows: rows[:-1], "23 rows; 3 .* to each of 8 prompts are needed"),
-    (lambda rows: rows[::-1], "prompts' order"), (lambda rows: [{**r, "index": 0} for r in rows], "`index`"),
+    (lambda rows: rows, ""),
+    (lambda rows: rows[:-1], "23 rows; 3 .* to each of 8 prompts are needed.* row 24 leaves;"),
+    (lambda rows: rows[::-1], "prompts' order, which row 1 leaves;"),
+    (lambda rows: [{**r, "index": 0} for r in rows], "`index`"),
     (lambda rows: [{**r, "prompt": "other"} for r in rows], "are needed"),
     (lambda rows: [{**r, "tokens": "3"} for r in rows], "the tokens '3' is not"),
     (lambda rows: [{**r, "top_p": 0.5} for r in rows], "with top_p 0.5, the run has 0.95"),

@@ -192,6 +192,17 @@ def test_a_batch_that_does_not_fit_is_refused_with_the_largest_one_that_does(pla
         planned(*words, most + 1)
 
 
+def test_prompts_that_the_run_would_refuse_or_leave_out_are_so_in_the_plan(planned, written):
+    rows = [{"prompt": f"sad {i} " + "sad " * (9000 if i < 99 else 9)} for i in range(3000)]
+    long = written("long.jsonl", rows)
+    words = "8B", "--gpu", "h100", "--prompts", long
+    with pytest.raises(Problem, match="long.jsonl:1: .* of 8192 tokens .* leaves out all 99"):
+        planned(*words)
+    said = planned(*words, "--skip_long")
+    assert "99 of 3000 prompts are too long" in said
+    assert re.search(r" 2,901 prompts of \d\d tokens, the longest \d\d$", said, re.M)
+
+
 def test_a_disk_that_is_too_small_is_said(planned, monkeypatch):
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**10))
     with pytest.raises(Problem, match="fit: the disk"):
