@@ -46,7 +46,8 @@ class WinRate:
     baseline: str = field(metadata={"help": "folder or hub id"})
     rm: str = field(metadata={"help": "the judge: folder or hub id"})
     prompts: str = field(metadata={"help": "JSONL, JSON, parquet or hub id with a field `prompt`"})
-    prompt_field: str = ""
+    prompt_field: str = field(default="", metadata={
+        "help": "where in a row the prompt stands, if not under a usual name"})
     out: str = field(default="runs/winrate", metadata={"help": "folder for the scored responses"})
     json: str = field(**JSON)
     temperature: float = 0.8

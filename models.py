@@ -122,8 +122,7 @@ def encode_prompts(folder, prompts, answer=1, o=None):
     if long:
         prompt, length = prompts[long[0]], len(encoded[long[0]])
         where = f"{where_is(prompt, o.prompts, o.prompt_field)}: " if o else ""
-        some = o and len(long) < len(prompts)
-        mend = f"--skip_long leaves out all {len(long)}" if some else "leave it out"
+        mend = f"--skip_long leaves out all {len(long)}" if o and len(long) < len(prompts) else "leave it out"
         mend += " or set a smaller --max_new_tokens" * (length < context)
         raise Problem(f"{where}prompt of {length} tokens does not fit into the context of {context} tokens "
                       f"of {folder} with an answer of {answer}; {mend}: {str(prompt)[:60]!r}…")

@@ -147,6 +147,7 @@ def curve(rows):
 def draw(rows, path):
     """Gain at the last round, point by point."""
     from matplotlib import pyplot
+    pyplot.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "map"}  # text as text, the same file each time
     found = {point: gains(rows, point, "full") for point in POINTS}
     found = {point: above[:, -1] for point, above in found.items() if len(above) > 1}
     mean, error = zip(*((above.mean(), above.std(ddof=1) / len(above)**0.5) for above in found.values()))
@@ -156,7 +157,7 @@ def draw(rows, path):
     axis.set_yticks(range(len(found)), found)
     axis.invert_yaxis()
     axis.set_xlabel(f"gold above a fixed reward model's after round {ROUNDS} (mean ± standard error)")
-    figure.savefig(path, bbox_inches="tight")
+    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
 
 
 def main():

@@ -269,6 +269,10 @@ def with_interval(share, count):
     return "{:.3f} ({:.3f} to {:.3f})".format(share, *wilson(share, count)) if count else f"{share:.3f}"
 
 
+def best_of(run):
+    return max(run["states"], key=lambda state: state[run["judge"]])
+
+
 def above(run, one, other):
     """Whether a state is judged higher than another by more than twice the standard error."""
     key = run["judge"]
@@ -282,7 +286,7 @@ def verdict(run):
     if not states:
         return ["Nothing here says yet whether it worked: policies are judged when a run ends, without gold "
                 "by the base reward model on the prompts of D_MS; with --select false there are none."]
-    first, last, best = states[0], states[-1], max(states, key=lambda state: state[key])
+    first, last, best = states[0], states[-1], best_of(run)
     peak = f"; its best was {best[key]:.2f}, of {best['policy']}" * (best[key] > last[key])
     lead, verb = (("It harmed", "fell") if above(run, first, last) else
                   ("It went too far", "went") if above(run, best, last) else
@@ -293,8 +297,7 @@ def verdict(run):
 
 
 def warnings(run):
-    first, last, found = run["states"][0], run["states"][-1], []
-    best = max(run["states"], key=lambda state: state[run["judge"]])
+    first, last, best, found = run["states"][0], run["states"][-1], best_of(run), []
     rates = [s["win_rate"] for s in e_steps(run) if s["chosen"] and s["win_rate"] is not None]
     if rates and rates[-1] > 0.5 > wilson(last["win_rate"], last["n"])[1]:
         found.append(f"Judges part: by the reward model in use the last update won {rates[-1]:.3f}, yet "

@@ -3,8 +3,8 @@
     python mt.py --policy POLICY --rm RM --prompts prompts.jsonl --plan --gpus 8 --gpu h100   # formulas
     python mt.py --policy POLICY --rm RM --prompts prompts.jsonl --plan exact                 # and a trace
 
-The formulas are for Llamas and their like, and take a second, the prompts' tokens as long as in the run; the
-trace takes a minute.
+The formulas are for Llamas and their like, and take a second beside the reading of the prompts, which is
+the run's own; the trace takes a minute.
 
 Left out on purpose: the FLOPs of attention itself (5% at 2,048 tokens), networks (taken to hide behind work),
 mixtures of experts (all are counted for every token).

@@ -1,7 +1,7 @@
 """pytest tests/test_device.py
 
 What a GPU would do, as far as a CPU can tell: no operation mixes devices, bf16 is off by what bf16 explains.
-NCCL and CUDA's own kernels are not in it.
+FSDP2 over several GPUs, NCCL and CUDA's own kernels are not in it.
 """
 import json
 from pathlib import Path

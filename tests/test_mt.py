@@ -405,6 +405,16 @@ def test_the_last_models_are_at_out_policy_and_out_rm_and_load(undisturbed):
         assert AutoTokenizer.from_pretrained(undisturbed / name).chat_template
 
 
+def test_the_next_commands_hold_where_a_path_has_a_space_and_no_prompts_are_held_out(tmp_path, capsys):
+    progress.say_end(mt.Options(policy="a b", rm="r", out=str(tmp_path / "my run"), select_prompts=0))
+    commands = re.findall(r"^  python (.*)", capsys.readouterr().out, re.MULTILINE)
+    for words, out in zip(map(shlex.split, commands), ("my run-next.jsonl", "my run-next"), strict=True):
+        given = dict(zip(words[-6::2], words[-5::2]))
+        assert given == {"--prompts": f"{tmp_path}/my run/prompts/s0.jsonl", "--max_new_tokens": "1024",
+                         "--out": f"{tmp_path}/{out}"}
+    assert f"{tmp_path}/my run/policy" in words and "a b" in words
+
+
 # ---------------------------------------------------------------- samples from elsewhere
 @pytest.mark.parametrize("damage, message", [
     (lambda rows: rows, ""),
@@ -416,7 +426,7 @@ def test_the_last_models_are_at_out_policy_and_out_rm_and_load(undisturbed):
     (lambda rows: [{**r, "top_p": 0.5} for r in rows], "with top_p 0.5, the run has 0.95"),
     (lambda rows: [{**r, "temperature": 1.0} for r in rows], "with temperature 1.0, the run has 0.8")])
 def test_samples_from_elsewhere_are_taken_in_place_and_checked(
-        call, words, here, monkeypatch, undisturbed, damage, message):
+        call, words, here, monkeypatch, undisturbed, capsys, damage, message):
     with monkeypatch.context() as patch:
         patch.setattr(rollout, "sample", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -428,6 +438,7 @@ def test_samples_from_elsewhere_are_taken_in_place_and_checked(
         with pytest.raises(Problem if message else SystemExit, match=message or None):
             call(mt, *words())
     assert bool(message) != (here / "round1" / "e1" / "samples.jsonl").exists()
+    assert bool(message) != ("24 responses that are there are taken" in capsys.readouterr().out)
 
 
 # ---------------------------------------------------------------- going on
