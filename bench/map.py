@@ -147,7 +147,7 @@ def curve(rows):
 def draw(rows, path):
     """Gain at the last round, point by point."""
     from matplotlib import pyplot
-    pyplot.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "map"}  # text as text, the same file each time
+    pyplot.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "map"}  # text, and the same each time
     found = {point: gains(rows, point, "full") for point in POINTS}
     found = {point: above[:, -1] for point, above in found.items() if len(above) > 1}
     mean, error = zip(*((above.mean(), above.std(ddof=1) / len(above)**0.5) for above in found.values()))
