@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import transformers
 
-from data import Problem
+from data import Lines, Problem
 from parallel import barrier, device, from_rank0, rank, world
 from run import parts_of, remove, write_text
 
@@ -209,5 +209,5 @@ def digest(path):
                 inner = hashlib.file_digest(opened, "sha256").hexdigest()
             total.update(f"{file.relative_to(path)} {inner}\n".encode())
             size += file.stat().st_size
-    rows = {"rows": path.read_bytes().count(b"\n")} if path.suffix == ".jsonl" else {}
+    rows = {"rows": len(Lines(path))} if path.suffix == ".jsonl" else {}
     return {"bytes": size, **rows, "sha256": total.hexdigest()}

@@ -6,6 +6,7 @@ process on a CPU is not sharded at all. Sampling and scoring use a plain replica
 
 Left out on purpose: tensor, pipeline and context parallelism, CPU offload.
 """
+import ctypes
 import functools
 import os
 from datetime import timedelta
@@ -60,13 +61,14 @@ def from_rank0(value):
 def dealt(count, work, what):
     """[work(0), …, work(count − 1)], each done by one process and then known to all: for work of the host,
     while accelerators wait. what: it is called on the screen."""
-    mine = tqdm(range(rank(), count, world()), desc=what, leave=False, disable=quiet())
-    mine = [work(i) for i in mine]
-    if world() == 1:
-        return mine
-    every = [None] * world()
-    dist.all_gather_object(every, mine)
-    return [every[i % world()][i // world()] for i in range(count)]
+    done, size = [], 4096  # exchanged at a time, since that takes several times the memory
+    for at in tqdm(range(0, count, size), desc=what, leave=False, disable=quiet()):
+        every = [[work(i) for i in range(at + rank(), min(at + size, count), world())]]
+        if world() > 1:
+            every, mine = [None] * world(), *every
+            dist.all_gather_object(every, mine)
+        done += [every[i % world()][i // world()] for i in range(min(size, count - at))]
+    return done
 
 
 def say(*words):
@@ -87,12 +89,23 @@ def start():
     elif "OMP_NUM_THREADS" not in os.environ:
         # more than the cores is far slower
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     patience = timedelta(hours=6)  # a process that has no block left waits for the others' last ones
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         dist.init_process_group(backend, timeout=patience)
     elif torch.cuda.is_available():  # a group of one, for FSDP's bf16
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def keep_freed_memory():
+    """Have glibc keep freed tensors of up to 32 MiB, which it else gives back and fetches anew page by page:
+    scoring on a CPU is a fifth faster. Nothing under other libraries of C."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, the largest there is
+        libc.mallopt(-1, 10**9)  # M_TRIM_THRESHOLD
 
 
 # ---------------------------------------------------------------- replicas and shards

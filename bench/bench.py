@@ -112,8 +112,7 @@ class Measured:
 
     def __exit__(self, *_):
         self.cpu = time.process_time() - self.cpu
-        status = Path("/proc/self/status").read_text()
-        self.peak = int(status.split("VmHWM:")[1].split()[0]) / 1024
+        self.peak = resident("VmHWM")
 
 
 def matmul_rate():
@@ -161,6 +160,7 @@ def sampler_project(name, prompts=64, new=NEW, stop=True):
     import models
     import parallel
     import sampler
+    parallel.start()
     model = parallel.replicate(models.load_policy(folder_of(name)))
     keys = np.random.default_rng(0).integers(0, 2**63, (prompts, SAMPLES)).astype(np.uint64)
     with Measured() as measured:
@@ -215,7 +215,9 @@ def training_project(kind, name, steps=None, longer=1):
     import dpo
     import models
     import packing
+    import parallel
     import reward
+    parallel.start()
     steps = steps or STEPS[name]
     folder, pairs, clock = folder_of(name), pairs_of(name, steps * BATCH, longer), Steps()
     options = dict(batch=BATCH, micro_batch=2, max_length=2048)
@@ -297,6 +299,7 @@ def scoring_project(name):
     import models
     import parallel
     import reward
+    parallel.start()
     folder = folder_of(name)
     model = reward.Rewards(parallel.replicate(models.load_reward(folder, fresh_head=True)))
     with Measured() as measured:
@@ -403,15 +406,21 @@ def block_steps(rows, size, prompts=20_000):
 
 
 def host_work(name, prompts):
-    """CPU seconds of one process for what the host does in an E-step of so many prompts, five responses of
-    386 tokens on average, while accelerators wait; and the memory of the pairs and their tokens."""
+    """CPU seconds of rank 0 for what the host does in an E-step of so many prompts, five responses of 386
+    tokens on average, while accelerators wait, dealt to the processes there are; and how much memory it takes
+    at most, without pages of files."""
     import data
     import filter
     import manifest
+    import models
     import packing
+    import parallel
     import rollout
-    rng, folder, seconds = random.Random(4), folder_of(name), {}
+    import run
+    parallel.start()
+    rng, folder, seconds, peaks = random.Random(4), folder_of(name), {}, {}
     texts = [text(rng, 1024, name).split() for _ in range(500)]
+    path, other, tokenizer = FOLDER / "samples.jsonl", FOLDER / "pairs.jsonl", data.load_tokenizer(folder)
 
     def some(tokens):
         return " ".join(rng.choice(texts)[:tokens])
@@ -419,7 +428,7 @@ def host_work(name, prompts):
     def timed(part, work, *arguments):
         with Measured() as measured:
             result = work(*arguments)
-        seconds[part] = measured.cpu
+        seconds[part], peaks[part] = measured.cpu, measured.peak - resident("RssFile")
         return result
 
     def sampled(prompt, index):
@@ -430,28 +439,26 @@ def host_work(name, prompts):
     def scored(row):
         return packing.pack([data.encode_chat(tokenizer, row["prompt"], row["response"], whole=True)])
 
-    with tempfile.TemporaryDirectory() as out:
-        path, tokenizer = Path(out) / "samples.jsonl", data.load_tokenizer(folder)
-        questions = (some(130) + " " + word(3 + number % 8000) for number in range(prompts))
-        data.write_jsonl(path, (sampled(prompt, i) for prompt in questions for i in range(SAMPLES)))
-        rows = timed("finding the lines, not dealt", data.Lines, path)
-        timed("the file's digest, not dealt", manifest.digest, path)
-        timed("prompts to tokens", lambda: [data.encode_chat(tokenizer, row["prompt"]).start
-                                            for row in rows[::SAMPLES]])
-        timed("answers to tokens, in scoring", lambda: [len(scored(row)) for row in rows])
-        timed("means", rollout.means, rows, "score", "tokens", "finished")
-        before = anonymous()
-        pairs, _ = timed("pairs", filter.preference_pairs, rows)
-        held = timed("pairs to tokens", packing.pair_rows, tokenizer, pairs, 2048, True)
-        result = dict(seconds=seconds, memory=anonymous() - before, pairs=len(held[0]))
-        timed("pairs to a file and back, not dealt", lambda: [
-            data.write_jsonl(path, pairs), len(data.read_jsonl(path))])
-        return result
+    questions = [some(130) + " " + word(3 + number % 8000) for number in range(prompts)]
+    run.write_rows(path, (sampled(prompt, i) for prompt in questions for i in range(SAMPLES)))
+    before = resident("RssAnon")
+    rows = timed("finding the lines, in each", data.Lines, path)
+    timed("the file's digest, in each", manifest.digest, path)
+    timed("prompts to tokens", models.encode_prompts, folder, questions)
+    timed("answers to tokens, in scoring", lambda: [
+        len(scored(rows[i])) for i in range(parallel.rank(), len(rows), parallel.world())])
+    timed("means", rollout.means, rows, "score", "tokens", "finished")
+    pairs, _ = timed("pairs", filter.preference_pairs, rows)
+    timed("pairs to a file, in one", run.write_rows, other, pairs)
+    del pairs  # as between two phases of a run
+    pairs = timed("and back, in each", data.read_jsonl, other)
+    timed("pairs to tokens", packing.pair_rows, tokenizer, pairs, 2048, True)
+    return dict(seconds=seconds, memory=max(peaks.values()) - before)
 
 
-def anonymous():
-    """MB of this process's memory that is no file's."""
-    return int(Path("/proc/self/status").read_text().split("RssAnon:")[1].split()[0]) / 1024
+def resident(kind):
+    """MB of this process: of files' pages (RssFile), of everything else (RssAnon), the peak (VmHWM)."""
+    return int(Path("/proc/self/status").read_text().split(f"{kind}:")[1].split()[0]) / 1024
 
 
 def training_traffic(name, gradient, weights):
@@ -595,18 +602,20 @@ def slots(_):
 
 
 def host(_):
-    """A tenth of 60,000 prompts, times ten."""
-    result = measure(["host_work", "m10", 6000])
-    print("| the host, 60,000 prompts x 5 | CPU seconds | over eight processes |\n|---|---|---|")
-    for part, seconds in result["seconds"].items():
-        share = 1 if part.endswith("not dealt") else 8
-        print(f"| {part} | {10 * seconds:.0f} | {10 * seconds / share:.1f} |")
-    print(f"\nThe pairs and their tokens take {result['memory'] / 100:.2f} GB in each process.")
+    folder_of("m10")
+    one, eight = measure(["host_work", "m10", 6000]), processes(8, ["host_work", "m10", 60_000])
+    print("| the host, 60,000 prompts x 5: CPU seconds | one process | rank 0 of eight |\n|---|---|---|")
+    for part, seconds in eight["seconds"].items():
+        print(f"| {part} | {10 * one['seconds'][part]:.1f} | {seconds:.1f} |")
+    print(f"| all | {10 * sum(one['seconds'].values()):.1f} | {sum(eight['seconds'].values()):.1f} |")
+    print("\nOne process had a tenth of the prompts, and its seconds are times ten. "
+          f"Rank 0 of eight took {eight['memory'] / 1000:.2f} GB more at most.")
 
 
-def two(call):
-    """`call` in two processes; what one of them says."""
-    return measure(call, sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+def processes(count, call):
+    """`call` in so many processes; what rank 0 says."""
+    return measure(call, sys.executable, "-m", "torch.distributed.run", "--standalone",
+                   f"--nproc-per-node={count}")
 
 
 def traffic(_):
@@ -615,7 +624,7 @@ def traffic(_):
           "| weights received | gradients received | all |\n|---|---|---|---|")
     for label, held in (("nothing held", (False, False)), ("the gradient held", (True, False)),
                         ("gradient and weights held", (True, True))):
-        result = two(["training_traffic", "m10", *held])
+        result = processes(2, ["training_traffic", "m10", *held])
         bytes_ = result["weights"], result["gradients"], result["weights"] + result["gradients"]
         print(f"| {label} | " + " | ".join(f"{b / 1e6:,.1f} MB" for b in bytes_) + " |", flush=True)
 

@@ -46,6 +46,25 @@ def metrics(out, key="loss"):
 
 
 # ---------------------------------------------------------------- batches and schedule
+def test_dealt_work_comes_back_in_order_from_every_process(tmp_path):
+    path = tmp_path / "deal.py"
+    path.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom parallel import *\nstart()\n"
+                    "found = dealt(9001, lambda i: (i, rank()), 'numbers')\n"  # exchanged three times
+                    "assert found == [(i, i % 4096 % 3) for i in range(9001)], rank()\n")
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", path],
+                   check=True, capture_output=True)
+
+
+def test_freed_memory_is_kept_on_a_cpu():
+    """It is not fetched anew from the system, page by page."""
+    code = ("import parallel, resource, torch; parallel.start()\nfor _ in range(2):\n"
+            "  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+            "  [torch.ones(5 * 2**20) for _ in range(8)]\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True)
+    assert int(done.stdout) < 1000  # 40,000 else
+
+
 @pytest.mark.parametrize("rows, batch, micro_batch, world", [
     (97, 8, 2, 1), (97, 8, 2, 2), (97, 8, 3, 4), (5, 8, 1, 3), (1, 4, 2, 2), (33, 16, 16, 3)])
 def test_every_row_counts_once_with_shares_that_add_up_to_1_over_all_processes(
