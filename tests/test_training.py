@@ -51,8 +51,8 @@ def test_dealt_work_comes_back_in_order_from_every_process(tmp_path):
     path.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom parallel import *\nstart()\n"
                     "found = dealt(9001, lambda i: (i, rank()), 'numbers')\n"  # exchanged three times
                     "assert found == [(i, i % 4096 % 3) for i in range(9001)], rank()\n")
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", path],
-                   check=True, capture_output=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    subprocess.run([*torchrun, path], check=True, capture_output=True)
 
 
 def test_freed_memory_is_kept_on_a_cpu():
