@@ -453,6 +453,7 @@ def host_work(name, prompts):
     del pairs  # as between two phases of a run
     pairs = timed("and back, in each", data.read_jsonl, other)
     timed("pairs to tokens", packing.pair_rows, tokenizer, pairs, 2048, True)
+    run.remove_all(path, other)
     return dict(seconds=seconds, memory=max(peaks.values()) - before)
 
 

@@ -52,7 +52,8 @@ def test_dealt_work_comes_back_in_order_from_every_process(tmp_path):
                     "found = dealt(9001, lambda i: (i, rank()), 'numbers')\n"  # exchanged three times
                     "assert found == [(i, i % 4096 % 3) for i in range(9001)], rank()\n")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
-    subprocess.run([*torchrun, path], check=True, capture_output=True)
+    done = subprocess.run([*torchrun, path], text=True, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_freed_memory_is_kept_on_a_cpu():
