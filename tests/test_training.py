@@ -58,12 +58,12 @@ def test_dealt_work_comes_back_in_order_from_every_process(tmp_path):
 
 def test_freed_memory_is_kept_on_a_cpu():
     """It is not fetched anew from the system, page by page."""
-    code = ("import parallel, resource, torch; parallel.start()\nfor _ in range(4):\n"
+    code = ("import parallel, resource, torch; parallel.start()\nfor _ in range(3):\n"
             "  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
             "  [torch.ones(5 * 2**20) for _ in range(8)]\n"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True)
-    assert int(done.stdout) < 1000  # 40,000 else
+    assert int(done.stdout) < 10_000  # a tensor has 5,000 pages; else 40,000
 
 
 @pytest.mark.parametrize("rows, batch, micro_batch, world", [
