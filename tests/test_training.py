@@ -58,7 +58,7 @@ def test_dealt_work_comes_back_in_order_from_every_process(tmp_path):
 
 def test_freed_memory_is_kept_on_a_cpu():
     """It is not fetched anew from the system, page by page."""
-    code = ("import parallel, resource, torch; parallel.start()\nfor _ in range(3):\n"
+    code = ("import parallel, resource, torch; parallel.start()\nfor _ in range(6):\n"
             "  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
             "  [torch.ones(5 * 2**20) for _ in range(8)]\n"
             "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)")
