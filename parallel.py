@@ -63,9 +63,9 @@ def dealt(count, work, what):
     while accelerators wait. what: it is called on the screen."""
     done, size = [], 4096  # exchanged at a time, since that takes several times the memory
     for at in tqdm(range(0, count, size), desc=what, leave=False, disable=quiet()):
-        every = [[work(i) for i in range(at + rank(), min(at + size, count), world())]]
+        mine = [work(i) for i in range(at + rank(), min(at + size, count), world())]
+        every = [mine] * world()
         if world() > 1:
-            every, mine = [None] * world(), *every
             dist.all_gather_object(every, mine)
         done += [every[i % world()][i // world()] for i in range(min(size, count - at))]
     return done

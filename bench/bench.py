@@ -418,7 +418,7 @@ def host_work(name, prompts):
     import rollout
     import run
     parallel.start()
-    rng, folder, seconds, peaks = random.Random(4), folder_of(name), {}, {}
+    rng, folder, seconds, peaks = random.Random(4), folder_of(name), {}, []
     texts = [text(rng, 1024, name).split() for _ in range(500)]
     path, other, tokenizer = FOLDER / "samples.jsonl", FOLDER / "pairs.jsonl", data.load_tokenizer(folder)
 
@@ -428,7 +428,8 @@ def host_work(name, prompts):
     def timed(part, work, *arguments):
         with Measured() as measured:
             result = work(*arguments)
-        seconds[part], peaks[part] = measured.cpu, measured.peak - resident("RssFile")
+        seconds[part] = measured.cpu
+        peaks.append(measured.peak - resident("RssFile"))
         return result
 
     def sampled(prompt, index):
@@ -454,7 +455,7 @@ def host_work(name, prompts):
     pairs = timed("and back, in each", data.read_jsonl, other)
     timed("pairs to tokens", packing.pair_rows, tokenizer, pairs, 2048, True)
     run.remove_all(path, other)
-    return dict(seconds=seconds, memory=max(peaks.values()) - before)
+    return dict(seconds=seconds, memory=max(peaks) - before)
 
 
 def resident(kind):
