@@ -23,7 +23,7 @@ from arms import ROUNDS, by_this_code, command, mean_and_error  # noqa: E402
 
 import reward  # noqa: E402
 import toy  # noqa: E402
-from data import read_jsonl, read_pairs, write_jsonl  # noqa: E402
+from data import read_json, read_jsonl, read_pairs, write_jsonl  # noqa: E402
 from evals import figures  # noqa: E402
 from evals.agreement import disagreement  # noqa: E402
 
@@ -48,8 +48,16 @@ ARMS = {  # {base}: the folder of the base models, which the first arm makes
     **{f"{n} labels{how}": ["--labels", n, *LABELLER]
        for n in RIVALS for how in ("", ", random", ", restart")},
     "restart": [],
+    "one M-step": [],
+    "like length": [],
+    "as many, drawn": [],
+    "gate of 3,000": ["--gate", "{base}/more/preferences.jsonl"],
+    "gold labels": [],
+    "gold labels, gate": ["--gate", "{base}/held_out/preferences.jsonl"],
+    "gold labels, gate of 3,000": ["--gate", "{base}/more/preferences.jsonl"],
 }
-HOW = {", random": {"choose": "random"}, "restart": {"restart": True}}  # by what an arm's name ends with
+HOW = {"random": {"choose": "random"}, "restart": {"restart": True}, "one M-step": {"m_steps": 1},
+       "like length": {"pairs": "like"}, "as many": {"pairs": "drawn"}, "gold labels": {"gold": True}}
 PREDICTORS = ("accuracy", "brier", "win_rate", "kept", "disagreement", "gain_on_labels")
 
 
@@ -62,11 +70,12 @@ def run(point, arm, seed):
         base = arm not in ("full", "fixed") and base_of(folder / f"fixed-{seed}")
         command("bench.point", "--rounds", ROUNDS, "--seed", seed, "--out", out,
                 *(str(word).format(base=base) for word in ARMS[arm]), cwd=folder,
-                POINT=json.dumps(constants(point) | next((HOW[end] for end in HOW if arm.endswith(end)), {})))
+                POINT=json.dumps(constants(point) | next((HOW[word] for word in HOW if word in arm), {})))
     print(f"{out} is there", flush=True)
     row = dict(point=point, **constants(point), arm=arm, seed=seed,
                gold=[line["gold"] for line in read_jsonl(out / "gold.jsonl")])
-    return row | (predictors(out) if arm == "full" else {})
+    gates = [read_json(path) for path in sorted(out.glob("round*/m/gate.json"))]
+    return row | (predictors(out) if arm == "full" else {}) | ({"gate": gates} if gates else {})
 
 
 def constants(point):

@@ -9,9 +9,13 @@ policy_lr  the E-step's
 rule       "best": the highest reward is chosen, as in variants/online_dpo.py
 choose     "random": --labels asks about pairs that are drawn, not about those which the RM is least sure of
 restart    every E-step trains the base policy anew, on the samples of the policy in use
+m_steps    so many in all; then the reward model stays
+gold       M-steps have gold's labels, as in variants/gold_labels.py
+pairs      of M-steps: "like": those whose answers differ by a word in length at most; "drawn": as many, drawn
 
 Base models lie in runs/point-base of the current folder, so a folder is for one point. Without --rounds, as
-toy.build calls it, it makes them, and labels of the test prompts that no model learns from: held_out/.
+toy.build calls it, it makes them, and labels that no reward model learns from: of the test prompts in
+held_out/, of up to 3,000 others in more/ (the base policy may know demonstrations of those).
 """
 import json
 import os
@@ -28,13 +32,15 @@ import reward  # noqa: E402
 import run  # noqa: E402
 import toy  # noqa: E402
 from data import by_prompt  # noqa: E402
+from variants import gold_labels  # noqa: E402
 from variants.online_dpo import best_and_worst  # noqa: E402
 
 POINT = {"labels": toy.LABELS, "taste": 0.0, "own_body": False, "policy_lr": toy.SETTINGS["policy_lr"],
-         "rule": "shortest", "choose": "unsure", "restart": False} | json.loads(os.environ.get("POINT", "{}"))
+         "rule": "shortest", "choose": "unsure", "restart": False, "m_steps": None, "gold": False,
+         "pairs": "all"} | json.loads(os.environ.get("POINT", "{}"))
 TASTY = {*sorted(toy.ADJECTIVE_MOOD)[::3], *sorted(toy.VERB_MOOD)[::3]}
 appeal, train, write_demonstrator = toy.appeal, reward.train, toy.write_demonstrator
-train_policy = mt.train_policy
+train_policy, m_step = mt.train_policy, mt.m_step
 
 
 def with_taste(row):
@@ -63,13 +69,31 @@ def from_base(o, policy, pairs, path):
     return train_policy(o, o.policy, pairs, path)
 
 
+def first_few(o, old_policy, new_policy, rm, prompts, folder, ranked):
+    done = int(folder.parent.name.removeprefix("round")) > POINT["m_steps"]
+    return rm if done else m_step(o, old_policy, new_policy, rm, prompts, folder, ranked)
+
+
+def on_some(folder, pairs, **settings):
+    some = [pair for pair in pairs
+            if abs(len(pair["chosen"].split()) - len(pair["rejected"].split())) <= 1]
+    if POINT["pairs"] == "drawn":
+        some = random.Random(len(pairs)).sample(pairs, len(some))
+    return train(folder, some, **settings)
+
+
 def make_base():
     o = run.parse(toy.Options)
     if POINT["own_body"]:
         reward.train = from_own_body
     toy.main()
-    held_out = Path(o.out) / "held_out" / "preferences.jsonl"
-    toy.write_preferences(Path(o.out) / "policy", toy.parts(o.seed)["test"], o.seed, held_out)
+    cut = toy.parts(o.seed)
+    known = {*cut["loop"], *cut["test"], *cut["labels"]}
+    more = [prompt for prompt in toy.all_prompts() if prompt not in known]
+    random.Random(o.seed).shuffle(more)
+    for name, prompts in {"held_out": cut["test"], "more": more[:3000]}.items():
+        path = Path(o.out) / name / "preferences.jsonl"
+        toy.write_preferences(path.parents[1] / "policy", prompts, o.seed, path)
 
 
 if __name__ == "__main__":
@@ -80,6 +104,12 @@ if __name__ == "__main__":
         labels.unsure = drawn
     if POINT["restart"]:
         mt.train_policy = from_base
+    if POINT["m_steps"]:
+        mt.m_step = first_few
+    if POINT["gold"]:
+        mt.mix = gold_labels.mix
+    if POINT["pairs"] != "all":
+        reward.train = on_some
     if "--rounds" in sys.argv:
         run.launch(mt.main, policy_lr=POINT["policy_lr"])
     else:
