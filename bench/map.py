@@ -52,12 +52,14 @@ ARMS = {  # {base}: the folder of the base models, which the first arm makes
     "like length": [],
     "as many, drawn": [],
     "gate of 3,000": ["--gate", "{base}/more/preferences.jsonl"],
+    "rrm": [],
     "gold labels": [],
     "gold labels, gate": ["--gate", "{base}/held_out/preferences.jsonl"],
     "gold labels, gate of 3,000": ["--gate", "{base}/more/preferences.jsonl"],
 }
 HOW = {"random": {"choose": "random"}, "restart": {"restart": True}, "one M-step": {"m_steps": 1},
-       "like length": {"pairs": "like"}, "as many": {"pairs": "drawn"}, "gold labels": {"gold": True}}
+       "like length": {"pairs": "like"}, "as many": {"pairs": "drawn"}, "gold labels": {"mix": "gold"},
+       "rrm": {"mix": "rrm"}}
 PREDICTORS = ("accuracy", "brier", "win_rate", "kept", "disagreement", "gain_on_labels")
 
 

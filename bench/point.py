@@ -10,7 +10,7 @@ rule       "best": the highest reward is chosen, as in variants/online_dpo.py
 choose     "random": --labels asks about pairs that are drawn, not about those which the RM is least sure of
 restart    every E-step trains the base policy anew, on the samples of the policy in use
 m_steps    so many in all; then the reward model stays
-gold       M-steps have gold's labels, as in variants/gold_labels.py
+mix        "gold" or "rrm": what M-steps train on, as in variants/gold_labels.py and variants/rrm.py
 pairs      of M-steps: "like": those whose answers differ by a word in length at most; "drawn": as many, drawn
 
 Base models lie in runs/point-base of the current folder, so a folder is for one point. Without --rounds, as
@@ -32,12 +32,12 @@ import reward  # noqa: E402
 import run  # noqa: E402
 import toy  # noqa: E402
 from data import by_prompt  # noqa: E402
-from variants import gold_labels  # noqa: E402
+from variants import gold_labels, rrm  # noqa: E402
 from variants.online_dpo import best_and_worst  # noqa: E402
 
 POINT = {"labels": toy.LABELS, "taste": 0.0, "own_body": False, "policy_lr": toy.SETTINGS["policy_lr"],
-         "rule": "shortest", "choose": "unsure", "restart": False, "m_steps": None, "gold": False,
-         "pairs": "all"} | json.loads(os.environ.get("POINT", "{}"))
+         "rule": "shortest", "choose": "unsure", "restart": False, "m_steps": None,
+         "mix": "own", "pairs": "all"} | json.loads(os.environ.get("POINT", "{}"))
 TASTY = {*sorted(toy.ADJECTIVE_MOOD)[::3], *sorted(toy.VERB_MOOD)[::3]}
 appeal, train, write_demonstrator = toy.appeal, reward.train, toy.write_demonstrator
 train_policy, m_step = mt.train_policy, mt.m_step
@@ -106,8 +106,10 @@ if __name__ == "__main__":
         mt.train_policy = from_base
     if POINT["m_steps"]:
         mt.m_step = first_few
-    if POINT["gold"]:
+    if POINT["mix"] == "gold":
         mt.mix = gold_labels.mix
+    if POINT["mix"] == "rrm":
+        mt.mix, reward.bradley_terry_loss = rrm.mix_with_foreign, rrm.rrm_loss
     if POINT["pairs"] != "all":
         reward.train = on_some
     if "--rounds" in sys.argv:
