@@ -119,12 +119,14 @@ def gains(rows, point, arm):
 def tables(rows):
     points = [point for point in POINTS if any(row["point"] == point for row in rows)]
     rounds = "".join(f" round {n + 1} |" for n in range(ROUNDS))
-    print(f"| point | arm | seeds |{rounds}\n|---|---|---|{'---|' * ROUNDS}")
+    print(f"| point | arm | seeds |{rounds} gold: fixed, arm |\n|---|---|---|{'---|' * ROUNDS}---|")
     for point in points:
-        for arm in [arm for arm in ARMS if arm != "fixed"]:
+        last = {arm: np.mean([row["gold"][-1] for row in rows if (row["point"], row["arm"]) == (point, arm)])
+                for arm in ARMS if any((row["point"], row["arm"]) == (point, arm) for row in rows)}
+        for arm in [arm for arm in last if arm != "fixed"]:
             above = gains(rows, point, arm)
-            if len(above):
-                print(f"| {point} | {arm} | {len(above)} | {' | '.join(map(mean_and_error, above.T))} |")
+            print(f"| {point} | {arm} | {len(above)} | {' | '.join(map(mean_and_error, above.T))} | "
+                  f"{last['fixed']:.2f}, {last[arm]:.2f} |")
     full = [(point, [row for row in rows if (row["point"], row["arm"]) == (point, "full")])
             for point in points if len(gains(rows, point, "full"))]
     gain = [gains(rows, point, "full")[:, -1].mean() for point, _ in full]
