@@ -6,8 +6,9 @@
 Runs lie in runs/map/POINT/ARM-SEED. Every run's row goes to docs/data/map.jsonl; tables and docs/map.svg are
 made from those rows (--table: without running anything). Beside them stands what a user could know without
 gold: r_0's accuracy and Brier score on 300 held-out labelled pairs and, of the full method's first round, the
-win rate, the share of comparisons kept, the disagreement of policy and reward model, and how many more of the
-held-out pairs the new reward model orders.
+win rate, the share of comparisons kept, the disagreement of policy and reward model, and how many more of
+the held-out pairs, and of labelled pairs of the new policy's own answers, the new reward model orders. A
+third table has the latter by M-step, and in how many runs a gate of these labels would let it through.
 """
 import argparse
 import json
@@ -20,12 +21,15 @@ import numpy as np
 HOME = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HOME))
 from arms import ROUNDS, by_this_code, command, mean_and_error  # noqa: E402
+from label import label  # noqa: E402
+from point import drawn  # noqa: E402
 
 import reward  # noqa: E402
 import toy  # noqa: E402
 from data import read_json, read_jsonl, read_pairs, write_jsonl  # noqa: E402
 from evals import figures  # noqa: E402
 from evals.agreement import disagreement  # noqa: E402
+from labels import refused  # noqa: E402
 
 POINTS = {
     "base": {},
@@ -60,7 +64,7 @@ ARMS = {  # {base}: the folder of the base models, which the first arm makes
 HOW = {"random": {"choose": "random"}, "restart": {"restart": True}, "one M-step": {"m_steps": 1},
        "like length": {"pairs": "like"}, "as many": {"pairs": "drawn"}, "gold labels": {"mix": "gold"},
        "rrm": {"mix": "rrm"}}
-PREDICTORS = ("accuracy", "brier", "win_rate", "kept", "disagreement", "gain_on_labels")
+PREDICTORS = ("accuracy", "brier", "win_rate", "kept", "disagreement", "gain_on_labels", "gain_on_own")
 
 
 def run(point, arm, seed):
@@ -76,8 +80,9 @@ def run(point, arm, seed):
     print(f"{out} is there", flush=True)
     row = dict(point=point, **constants(point), arm=arm, seed=seed,
                gold=[line["gold"] for line in read_jsonl(out / "gold.jsonl")])
-    gates = [read_json(path) for path in sorted(out.glob("round*/m/gate.json"))]
-    return row | (predictors(out) if arm == "full" else {}) | ({"gate": gates} if gates else {})
+    gates, own = [read_json(path) for path in sorted(out.glob("round*/m/gate.json"))], on_own_answers(out)
+    row |= ({"gate": gates} if gates else {}) | ({"own": own} if own else {})
+    return row | (dict(predictors(out), gain_on_own=own[0][1] - own[0][0]) if arm == "full" else {})
 
 
 def constants(point):
@@ -100,6 +105,25 @@ def predictors(out):
         win_rate=first["win_rate"], disagreement=next(iter(disagreement(found).values())),
         kept=compared and compared["kept"] / compared["comparisons"],
         gain_on_labels=float((after > 0).mean() - (margins > 0).mean()))
+
+
+def on_own_answers(out):
+    """[[before, after, bound]] by M-step: how many pairs of the new policy's answers the reward models before
+    and after order as labels do, and the gate's bound on the difference. The answers are two, drawn, to each
+    of the 800 prompts of the E-step that follows; bench/label.py labels them."""
+    rm, found = base_of(out) / "rm", []
+    for new in sorted(out.glob("round*/m/rm")):
+        questions = drawn(read_jsonl(new.parents[1] / "e2" / "samples.jsonl"), 800)
+        pairs = []
+        for prompt, answers in questions:
+            better = label(dict(prompt=prompt, answers=answers, chosen=None))
+            pairs.append(dict(prompt=prompt, chosen=answers[better], rejected=answers[1 - better]))
+        before, after = (np.array(reward.ordered(str(folder), pairs, 32), float) for folder in (rm, new))
+        difference = after - before
+        found.append([before.mean(), after.mean(),
+                      difference.mean() - 1.645 * difference.std(ddof=1) / len(pairs)**0.5])
+        rm = rm if refused(new.parent) else new
+    return found
 
 
 def held_out_margins(folder, pairs):
@@ -131,14 +155,22 @@ def tables(rows):
             for point in points if len(gains(rows, point, "full"))]
     gain = [gains(rows, point, "full")[:, -1].mean() for point, _ in full]
     print(f"\n| point | gain | {' | '.join(PREDICTORS)} |\n|---|---|{'---|' * len(PREDICTORS)}")
-    values = np.array([[np.mean([row[name] for row in some if row[name] is not None]) for name in PREDICTORS]
-                       for _, some in full])
+    values = np.array([[np.mean([row[name] for row in some if row.get(name) is not None] or np.nan)
+                        for name in PREDICTORS] for _, some in full])
     for (point, _), above, known in zip(full, gain, values):
         print(f"| {point} | {above:+.2f} | {' | '.join(f'{value:.3f}' for value in known)} |")
     print(f"| rank correlation | | {' | '.join(f'{spearman(gain, known):+.2f}' for known in values.T)} |")
+    print(f"\n| point | arm |{rounds}\n|---|---|{'---|' * ROUNDS}")
+    for point, arm in dict.fromkeys((row["point"], row["arm"]) for row in rows if "own" in row):
+        own = [row["own"] for row in rows if (row["point"], row["arm"]) == (point, arm) and "own" in row]
+        steps = [np.array([steps[n] for steps in own if n < len(steps)]) for n in range(ROUNDS)]
+        print(f"| {point} | {arm} | " + " | ".join(
+            f"{some[:, 0].mean():.3f} → {some[:, 1].mean():.3f}, {(some[:, 2] > 0).sum()} of {len(some)}"
+            if len(some) else "" for some in steps) + " |")
 
 
 def spearman(x, y):
+    x, y = np.array([x, y])[:, ~np.isnan(y)]
     ranks = [np.sign(np.subtract.outer(values, values)).sum(1) for values in (x, y)]  # ties share theirs
     return np.corrcoef(*ranks)[0, 1]
 
