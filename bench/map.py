@@ -154,11 +154,13 @@ def tables(rows):
     full = [(point, [row for row in rows if (row["point"], row["arm"]) == (point, "full")])
             for point in points if len(gains(rows, point, "full"))]
     gain = [gains(rows, point, "full")[:, -1].mean() for point, _ in full]
-    print(f"\n| point | gain | {' | '.join(PREDICTORS)} |\n|---|---|{'---|' * len(PREDICTORS)}")
+    heads = " | ".join(PREDICTORS).replace("_", " ")
+    print(f"\n| point | gain | {heads} |\n|---|---|{'---|' * len(PREDICTORS)}")
     values = np.array([[np.mean([row[name] for row in some if row.get(name) is not None] or np.nan)
                         for name in PREDICTORS] for _, some in full])
     for (point, _), above, known in zip(full, gain, values):
-        print(f"| {point} | {above:+.2f} | {' | '.join(f'{value:.3f}' for value in known)} |")
+        known = ("" if np.isnan(value) else f"{value:.3f}" for value in known)
+        print(f"| {point} | {above:+.2f} | {' | '.join(known)} |")
     print(f"| rank correlation | | {' | '.join(f'{spearman(gain, known):+.2f}' for known in values.T)} |")
     print(f"\n| point | arm |{rounds}\n|---|---|{'---|' * ROUNDS}")
     for point, arm in dict.fromkeys((row["point"], row["arm"]) for row in rows if "own" in row):

@@ -4,11 +4,16 @@
 """
 import importlib.util
 import json
+import math
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import toy
+from data import read_jsonl, write_jsonl
 
 BENCH = Path(__file__).parents[1] / "bench"
 CALLS = [["sampler_project", "tiny"], *(["sampler_peer", "tiny", kind] for kind in ("sorted", "continuous")),
@@ -71,3 +76,27 @@ def test_gradients_are_exchanged_once_a_step_and_held_weights_too_with_the_same_
     assert both["weights"] == pytest.approx(half, rel=0.02)
     for other in (gradient, both):
         assert other["norms"] == pytest.approx(every["norms"], rel=1e-6)
+
+
+def test_the_labeller_of_the_embedded_task_labels_open_rows_by_noisy_gold(tmp_path):
+    rng, path = random.Random(0), tmp_path / "ask.jsonl"
+    rows = [dict(prompt=prompt, answers=[toy.demonstration(prompt, rng) for _ in range(2)], chosen=None)
+            for prompt in toy.parts(0)["test"]]
+    write_jsonl(path, [*rows, dict(rows[0], chosen=0), dict(rows[0], chosen=1)])
+    subprocess.run([sys.executable, BENCH / "label.py", path], check=True)
+    *rows, zero, one = read_jsonl(path)
+    assert (zero["chosen"], one["chosen"]) == (0, 1)
+    gold = [[toy.gold(row["prompt"], answer) for answer in row["answers"]] for row in rows]
+    above = [second - first for first, second in gold]
+    chance = [1 / (1 + math.exp(-gap / toy.LABEL_NOISE)) for gap in above]
+    surprise = sum((row["chosen"] - p) * gap for row, p, gap in zip(rows, chance, above))
+    assert abs(surprise) < 3 * sum(p * (1 - p) * gap**2 for p, gap in zip(chance, above))**0.5
+    assert len({row["chosen"] == (gap > 0) for row, gap in zip(rows, above)}) == 2  # noise, too
+
+
+def test_the_maps_tables_in_the_docs_are_those_of_its_rows():
+    code = (f"import sys; sys.path.insert(0, {str(BENCH)!r}); import map; "
+            "rows = map.read_jsonl(map.HOME / 'docs/data/map.jsonl'); map.tables(rows); map.curve(rows)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    docs = (BENCH.parent / "docs" / "results.md").read_text()
+    assert [line for line in done.stdout.splitlines() if line not in docs] == []
