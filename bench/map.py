@@ -140,39 +140,59 @@ def gains(rows, point, arm):
     return np.array([np.subtract(gold[arm, seed], gold["fixed", seed])[1:] for seed in seeds])
 
 
+def table(*heads):
+    print(f"\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+
+
 def tables(rows):
-    points = [point for point in POINTS if any(row["point"] == point for row in rows)]
-    rounds = "".join(f" round {n + 1} |" for n in range(ROUNDS))
-    print(f"| point | arm | seeds |{rounds} gold: fixed, arm |\n|---|---|---|{'---|' * ROUNDS}---|")
-    for point in points:
-        last = {arm: np.mean([row["gold"][-1] for row in rows if (row["point"], row["arm"]) == (point, arm)])
-                for arm in ARMS if any((row["point"], row["arm"]) == (point, arm) for row in rows)}
-        for arm in [arm for arm in last if arm != "fixed"]:
+    by_arm = {}  # (point, arm) -> rows, by seed
+    for row in sorted(rows, key=lambda row: row["seed"]):
+        by_arm.setdefault((row["point"], row["arm"]), []).append(row)
+    names = [(point, arm) for point in POINTS for arm in ARMS if (point, arm) in by_arm]
+    rounds = [f"round {n + 1}" for n in range(ROUNDS)]
+
+    table("point", "arm", "seeds", *rounds, "gold: fixed, arm")
+    for point, arm in names:
+        if arm != "fixed":
             above = gains(rows, point, arm)
+            last = [np.mean([row["gold"][-1] for row in by_arm[point, name]]) for name in ("fixed", arm)]
             print(f"| {point} | {arm} | {len(above)} | {' | '.join(map(mean_and_error, above.T))} | "
-                  f"{last['fixed']:.2f}, {last[arm]:.2f} |")
-    full = [(point, [row for row in rows if (row["point"], row["arm"]) == (point, "full")])
-            for point in points if len(gains(rows, point, "full"))]
-    gain = [gains(rows, point, "full")[:, -1].mean() for point, _ in full]
-    heads = " | ".join(PREDICTORS).replace("_", " ")
-    print(f"\n| point | gain | {heads} |\n|---|---|{'---|' * len(PREDICTORS)}")
-    values = np.array([[np.mean([row[name] for row in some if row.get(name) is not None] or np.nan)
-                        for name in PREDICTORS] for _, some in full])
-    for (point, _), above, known in zip(full, gain, values):
-        known = ("" if np.isnan(value) else f"{value:.3f}" for value in known)
-        print(f"| {point} | {above:+.2f} | {' | '.join(known)} |")
-    print(f"| rank correlation | | {' | '.join(f'{spearman(gain, known):+.2f}' for known in values.T)} |")
-    print(f"\n| point | arm |{rounds}\n|---|---|{'---|' * ROUNDS}")
-    for point, arm in dict.fromkeys((row["point"], row["arm"]) for row in rows if "own" in row):
-        own = [row["own"] for row in rows if (row["point"], row["arm"]) == (point, arm) and "own" in row]
-        steps = [np.array([steps[n] for steps in own if n < len(steps)]) for n in range(ROUNDS)]
-        print(f"| {point} | {arm} | " + " | ".join(
-            f"{some[:, 0].mean():.3f} → {some[:, 1].mean():.3f}, {(some[:, 2] > 0).sum()} of {len(some)}"
-            if len(some) else "" for some in steps) + " |")
+                  f"{last[0]:.2f}, {last[1]:.2f} |")
+
+    table("point", "gain", *(name.replace("_", " ") for name in PREDICTORS))
+    full = [point for point, arm in names if arm == "full"]
+    gain = {point: gains(rows, point, "full")[:, -1] for point in full}
+    known = {point: np.array([[row.get(name) for name in PREDICTORS] for row in by_arm[point, "full"]], float)
+             for point in full}  # (seeds, predictors); NaN where it was not measured, or nothing was compared
+    means = np.array([np.ma.masked_invalid(known[point]).mean(0).filled(np.nan) for point in full])
+    for point, values in zip(full, means):
+        cells = ["" if np.isnan(value) else f"{value:.3f}" for value in values]
+        print(f"| {point} | {gain[point].mean():+.2f} | {' | '.join(cells)} |")
+    over = [spearman([gain[point].mean() for point in full], values) for values in means.T]
+    print(f"| rank correlation, over points | | {' | '.join(f'{value:+.2f}' for value in over)} |")
+    within = [[spearman(gain[point], known[point][:, n]) for point in np.array(full)[~np.isnan(column)]]
+              for n, column in enumerate(means.T)]
+    print(f"| over the seeds of a point, mean | | {' | '.join(map(mean_and_error, within))} |")
+
+    table("point", "arm", *rounds)
+    for point, arm in names:
+        own = [row["own"] for row in by_arm[point, arm] if "own" in row]
+        if own:
+            steps = (np.array([steps[n] for steps in own if n < len(steps)]) for n in range(ROUNDS))
+            print(f"| {point} | {arm} | {' | '.join(map(before_and_after, steps))} |")
+
+
+def before_and_after(steps):
+    """(seeds, 3): `own` of one round."""
+    if not len(steps):
+        return ""
+    before, after, _ = steps.mean(0)
+    return f"{before:.3f} → {after:.3f}, {(steps[:, 2] > 0).sum()} of {len(steps)}"
 
 
 def spearman(x, y):
-    x, y = np.array([x, y])[:, ~np.isnan(y)]
+    """Rank correlation, without what is NaN."""
+    x, y = np.array([x, y])[:, ~np.isnan(y)].round(9)
     ranks = [np.sign(np.subtract.outer(values, values)).sum(1) for values in (x, y)]  # ties share theirs
     return np.corrcoef(*ranks)[0, 1]
 
@@ -185,7 +205,7 @@ def curve(rows):
         return mean_and_error([value for (p, a, _), value in gold.items() if (p, a) == (point, arm)])
     heads = ["labels a round", "full, unsure pairs", "full, drawn pairs", "full, restart",
              "fixed RM, r_0 of as many more"]
-    print(f"\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    table(*heads)
     print(f"| 0 | {cell('base', 'full')} | | {cell('base', 'restart')} | {cell('base', 'fixed')} |")
     for n, rival in RIVALS.items():
         arms = [cell("base", f"{n} labels{how}") for how in ("", ", random", ", restart")]
