@@ -38,7 +38,7 @@ POINTS = {
     **{f"step {lr}": {"policy_lr": lr} for lr in (2e-5, 8e-5)},
     "best chosen": {"rule": "best"},
     "own body": {"own_body": True},
-    **{f"labels {n}, taste 1.5": {"labels": n, "taste": 1.5} for n in (500, 9000)},  # the grid with those above
+    **{f"labels {n}, taste 1.5": {"labels": n, "taste": 1.5} for n in (500, 9000)},  # a grid with those
 }
 RIVALS = {n: f"labels {toy.LABELS + 3 * n}" for n in (16, 64, 256)}  # r_0 has what three rounds ask for
 LABELLER = ["--labeller", f"{sys.executable} {HOME}/bench/label.py"]
