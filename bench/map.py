@@ -42,28 +42,25 @@ POINTS = {
 }
 RIVALS = {n: f"labels {toy.LABELS + 3 * n}" for n in (16, 64, 256)}  # r_0 has what three rounds ask for
 LABELLER = ["--labeller", f"{sys.executable} {HOME}/bench/label.py"]
-ARMS = {  # {base}: the folder of the base models, which the first arm makes
-    "fixed": ["--update_rm", "false"],
-    "full": [],
-    "gate": ["--gate", "{base}/held_out/preferences.jsonl"],
-    "anchor": ["--anchor", "{base}/preferences.jsonl"],
-    "lighter": ["--rm_lr", 1e-4],
-    "spot check": ["--spot_check", 100, *LABELLER],
-    **{f"{n} labels{how}": ["--labels", n, *LABELLER]
-       for n in RIVALS for how in ("", ", random", ", restart")},
-    "restart": [],
-    "one M-step": [],
-    "like length": [],
-    "as many, drawn": [],
-    "gate of 3,000": ["--gate", "{base}/more/preferences.jsonl"],
-    "rrm": [],
-    "gold labels": [],
-    "gold labels, gate": ["--gate", "{base}/held_out/preferences.jsonl"],
-    "gold labels, gate of 3,000": ["--gate", "{base}/more/preferences.jsonl"],
+GATE, LARGE_GATE = (["--gate", f"{{base}}/{name}/preferences.jsonl"] for name in ("held_out", "more"))
+ARMS = {  # name -> flags, constants of point.py. {base}: the base models' folder, which the first arm makes
+    "fixed": (["--update_rm", "false"], {}),
+    "full": ([], {}),
+    "gate": (GATE, {}),
+    "gate of 3,000": (LARGE_GATE, {}),
+    "anchor": (["--anchor", "{base}/preferences.jsonl"], {}),
+    "lighter": (["--rm_lr", 1e-4], {}),
+    "one M-step": ([], {"m_steps": 1}),
+    "spot check": (["--spot_check", 100, *LABELLER], {}),
+    "like length": ([], {"pairs": "like"}),
+    "as many, drawn": ([], {"pairs": "drawn"}),
+    "gold labels": ([], {"gold": True}),
+    "gold labels, gate": (GATE, {"gold": True}),
+    "gold labels, gate of 3,000": (LARGE_GATE, {"gold": True}),
+    "restart": ([], {"restart": True}),
+    **{f"{n} labels{name}": (["--labels", n, *LABELLER], how) for n in RIVALS for name, how in (
+        ("", {}), (", random", {"choose": "random"}), (", restart", {"restart": True}))},
 }
-HOW = {"random": {"choose": "random"}, "restart": {"restart": True}, "one M-step": {"m_steps": 1},
-       "like length": {"pairs": "like"}, "as many": {"pairs": "drawn"}, "gold labels": {"mix": "gold"},
-       "rrm": {"mix": "rrm"}}
 PREDICTORS = ("accuracy", "brier", "win_rate", "kept", "disagreement", "gain_on_labels", "gain_on_own")
 
 
@@ -73,16 +70,19 @@ def run(point, arm, seed):
     out = folder / f"{arm.replace(' ', '-')}-{seed}"
     if not (out / "gold.jsonl").exists() or not by_this_code(out):
         folder.mkdir(parents=True, exist_ok=True)
+        flags, how = ARMS[arm]
         base = arm not in ("full", "fixed") and base_of(folder / f"fixed-{seed}")
         command("bench.point", "--rounds", ROUNDS, "--seed", seed, "--out", out,
-                *(str(word).format(base=base) for word in ARMS[arm]), cwd=folder,
-                POINT=json.dumps(constants(point) | next((HOW[word] for word in HOW if word in arm), {})))
+                *(str(word).format(base=base) for word in flags), cwd=folder,
+                POINT=json.dumps(constants(point) | how))
     print(f"{out} is there", flush=True)
     row = dict(point=point, **constants(point), arm=arm, seed=seed,
                gold=[line["gold"] for line in read_jsonl(out / "gold.jsonl")])
     gates, own = [read_json(path) for path in sorted(out.glob("round*/m/gate.json"))], on_own_answers(out)
-    row |= ({"gate": gates} if gates else {}) | ({"own": own} if own else {})
-    return row | (dict(predictors(out), gain_on_own=own[0][1] - own[0][0]) if arm == "full" else {})
+    row |= ({"gate": gates} if gates else {}) | ({"own": own} if any(own) else {})
+    if arm != "full":
+        return row
+    return row | predictors(out) | {"gain_on_own": own[0][1] - own[0][0] if own[0] else None}
 
 
 def constants(point):
@@ -108,20 +108,20 @@ def predictors(out):
 
 
 def on_own_answers(out):
-    """[[before, after, bound]] by M-step: how many pairs of the new policy's answers the reward models before
-    and after order as labels do, and the gate's bound on the difference. The answers are two, drawn, to each
-    of the 800 prompts of the E-step that follows; bench/label.py labels them."""
-    rm, found = base_of(out) / "rm", []
+    """[before, after, bound] by round, None where there was no M-step: how many pairs of the new policy's
+    answers the reward models before and after order as labels do, and the gate's bound on the difference. The
+    answers are two different ones, drawn, to each prompt of the next E-step; bench/label.py labels them."""
+    rm, found = base_of(out) / "rm", [None] * ROUNDS
     for new in sorted(out.glob("round*/m/rm")):
-        questions = drawn(read_jsonl(new.parents[1] / "e2" / "samples.jsonl"), 800)
         pairs = []
-        for prompt, answers in questions:
+        for prompt, answers in drawn(read_jsonl(new.parents[1] / "e2" / "samples.jsonl"), 800):
             better = label(dict(prompt=prompt, answers=answers, chosen=None))
             pairs.append(dict(prompt=prompt, chosen=answers[better], rejected=answers[1 - better]))
         before, after = (np.array(reward.ordered(str(folder), pairs, 32), float) for folder in (rm, new))
         difference = after - before
-        found.append([before.mean(), after.mean(),
-                      difference.mean() - 1.645 * difference.std(ddof=1) / len(pairs)**0.5])
+        found[int(new.parents[1].name.removeprefix("round")) - 1] = [
+            before.mean(), after.mean(),
+            difference.mean() - 1.645 * difference.std(ddof=1) / len(pairs)**0.5]
         rm = rm if refused(new.parent) else new
     return found
 
@@ -178,7 +178,7 @@ def tables(rows):
     for point, arm in names:
         own = [row["own"] for row in by_arm[point, arm] if "own" in row]
         if own:
-            steps = (np.array([steps[n] for steps in own if n < len(steps)]) for n in range(ROUNDS))
+            steps = (np.array([steps[n] for steps in own if steps[n]]) for n in range(ROUNDS))
             print(f"| {point} | {arm} | {' | '.join(map(before_and_after, steps))} |")
 
 

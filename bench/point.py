@@ -10,7 +10,7 @@ rule       "best": the highest reward is chosen, as in variants/online_dpo.py
 choose     "random": --labels asks about pairs that are drawn, not about those which the RM is least sure of
 restart    every E-step trains the base policy anew, on the samples of the policy in use
 m_steps    so many in all; then the reward model stays
-mix        "gold" or "rrm": what M-steps train on, as in variants/gold_labels.py and variants/rrm.py
+gold       labels the pairs of M-steps, as in variants/gold_labels.py
 pairs      of M-steps: "like": those whose answers differ by a word in length at most; "drawn": as many, drawn
 
 Base models lie in runs/point-base of the current folder, so a folder is for one point. Without --rounds, as
@@ -32,12 +32,12 @@ import reward  # noqa: E402
 import run  # noqa: E402
 import toy  # noqa: E402
 from data import by_prompt  # noqa: E402
-from variants import gold_labels, rrm  # noqa: E402
+from variants import gold_labels  # noqa: E402
 from variants.online_dpo import best_and_worst  # noqa: E402
 
 POINT = {"labels": toy.LABELS, "taste": 0.0, "own_body": False, "policy_lr": toy.SETTINGS["policy_lr"],
          "rule": "shortest", "choose": "unsure", "restart": False, "m_steps": None,
-         "mix": "own", "pairs": "all"} | json.loads(os.environ.get("POINT", "{}"))
+         "gold": False, "pairs": "all"} | json.loads(os.environ.get("POINT", "{}"))
 TASTY = {*sorted(toy.ADJECTIVE_MOOD)[::3], *sorted(toy.VERB_MOOD)[::3]}
 appeal, train, write_demonstrator = toy.appeal, reward.train, toy.write_demonstrator
 train_policy, m_step = mt.train_policy, mt.m_step
@@ -69,12 +69,12 @@ def from_base(o, policy, pairs, path):
     return train_policy(o, o.policy, pairs, path)
 
 
-def first_few(o, old_policy, new_policy, rm, prompts, folder, ranked):
+def m_step_of_first_rounds(o, old_policy, new_policy, rm, prompts, folder, ranked):
     done = int(folder.parent.name.removeprefix("round")) > POINT["m_steps"]
     return rm if done else m_step(o, old_policy, new_policy, rm, prompts, folder, ranked)
 
 
-def on_some(folder, pairs, **settings):
+def train_on_like(folder, pairs, **settings):
     some = [pair for pair in pairs
             if abs(len(pair["chosen"].split()) - len(pair["rejected"].split())) <= 1]
     if POINT["pairs"] == "drawn":
@@ -96,8 +96,8 @@ def make_base():
         toy.write_preferences(path.parents[1] / "policy", prompts, o.seed, path)
 
 
-if __name__ == "__main__":
-    toy.LABELS, toy.appeal, toy.build = POINT["labels"], with_taste, partial(toy.build, script=__file__)
+def vary():
+    """What a run does otherwise; its base models know nothing of it."""
     if POINT["rule"] == "best":
         filter.choose_pair = best_and_worst
     if POINT["choose"] == "random":
@@ -105,14 +105,14 @@ if __name__ == "__main__":
     if POINT["restart"]:
         mt.train_policy = from_base
     if POINT["m_steps"]:
-        mt.m_step = first_few
-    if POINT["mix"] == "gold":
+        mt.m_step = m_step_of_first_rounds
+    if POINT["gold"]:
         mt.mix = gold_labels.mix
-    if POINT["mix"] == "rrm":
-        mt.mix, reward.bradley_terry_loss = rrm.mix_with_foreign, rrm.rrm_loss
     if POINT["pairs"] != "all":
-        reward.train = on_some
-    if "--rounds" in sys.argv:
-        run.launch(mt.main, policy_lr=POINT["policy_lr"])
-    else:
-        run.launch(make_base)
+        reward.train = train_on_like
+    mt.main(policy_lr=POINT["policy_lr"])
+
+
+if __name__ == "__main__":
+    toy.LABELS, toy.appeal, toy.build = POINT["labels"], with_taste, partial(toy.build, script=__file__)
+    run.launch(vary if "--rounds" in sys.argv else make_base)
