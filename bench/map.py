@@ -55,7 +55,6 @@ ARMS = {  # name -> flags, constants of point.py. {base}: the base models' folde
     "like length": ([], {"pairs": "like"}),
     "as many, drawn": ([], {"pairs": "drawn"}),
     "gold labels": ([], {"gold": True}),
-    "gold labels, gate": (GATE, {"gold": True}),
     "gold labels, gate of 3,000": (LARGE_GATE, {"gold": True}),
     "restart": ([], {"restart": True}),
     **{f"{n} labels{name}": (["--labels", n, *LABELLER], how) for n in RIVALS for name, how in (
