@@ -11,7 +11,7 @@ choose     "random": --labels asks about pairs that are drawn, not about those w
 restart    every E-step trains the base policy anew, on the samples of the policy in use
 m_steps    so many in all; then the reward model stays
 gold       labels the pairs of M-steps, as in variants/gold_labels.py
-pairs      of M-steps: "like": those whose answers differ by a word in length at most; "drawn": as many, drawn
+alike      M-steps have the pairs whose answers differ by a word in length at most
 
 Base models lie in runs/point-base of the current folder, so a folder is for one point. Without --rounds, as
 toy.build calls it, it makes them, and labels that no reward model learns from: of the test prompts in
@@ -37,7 +37,7 @@ from variants.online_dpo import best_and_worst  # noqa: E402
 
 POINT = {"labels": toy.LABELS, "taste": 0.0, "own_body": False, "policy_lr": toy.SETTINGS["policy_lr"],
          "rule": "shortest", "choose": "unsure", "restart": False, "m_steps": None,
-         "gold": False, "pairs": "all"} | json.loads(os.environ.get("POINT", "{}"))
+         "gold": False, "alike": False} | json.loads(os.environ.get("POINT", "{}"))
 TASTY = {*sorted(toy.ADJECTIVE_MOOD)[::3], *sorted(toy.VERB_MOOD)[::3]}
 appeal, train, write_demonstrator = toy.appeal, reward.train, toy.write_demonstrator
 train_policy, m_step = mt.train_policy, mt.m_step
@@ -74,12 +74,9 @@ def m_step_of_first_rounds(o, old_policy, new_policy, rm, prompts, folder, ranke
     return rm if done else m_step(o, old_policy, new_policy, rm, prompts, folder, ranked)
 
 
-def train_on_like(folder, pairs, **settings):
-    some = [pair for pair in pairs
-            if abs(len(pair["chosen"].split()) - len(pair["rejected"].split())) <= 1]
-    if POINT["pairs"] == "drawn":
-        some = random.Random(len(pairs)).sample(pairs, len(some))
-    return train(folder, some, **settings)
+def train_on_alike(folder, pairs, **settings):
+    return train(folder, [pair for pair in pairs if abs(
+        len(pair["chosen"].split()) - len(pair["rejected"].split())) <= 1], **settings)
 
 
 def make_base():
@@ -108,8 +105,8 @@ def vary():
         mt.m_step = m_step_of_first_rounds
     if POINT["gold"]:
         mt.mix = gold_labels.mix
-    if POINT["pairs"] != "all":
-        reward.train = train_on_like
+    if POINT["alike"]:
+        reward.train = train_on_alike
     mt.main(policy_lr=POINT["policy_lr"])
 
 
