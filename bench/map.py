@@ -216,6 +216,8 @@ def draw(rows, path):
     pyplot.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "map"}  # text, and the same each time
     found = {point: gains(rows, point, "full") for point in POINTS}
     found = {point: above[:, -1] for point, above in found.items() if len(above) > 1}
+    if not found:
+        return  # one seed has no error
     mean, error = zip(*((above.mean(), above.std(ddof=1) / len(above)**0.5) for above in found.values()))
     figure, axis = pyplot.subplots(figsize=(7, 0.35 * len(found) + 1))
     axis.errorbar(mean, range(len(found)), xerr=error, fmt="o")
