@@ -111,14 +111,19 @@ def gated(o, rm, new_rm, path):
     if manifest.due(o.out, path, new_rm):
         pairs = reward.readable(new_rm, read_pairs(o.gate), o.max_length)
         old, new = (np.array(reward.ordered(folder, pairs, o.score_batch)) for folder in (rm, new_rm))
-        difference = new.astype(float) - old
-        bound = difference.mean() - 1.645 * difference.std(ddof=1) / np.sqrt(len(pairs))
+        bound = lower_bound(old, new)
         run.write_json(path, dict(before=old.mean(), after=new.mean(), bound=bound, pairs=len(pairs),
                                   passed=bool(bound > 0)))
     found = read_json(manifest.done(o.out, path))
     say("gate: {before:.3f} of {pairs} held-out pairs in order, by the new RM {after:.3f}: {}".format(
         "kept" if found["passed"] else "dropped", **found))
     return new_rm if found["passed"] else rm
+
+
+def lower_bound(old, new):
+    """(N,), (N,) bool, whether pairs are in order -> of the shares' paired difference, one-sided, 95%."""
+    difference = new.astype(float) - old
+    return difference.mean() - 1.645 * difference.std(ddof=1) / np.sqrt(len(difference))
 
 
 def refused(folder):

@@ -29,7 +29,7 @@ import toy  # noqa: E402
 from data import read_json, read_jsonl, read_pairs, write_jsonl  # noqa: E402
 from evals import figures  # noqa: E402
 from evals.agreement import disagreement  # noqa: E402
-from labels import refused  # noqa: E402
+from labels import lower_bound, refused  # noqa: E402
 
 POINTS = {
     "base": {},
@@ -115,11 +115,9 @@ def on_own_answers(out):
         for prompt, answers in drawn(read_jsonl(new.parents[1] / "e2" / "samples.jsonl"), 800):
             better = label(dict(prompt=prompt, answers=answers, chosen=None))
             pairs.append(dict(prompt=prompt, chosen=answers[better], rejected=answers[1 - better]))
-        before, after = (np.array(reward.ordered(str(folder), pairs, 32), float) for folder in (rm, new))
-        difference = after - before
+        before, after = (np.array(reward.ordered(str(folder), pairs, 32)) for folder in (rm, new))
         found[int(new.parents[1].name.removeprefix("round")) - 1] = [
-            before.mean(), after.mean(),
-            difference.mean() - 1.645 * difference.std(ddof=1) / len(pairs)**0.5]
+            before.mean(), after.mean(), lower_bound(before, after)]
         rm = rm if refused(new.parent) else new
     return found
 
