@@ -3,7 +3,8 @@ unless asked for: the paper needs no labels.
 
 --anchor FILE      labelled pairs join what the reward model trains on, one for each other pair
 --labels N         N pairs of the new policy's own answers, on which the reward model is least sure, join, too
---spot_check N     where fewer than half of N comparisons favour the new policy, there is no M-step
+--spot_check N     where fewer than half of N comparisons favour the new policy, there is no M-step, and with
+                   --spot_check_stops true the run ends there
 --gate FILE        a new reward model that doesn't order held-out labelled pairs better is dropped
 
 --labeller COMMAND is run with the name of a JSONL file, in whose rows it writes `chosen`, 0 or 1: the better
@@ -31,6 +32,8 @@ def check(o):
         read_pairs(file)
     if o.labeller and not (o.labels or o.spot_check):
         raise Problem("--labeller needs --labels or --spot_check")
+    if o.spot_check_stops and not o.spot_check:
+        raise Problem("--spot_check_stops needs --spot_check")
 
 
 def ask(o, path, questions, *made_from):
@@ -98,8 +101,10 @@ def favours_new(o, comparisons, path):
     labels = ask(o, path, [(row["prompt"], [row["old"], row["new"]][::2 * place - 1])
                            for row, place in zip(drawn, places)], comparisons)
     share = float(np.mean([row["chosen"] == place for row, place in zip(labels, places)]))
-    say(f"spot check: {share:.3f} of {len(labels)} comparisons favour the new policy"
-        + ("" if share >= 0.5 else "; no M-step"))
+    said = f"spot check: {share:.3f} of {len(labels)} comparisons favour the new policy"
+    if share < 0.5 and o.spot_check_stops:
+        raise Problem(f"{path}: {said}; the run stops, and {o.out}/policy is still the old one")
+    say(said + "; no M-step" * (share < 0.5))
     return share >= 0.5
 
 

@@ -69,6 +69,7 @@ class Options:
     labels: int = option(0, "pairs of the policy's answers to be labelled per round, for the RM")
     labeller: str = option("", "command that labels a JSONL file; none: the run stops till it is done")
     spot_check: int = option(0, "comparisons to be labelled: no M-step where most favour the old policy")
+    spot_check_stops: bool = option(False, "such a spot check ends the run, too, with the old policy")
     gate: str = option("", "labelled pairs held out: an RM that doesn't order more of them is dropped")
     sample_batch: int = option(64, "responses decoded at a time in each process")
     score_batch: int = option(8, "prompts scored at a time in each process")

@@ -120,8 +120,9 @@ def test_files_are_checked_before_anything_is_computed(call, tiny, written, flag
     bad = written("bad.jsonl", [dict(prompt="x")])
     with pytest.raises(Problem, match="bad.jsonl:1: no answer in `chosen`"):
         call(mt, "--policy", tiny(), "--rm", tiny(reward=True), "--prompts", bad, flag, bad)
-    with pytest.raises(Problem, match="--labeller needs --labels or --spot_check"):
-        call(mt, "--policy", tiny(), "--rm", tiny(reward=True), "--prompts", bad, "--labeller", "x")
+    for words in (["--labeller", "x"], ["--spot_check_stops", "true"]):
+        with pytest.raises(Problem, match=f"{words[0]} needs .*--spot_check"):
+            call(mt, "--policy", tiny(), "--rm", tiny(reward=True), "--prompts", bad, *words)
 
 
 @pytest.fixture
@@ -166,3 +167,12 @@ def test_a_spot_check_that_favours_the_old_policy_leaves_the_m_step_out(run, mon
     monkeypatch.setattr(labels, "ask", lambda o, path, questions, *_: [dict(chosen=-1)] * len(questions))
     folder = run("--spot_check", "5")
     assert not (folder / "round1" / "m" / "rm").exists() and (folder / "round1" / "e2" / "policy").exists()
+
+
+def test_a_spot_check_stops_the_run_where_that_is_asked_for(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(labels, "ask", lambda o, path, questions, *_: [dict(chosen=-1)] * len(questions))
+    with pytest.raises(Problem, match="spot check: 0.000 of 5 .*the run stops, and run/policy is still the"):
+        run("--spot_check", "5", "--spot_check_stops", "true")
+    folder = tmp_path / "run"
+    assert (folder / "round1" / "e1" / "policy").exists() and not (folder / "round1" / "e2").exists()
+    assert (folder / "policy").resolve() != (folder / "round1" / "e1" / "policy").resolve()
