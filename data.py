@@ -102,8 +102,8 @@ def read_pairs(source):
     """Preference pairs as dicts with `prompt`, `chosen`, `rejected` (answers as text)
     and the row's other fields.
 
-    Takes text or messages, answers with or without the prompt in front (UltraFeedback, TRL), an explicit or
-    an implicit prompt (then the turns before the last).
+    Takes text or messages, answers with or without the prompt in front of both (UltraFeedback, TRL), an
+    explicit or an implicit prompt (then the turns before the last).
     """
     pairs = []
     for where, row in read_rows(source):
@@ -116,6 +116,10 @@ def read_pairs(source):
         else:
             prompt, _ = prompt_of(where, row)
         prompt = check_prompt(where, prompt)
+        if isinstance(prompt, str) and all(
+                isinstance(text, str) and text.startswith(prompt) and text != prompt
+                for text in (chosen, rejected)):
+            chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]
         for name in ("weight", "subset", "chosen_finished", "rejected_finished"):
             if name in row:
                 check_field(where, row, name)
@@ -137,8 +141,6 @@ def _answer(where, field, value, prompt):
             raise Problem(f"{where}: the messages of `{field}` answer another prompt than `prompt`; "
                           "make them agree or leave `prompt` out")
         value = value[-1]["content"]
-    elif isinstance(value, str) and isinstance(prompt, str) and value.startswith(prompt) and value != prompt:
-        value = value[len(prompt):]
     if not isinstance(value, str):
         raise Problem(f"{where}: no answer in `{field}` (text, or messages that end with the assistant's)")
     return check_field(where, {field: value}, field)
@@ -260,13 +262,13 @@ def _time_limit(seconds):
         yield
 
 
-@functools.cache
+@functools.lru_cache(4)  # each phase loads its own
 def _special_ids(tokenizer):
     marked = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return marked | set(tokenizer.all_special_ids)
 
 
-@functools.cache
+@functools.lru_cache(4)  # each phase loads its own
 def _adds_bos(tokenizer):
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("")["input_ids"][:1] == [bos]

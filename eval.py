@@ -63,13 +63,13 @@ def winrate(o):
     judge, out = local_folder(o.rm), Path(o.out)
     check_reward(judge)
     encode_prompts(judge, prompts, o.max_new_tokens)  # what a model can't read is said before sampling
-    for policy in map(local_folder, (o.policy, o.baseline)):
+    sides = {"policy": local_folder(o.policy), "baseline": local_folder(o.baseline)}
+    for policy in sides.values():
         check_policy(policy)
         encode_prompts(policy, prompts)
     claim(out, replace(o, json=""))
-    scored = {side: sample_and_score(o, local_folder(policy), judge, prompts, 1, f"{o.seed}/{side}",
-                                     out / f"{side}.jsonl")
-              for side, policy in (("policy", o.policy), ("baseline", o.baseline))}
+    scored = {side: sample_and_score(o, policy, judge, prompts, 1, f"{o.seed}/{side}", out / f"{side}.jsonl")
+              for side, policy in sides.items()}
     policy, baseline = (columns(rows) for rows in scored.values())
     won = wins(policy["reward"], baseline["reward"])
     say(f"{len(prompts)} prompts, win rate {won.mean():.4f}")

@@ -1,10 +1,10 @@
 """News from outside, for the M-step: labels that people have, or give while a run goes on. All of it is off
 unless asked for: the paper needs no labels.
 
---anchor FILE      labelled pairs join what the reward model trains on, one for each other pair
+--anchor FILE      labelled pairs join what the reward model trains on, up to one for each other pair
 --labels N         N pairs of the new policy's own answers, on which the reward model is least sure, join, too
---spot_check N     where fewer than half of N comparisons favour the new policy, there is no M-step, and with
-                   --spot_check_stops true the run ends there
+--spot_check N     where fewer than half of N comparisons favour the new policy, there is no M-step; with
+                   --spot_check_stops true the run ends there in one line, and OUT/policy stays the old one
 --gate FILE        a new reward model that doesn't order held-out labelled pairs better is dropped
 
 --labeller COMMAND is run with the name of a JSONL file, in whose rows it writes `chosen`, 0 or 1: the better
@@ -20,7 +20,7 @@ import filter
 import manifest
 import reward
 import run
-from data import Problem, by_prompt, read_json, read_jsonl, read_pairs, seed_of
+from data import Problem, by_prompt, read_json, read_jsonl, read_pairs, read_rows, seed_of
 from parallel import from_rank0, rank, say
 
 WEIGHT = 1.0  # of a pair labelled on the way, in the RM's loss
@@ -28,8 +28,14 @@ WEIGHT = 1.0  # of a pair labelled on the way, in the RM's loss
 
 def check(o):
     """Says at once what is wrong with the flags and their files."""
+    if not o.update_rm and (o.anchor or o.labels or o.spot_check or o.gate):
+        raise Problem("--anchor, --labels, --spot_check and --gate need the M-step: no --update_rm false")
     for file in {o.anchor, o.gate} - {""}:
         read_pairs(file)
+    try:
+        shlex.split(o.labeller)
+    except ValueError as error:
+        raise Problem(f"--labeller {o.labeller}: {error}") from None
     if o.labeller and not (o.labels or o.spot_check):
         raise Problem("--labeller needs --labels or --spot_check")
     if o.spot_check_stops and not o.spot_check:
@@ -40,11 +46,11 @@ def ask(o, path, questions, *made_from):
     """A phase: questions [(prompt, answers)], each labelled -> rows with `prompt`, `answers`, `chosen`."""
     if manifest.due(o.out, path, *made_from):
         run.write_rows(path, [dict(prompt=prompt, answers=two, chosen=None) for prompt, two in questions])
-    if o.labeller and unlabelled(path):
+    if o.labeller and from_rank0(unlabelled(path)):  # others may read while it writes
         code = from_rank0(rank() == 0 and subprocess.run([*shlex.split(o.labeller), str(path)]).returncode)
         if code:
             raise Problem(f"--labeller {o.labeller} {path}: exit code {code}")
-    rows = read_jsonl(path)
+    rows = [row for _, row in read_rows(path)] if questions else []
     if [(row.get("prompt"), row.get("answers")) for row in rows] != questions:
         raise Problem(f"{path}: only `chosen` may be changed in it; delete it to be asked again")
     if unlabelled(path):
@@ -55,12 +61,13 @@ def ask(o, path, questions, *made_from):
 
 
 def unlabelled(path):
-    return sum(repr(row.get("chosen")) not in "01" for row in read_jsonl(path))
+    return sum(type(row) is not dict or repr(row.get("chosen")) not in "01" for row in read_jsonl(path))
 
 
 def unsure(samples, count):
     """Scored samples, a prompt's next to each other -> [(prompt, answers)]: the two answers of each prompt
-    with the closest rewards, and of those the `count` closest, in their order."""
+    with the closest rewards, and of those the `count` closest. All in the order of sampling, which says
+    nothing of their rewards."""
     found = []
     for group in by_prompt(samples):
         group = sorted({row["response"]: row for row in group}.values(), key=lambda row: row["score"])
@@ -68,7 +75,8 @@ def unsure(samples, count):
         if gaps:
             found.append(min(gaps, key=lambda gap: gap[0]))
     nearest = sorted(range(len(found)), key=lambda i: found[i][0])[:count]
-    return [(found[i][1]["prompt"], [row["response"] for row in found[i][1:]]) for i in sorted(nearest)]
+    two = [sorted(found[i][1:], key=lambda row: row["index"]) for i in sorted(nearest)]
+    return [(a["prompt"], [a["response"], b["response"]]) for a, b in two]
 
 
 def more(o, count, path):
@@ -87,8 +95,8 @@ def more(o, count, path):
     return rows
 
 
-def generator(o, *names):
-    return np.random.default_rng(seed_of(o.seed, *map(str, names[:-1]), names[-1].parent.parent.name))
+def generator(o, name, path):
+    return np.random.default_rng(seed_of(o.seed, name, path.parent.parent.name))
 
 
 def favours_new(o, comparisons, path):
@@ -98,14 +106,20 @@ def favours_new(o, comparisons, path):
     rng = generator(o, "spot check", path)
     drawn = [rows[i] for i in rng.permutation(len(rows))[:o.spot_check]]
     places = rng.integers(2, size=len(drawn)).tolist()  # of the new policy's answer
+    if not drawn:
+        return True
     labels = ask(o, path, [(row["prompt"], [row["old"], row["new"]][::2 * place - 1])
                            for row, place in zip(drawn, places)], comparisons)
-    share = float(np.mean([row["chosen"] == place for row, place in zip(labels, places)]))
-    said = f"spot check: {share:.3f} of {len(labels)} comparisons favour the new policy"
-    if share < 0.5 and o.spot_check_stops:
+    verdict = path.with_suffix(".json")
+    if manifest.due(o.out, verdict, path):
+        share = np.mean([row["chosen"] == place for row, place in zip(labels, places)])
+        run.write_json(verdict, dict(share=share, pairs=len(labels), passed=bool(share >= 0.5)))
+    found = read_json(manifest.done(o.out, verdict))
+    said = "spot check: {share:.3f} of {pairs} comparisons favour the new policy".format(**found)
+    if not found["passed"] and o.spot_check_stops:
         raise Problem(f"{path}: {said}; the run stops, and {o.out}/policy is still the old one")
-    say(said + "; no M-step" * (share < 0.5))
-    return share >= 0.5
+    say(said + "; no M-step" * (not found["passed"]))
+    return found["passed"]
 
 
 def gated(o, rm, new_rm, path):
@@ -133,7 +147,5 @@ def lower_bound(old, new):
 
 def refused(folder):
     """What kept the reward model of an M-step out of use: a flag's name, or None. For one process."""
-    gate = Path(folder) / "gate.json"
-    if gate.exists() and not read_json(gate)["passed"]:
-        return "gate"
-    return None if (Path(folder) / "rm").exists() else "spot_check"
+    files = [Path(folder) / f"{flag}.json" for flag in ("spot_check", "gate")]
+    return next((file.stem for file in files if file.exists() and not read_json(file)["passed"]), None)

@@ -40,7 +40,7 @@ def note_of(path):
 
 
 def claim(path, options, file=False, **more):
-    """Note down which settings and sources `path` belongs to; others are refused, with the differences.
+    """Note down which settings, files and sources `path` belongs to; others are refused, by their names.
 
     file: whether `path` is a JSONL file, else it is a folder. A run may go on with other batch sizes and with
     more rounds.
@@ -52,8 +52,10 @@ def claim(path, options, file=False, **more):
     if rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock(path)
-        new = {"settings": {k: v for k, v in asdict(options).items() if k != "out"}, **more,
-               "versions": versions(), "sources": sources()}
+        settings = {k: v for k, v in asdict(options).items() if k != "out"}
+        inputs = {k: digest(v)["sha256"] for k, v in settings.items()
+                  if isinstance(v, str) and k != "labeller" and Path(v).is_file()}
+        new = {"settings": settings, "inputs": inputs, **more, "versions": versions(), "sources": sources()}
         files = [path, parts_of(path)] if file else path.glob("[!.]*")
         logs = (note.name, "metrics.jsonl", "timings.jsonl")
         results = [p for p in files if p.exists() and p.name not in logs]
@@ -107,16 +109,17 @@ def read_note(note):
 def check_same(path, old, new):
     """Refuse to go on with a run that has other settings or was made by other code."""
     def differences(key):
-        theirs, ours = old[key], new[key]
+        theirs, ours = old.get(key) or new[key], new[key]  # a note from elsewhere may lack it
         return {k: (theirs.get(k), ours.get(k)) for k in {**theirs, **ours} if theirs.get(k) != ours.get(k)}
     changed = [f"{k}: {there!r} there, {now!r} now" for k, (there, now) in differences("settings").items()
-               if k not in ROUNDING and not (k == "rounds" and there < now)]
-    files = differences("sources") if old["sources"] else ()
+               if k not in ROUNDING and not (k == "rounds" and (there or 0) < (now or 0))]
+    changed += [f"the file of --{k} is another one" for k in differences("inputs")]
+    if changed:
+        raise Problem(f"{path} belongs to another run; choose another --out ({'; '.join(changed)})")
+    files = differences("sources")
     if files:
         raise Problem(f"{path} was made by other code, {', '.join(files)} changed since; choose another "
                       f"--out (to go on all the same, take \"sources\" out of {note_of(path)})")
-    if changed:
-        raise Problem(f"{path} belongs to another run; choose another --out ({'; '.join(changed)})")
 
 
 def sources():

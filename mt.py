@@ -65,7 +65,7 @@ class Options:
     update_rm: bool = option(True, "false: no M-step, which is iterative DPO")
     select: bool = option(True, "false: keep the last checkpoint, never stop")
     filter: bool = option(True, "false: train the RM on all comparisons")
-    anchor: str = option("", "labelled pairs, 1:1 with the others that the RM trains on (labels.py)")
+    anchor: str = option("", "labelled pairs, up to 1:1 with the others that the RM trains on (labels.py)")
     labels: int = option(0, "pairs of the policy's answers to be labelled per round, for the RM")
     labeller: str = option("", "command that labels a JSONL file; none: the run stops till it is done")
     spot_check: int = option(0, "comparisons to be labelled: no M-step where most favour the old policy")
@@ -83,8 +83,7 @@ class Options:
 def mutual_taught(o):
     """The loop of the paper, from the base models. The run's last ones are OUT/policy and OUT/rm."""
     policy, rm, subsets = o.policy, o.rm, split(o)
-    if not run.exists(Path(o.out) / "policy"):
-        link(o, policy, rm)
+    link(o, policy, rm, Path(o.out) / "policy")
     for number in range(o.rounds):
         folder = Path(o.out) / f"round{number + 1}"
         a, b, c = (subsets[(number + i) % 3] for i in range(3))
@@ -94,13 +93,13 @@ def mutual_taught(o):
         if o.update_rm:
             rm = m_step(o, policy, new_policy, rm, b, folder / "m", folder / "e1" / "pairs.jsonl")
         policy = new_policy
-        link(o, policy, rm)
+        link(o, policy, rm, folder / "e2")
 
         new_policy = e_step(o, policy, rm, c, folder / "e2")
         if not new_policy:
             break
         policy = new_policy
-        link(o, policy, rm)
+        link(o, policy, rm, Path(o.out) / f"round{number + 2}")
 
 
 def e_step(o, policy, rm, prompts, folder, judge=None):
@@ -113,6 +112,9 @@ def e_step(o, policy, rm, prompts, folder, judge=None):
         checkpoints = train_policy(o, policy, pairs, folder / "checkpoints")
         select(o, policy, rm, checkpoints, selection, judge)
     kept = read_selection(manifest.done(o.out, selection))["chosen"]
+    if kept and not any([run.exists(folder / name) for name in ("policy", "checkpoints")]):
+        run.remove_all(selection)  # somebody has deleted the policy, damaged perhaps: it is trained anew
+        return e_step(o, policy, rm, prompts, folder, judge)
     if kept and manifest.due(o.out, folder / "policy") and rank() == 0:
         os.replace(folder / "checkpoints" / kept, folder / "policy")
     run.remove_all(folder / "checkpoints", training.resume_of(folder / "checkpoints"))  # the losers go
@@ -259,10 +261,12 @@ def train_reward(o, preferences, path):
 
 
 # ---------------------------------------------------------------- what phases share
-def link(o, policy, rm):
-    """OUT/policy and OUT/rm always are the run's last models."""
-    run.link(Path(o.out) / "policy", policy)
-    run.link(Path(o.out) / "rm", rm)
+def link(o, policy, rm, after):
+    """OUT/policy and OUT/rm always are the run's last models. after: what comes next; where that is there, a
+    run that goes on doesn't move them back."""
+    if not run.exists(after):
+        run.link(Path(o.out) / "policy", policy)
+        run.link(Path(o.out) / "rm", rm)
 
 
 def main(options=Options, **defaults):  # for variants: a subclass with flags of its own, other defaults

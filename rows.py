@@ -1,7 +1,7 @@
 """Files of rows: read and checked line by line, written whole or not at all.
 
-All that comes from a file passes `from_json`, and a field that has a meaning passes `check_field`: what is
-wrong is a Problem with its file and line, before anything is computed.
+A user's JSON passes `from_json`, and a field that has a meaning passes `check_field`: what is wrong is a
+Problem with its file and line, before anything is computed.
 """
 import csv
 import gzip

@@ -224,7 +224,7 @@ def in_blocks(rows, size, out, work, what, each=1):
     out, parts = Path(out), parts_of(out)
     starts = range(0, len(rows), size)
     mine = [s for s in starts[rank()::world()]
-            if not has_rows(parts / f"{size}-{s}.jsonl", each * len(rows[s:s + size]))]
+            if not has_rows(parts / f"{size}-{s}.jsonl", each * min(size, len(rows) - s))]
     for s in tqdm(mine, desc=what, disable=quiet(), unit="block", leave=False):
         write_jsonl(parts / f"{size}-{s}.jsonl", work(rows[s:s + size]))
     with writing(out) as temporary:

@@ -16,14 +16,14 @@ from rows import Problem, first_line
 SECRET = os.urandom(8).hex()
 
 
-@functools.cache
+@functools.lru_cache(4)  # each phase loads its own
 def special_texts(tokenizer):
     """A pattern that finds the texts of a tokenizer's special tokens."""
     texts = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
 
 
-@functools.cache
+@functools.lru_cache(4)  # each phase loads its own
 class Careful:
     """hide(messages) goes into the template, reveal(text) takes what comes out, encode(text) gives its tokens
     and where they stand."""

@@ -21,6 +21,7 @@ import json
 import os
 import random
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +38,10 @@ from variants.online_dpo import best_and_worst  # noqa: E402
 
 POINT = {"labels": toy.LABELS, "taste": 0.0, "own_body": False, "policy_lr": toy.SETTINGS["policy_lr"],
          "rule": "shortest", "choose": "unsure", "restart": False, "m_steps": None,
-         "gold": False, "alike": False} | json.loads(os.environ.get("POINT", "{}"))
+         "gold": False, "alike": False}
+given = json.loads(os.environ.get("POINT", "{}"))
+assert given.keys() <= POINT.keys(), f"POINT: {given.keys() - POINT.keys()}?"
+POINT |= given
 TASTY = {*sorted(toy.ADJECTIVE_MOOD)[::3], *sorted(toy.VERB_MOOD)[::3]}
 appeal, train, write_demonstrator = toy.appeal, reward.train, toy.write_demonstrator
 train_policy, m_step = mt.train_policy, mt.m_step
@@ -93,6 +97,11 @@ def make_base():
         toy.write_preferences(path.parents[1] / "policy", prompts, o.seed, path)
 
 
+@dataclass
+class Options(mt.Options):
+    point: str = run.option(json.dumps(POINT), "for run.json, so that a folder is of one point")
+
+
 def vary():
     """What a run does otherwise; its base models know nothing of it."""
     if POINT["rule"] == "best":
@@ -107,7 +116,7 @@ def vary():
         mt.mix = gold_labels.mix
     if POINT["alike"]:
         reward.train = train_on_alike
-    mt.main(policy_lr=POINT["policy_lr"])
+    mt.main(Options, policy_lr=POINT["policy_lr"])
 
 
 if __name__ == "__main__":

@@ -99,10 +99,11 @@ def arm(settings):
 def phases(run):
     """[(phase, folder)] of the finished E- and M-steps, in order."""
     rounds = [path for path in Path(run).glob("round*") if path.name.removeprefix("round").isdigit()]
-    results = {"e1": ["selection.json"], "m": ["rm", "spot_check.jsonl"], "e2": ["selection.json"]}
+    results = {"e1": "selection.json", "m": "rm", "e2": "selection.json"}
     return [(f"{folder.name}/{part}", folder / part)
             for folder in sorted(rounds, key=lambda path: int(path.name.removeprefix("round")))
-            for part, names in results.items() if any((folder / part / name).exists() for name in names)]
+            for part, name in results.items()
+            if (folder / part / name).exists() or part == "m" and labels.refused(folder / part)]
 
 
 def steps_of(run, shown=0):

@@ -195,6 +195,11 @@ def test_every_way_to_write_a_pair_is_the_same_pair(written, row):
     assert chats[0] == chats[1]
 
 
+def test_an_answer_may_begin_as_the_prompt_does(written):
+    [pair] = read_pairs(written("pairs.jsonl", [dict(prompt="Hi", chosen="Hi! You?", rejected="No.")]))
+    assert (pair["chosen"], pair["rejected"]) == ("Hi! You?", "No.")
+
+
 @pytest.mark.parametrize("row, message", [
     (dict(chosen="good", rejected="bad"), "no prompt"),
     (dict(prompt="Hi", chosen="good"), "no answer in `rejected`"),

@@ -13,6 +13,7 @@ import pytest
 import labels
 import mt
 import reward
+import run
 from data import Problem, read_jsonl, write_jsonl
 from evals import figures, gold
 
@@ -33,11 +34,12 @@ def o(tmp_path):
 
 
 def scored(prompt, *scores, texts="abcdef"):
-    return [dict(prompt=prompt, response=text, score=score) for text, score in zip(texts, scores)]
+    return [dict(prompt=prompt, index=i, response=text, score=score)
+            for i, (text, score) in enumerate(zip(texts, scores))]
 
 
 def test_the_closest_rewards_of_unlike_answers_are_asked_about():
-    samples = [*scored("wide", 0.0, 9.0), *scored("close", 5.0, 1.0, 5.5), *scored("closer", 2.0, 2.2),
+    samples = [*scored("wide", 9.0, 0.0), *scored("close", 5.0, 1.0, 5.5), *scored("closer", 2.0, 2.2),
                *scored("same text", 1.0, 1.0, texts="aa")]
     assert labels.unsure(samples, 2) == [("close", ["a", "c"]), ("closer", ["a", "b"])]
     assert labels.unsure(samples, 9) == [("wide", ["a", "b"]), *labels.unsure(samples, 2)]
@@ -61,6 +63,9 @@ def test_nothing_but_the_label_may_change(o, tmp_path):
     path = tmp_path / "run" / "labels.jsonl"
     write_jsonl(path, [dict(prompt="p", answers=["b", "a"], chosen=1)])
     with pytest.raises(Problem, match="only `chosen` may be changed"):
+        labels.ask(o, path, [("p", ["a", "b"])])
+    path.write_text("1\n")
+    with pytest.raises(Problem, match="labels.jsonl:1: a JSON object is needed"):
         labels.ask(o, path, [("p", ["a", "b"])])
 
 
@@ -94,8 +99,12 @@ def test_the_spot_check_is_blind_and_counts_for_the_new_policy(o, monkeypatch, w
         dict(prompt=str(i), new=f"new{i}", old=f"old{i}", kept=i % 2 == 0) for i in range(100)])
     monkeypatch.setattr(labels, "ask", ask)
     path = labels.Path(o.out) / "round1" / "m" / "spot_check.jsonl"
+    run.write_rows(path, [])
     assert labels.favours_new(o, comparisons, path) is (share >= 0.5)
     assert len(places) == 40 and 8 < sum(places) < 32
+    assert labels.refused(path.parent) == (None if share >= 0.5 else "spot_check")
+    none_kept = written("dropped.jsonl", [dict(prompt="1", new="n", old="o", kept=False)])
+    assert labels.favours_new(o, none_kept, path)
 
 
 @pytest.mark.parametrize("mended, broken, passed", [
@@ -120,14 +129,17 @@ def test_files_are_checked_before_anything_is_computed(call, tiny, written, flag
     bad = written("bad.jsonl", [dict(prompt="x")])
     with pytest.raises(Problem, match="bad.jsonl:1: no answer in `chosen`"):
         call(mt, "--policy", tiny(), "--rm", tiny(reward=True), "--prompts", bad, flag, bad)
-    for words in (["--labeller", "x"], ["--spot_check_stops", "true"]):
-        with pytest.raises(Problem, match=f"{words[0]} needs .*--spot_check"):
-            call(mt, "--policy", tiny(), "--rm", tiny(reward=True), "--prompts", bad, *words)
+    for words, said in (("--labeller x", "--labeller needs .*--spot_check"),
+                        ("--spot_check_stops true", "--spot_check_stops needs --spot_check"),
+                        ("--labels 9 --labeller 'x", "--labeller 'x: No closing quotation"),
+                        ("--labels 9 --update_rm false", "--labels.* need the M-step")):
+        with pytest.raises(Problem, match=said):
+            call(mt, "--policy", tiny(), "--rm", tiny(reward=True), "--prompts", bad, *words.split())
 
 
 @pytest.fixture
-def run(call, tiny, written, prompts, pairs, tmp_path, monkeypatch):
-    """run(flags) -> the folder of a tiny run of mt.py."""
+def run_tiny(call, tiny, written, prompts, pairs, tmp_path, monkeypatch):
+    """run_tiny(flags) -> the folder of a tiny run of mt.py."""
     def start(*flags):
         monkeypatch.chdir(tmp_path)
         labeller, held = written("label.py", []), written("held.jsonl", pairs[:12])
@@ -141,20 +153,20 @@ def run(call, tiny, written, prompts, pairs, tmp_path, monkeypatch):
     return start
 
 
-def test_labels_and_anchors_train_the_reward_model_and_are_asked_for_once(run, tmp_path):
+def test_labels_and_anchors_train_the_reward_model_and_are_asked_for_once(run_tiny, tmp_path):
     flags = ["--labels", "3", "--anchor", "{held}", "--labeller", "{label}"]
-    folder = run(*flags) / "round1" / "m"
+    folder = run_tiny(*flags) / "round1" / "m"
     asked, rows = read_jsonl(folder / "labels.jsonl"), read_jsonl(folder / "preferences.jsonl")
     assert len(asked) == 3 and all(row["chosen"] == 1 for row in asked)
     taken = [row for row in rows if row["source"].endswith("labels.jsonl")]
     assert [[row["rejected"], row["chosen"]] for row in taken] == [row["answers"] for row in asked]
     assert sum(row["source"].endswith("held.jsonl") for row in rows) == 12  # no more are there
-    run(*flags)
+    run_tiny(*flags)
     assert (tmp_path / "asked").read_text().count("\n") == 1
 
 
-def test_a_refused_reward_model_is_not_used_and_the_report_says_so(run):
-    folder = run("--gate", "{held}")  # of 12 pairs, with a learning rate of 2e-6
+def test_a_refused_reward_model_is_not_used_and_the_report_says_so(run_tiny):
+    folder = run_tiny("--gate", "{held}")  # of 12 pairs, with a learning rate of 2e-6
     assert (folder / "rm").resolve() != (folder / "round1" / "m" / "rm").resolve()
     assert all("round1" not in row["rm"] for row in read_jsonl(folder / "round1" / "e2" / "samples.jsonl"))
     steps = figures.load(folder)["steps"]
@@ -163,16 +175,28 @@ def test_a_refused_reward_model_is_not_used_and_the_report_says_so(run):
     assert states[-1][2] == "base"
 
 
-def test_a_spot_check_that_favours_the_old_policy_leaves_the_m_step_out(run, monkeypatch):
-    monkeypatch.setattr(labels, "ask", lambda o, path, questions, *_: [dict(chosen=-1)] * len(questions))
-    folder = run("--spot_check", "5")
+def favour_old(o, path, questions, *_):
+    write_jsonl(path, [])
+    return [dict(chosen=-1)] * len(questions)
+
+
+def test_a_spot_check_that_favours_the_old_policy_leaves_the_m_step_out(run_tiny, monkeypatch):
+    monkeypatch.setattr(labels, "ask", favour_old)
+    folder = run_tiny("--spot_check", "5")
     assert not (folder / "round1" / "m" / "rm").exists() and (folder / "round1" / "e2" / "policy").exists()
+    assert "refused by --spot_check" in figures.steps_table(figures.load(folder)["steps"])
 
 
-def test_a_spot_check_stops_the_run_where_that_is_asked_for(run, monkeypatch, tmp_path):
-    monkeypatch.setattr(labels, "ask", lambda o, path, questions, *_: [dict(chosen=-1)] * len(questions))
+def test_a_spot_check_that_waits_for_labels_has_refused_nothing(run_tiny, tmp_path):
+    with pytest.raises(Problem, match="5 pairs wait for a label"):
+        run_tiny("--spot_check", "5")
+    assert [step["kind"] for step in figures.load(tmp_path / "run")["steps"]] == ["E"]
+
+
+def test_a_spot_check_stops_the_run_where_that_is_asked_for(run_tiny, monkeypatch, tmp_path):
+    monkeypatch.setattr(labels, "ask", favour_old)
     with pytest.raises(Problem, match="spot check: 0.000 of 5 .*the run stops, and run/policy is still the"):
-        run("--spot_check", "5", "--spot_check_stops", "true")
+        run_tiny("--spot_check", "5", "--spot_check_stops", "true")
     folder = tmp_path / "run"
     assert (folder / "round1" / "e1" / "policy").exists() and not (folder / "round1" / "e2").exists()
     assert (folder / "policy").resolve() != (folder / "round1" / "e1" / "policy").resolve()

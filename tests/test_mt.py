@@ -131,7 +131,7 @@ def test_models_and_subsets_flow_from_step_to_step(monkeypatch):
         return f"r{sum(c[0] == 'M' for c in calls)}"
 
     for name, value in dict(split=lambda *_: ["S0", "S1", "S2"], e_step=e_step, m_step=m_step,
-                            link=lambda _, *models: links.append(models)).items():
+                            link=lambda _, policy, rm, after: links.append((policy, rm))).items():
         monkeypatch.setattr(mt, name, value)
     mt.mutual_taught(mt.Options(policy="π0", rm="r0", rounds=4, out="run"))
     expected = []
@@ -523,8 +523,10 @@ def test_a_finished_run_is_left_alone(call, words, undisturbed, monkeypatch):
     before = files(undisturbed)
     for module, name in ((sampler, "generate"), (reward, "score"), (mt.dpo, "train"), (reward, "train")):
         monkeypatch.setattr(module, name, None)  # a call would fail
+    moved = []
+    monkeypatch.setattr(run, "link", lambda *paths: moved.append(len({Path(p).resolve() for p in paths}) > 1))
     call(mt, *words(rounds=2))
-    assert files(undisturbed) == before
+    assert files(undisturbed) == before and not any(moved)
 
 
 def test_another_setting_in_the_same_folder_is_refused_with_a_list(call, words, undisturbed, monkeypatch):
@@ -533,6 +535,18 @@ def test_another_setting_in_the_same_folder_is_refused_with_a_list(call, words, 
     with pytest.raises(Problem, match="another run; .*seed: 0 there, 3 now; samples: 3 there, 4 now"):
         call(mt, *words(rounds=2, seed=3, samples=4))
     assert files(undisturbed) == before
+
+
+def test_other_contents_and_another_scripts_folder_are_refused(call, tiny, written, pairs, copy):
+    row = dict(prompt="a", response="b", tokens=1, finished=True)
+    for texts in ("bc", "bd"):
+        written("scored.jsonl", [dict(row, score=i, response=text) for i, text in enumerate(texts)])
+        if texts == "bc":
+            call(filter_script, "--samples", "scored.jsonl", "--out", "pairs.jsonl")
+    with pytest.raises(Problem, match="another run; .*the file of --samples is another one"):
+        call(filter_script, "--samples", "scored.jsonl", "--out", "pairs.jsonl")
+    with pytest.raises(Problem, match="another run; .*rounds: 2 there, None now"):
+        call(mt.dpo, "--model", tiny(), "--pairs", written("dpo.jsonl", pairs[:2]), "--out", "run")
 
 
 def test_a_run_may_go_on_with_other_batch_sizes_that_only_round(call, words, undisturbed, monkeypatch):

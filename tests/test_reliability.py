@@ -173,8 +173,11 @@ def test_a_result_that_is_not_what_was_written_is_refused_with_what_to_delete(
     assert {f"run/{path}" for path in delete} <= set(paths.split())
 
 
-def test_what_was_refused_comes_back_the_same_when_the_line_is_followed(call, words, copy, finished):
-    cut(copy / "round1" / "m" / "comparisons.jsonl")
+@pytest.mark.parametrize("name, damage", [
+    ("round1/m/comparisons.jsonl", cut), ("round1/e1/policy/model.safetensors", truncate)])
+def test_what_was_refused_comes_back_the_same_when_the_line_is_followed(
+        call, words, copy, finished, name, damage):
+    damage(copy / name)
     with pytest.raises(Problem) as problem:
         call(mt, *words)
     for path in str(problem.value).split(" delete ")[1].split():
