@@ -114,7 +114,7 @@ def e_step(o, policy, rm, prompts, folder, judge=None):
     kept = read_selection(manifest.done(o.out, selection))["chosen"]
     if kept and not any([run.exists(folder / name) for name in ("policy", "checkpoints")]):
         run.remove_all(selection)  # somebody has deleted the policy, damaged perhaps: it is trained anew
-        return e_step(o, policy, rm, prompts, folder, judge)
+        return e_step(o, policy, rm, prompts, folder, judge=judge)
     if kept and manifest.due(o.out, folder / "policy") and rank() == 0:
         os.replace(folder / "checkpoints" / kept, folder / "policy")
     run.remove_all(folder / "checkpoints", training.resume_of(folder / "checkpoints"))  # the losers go

@@ -43,13 +43,15 @@ POINTS = {
 RIVALS = {n: f"labels {toy.LABELS + 3 * n}" for n in (16, 64, 256)}  # r_0 has what three rounds ask for
 LABELLER = ["--labeller", f"{sys.executable} {HOME}/bench/label.py"]
 GATE, LARGE_GATE = (["--gate", f"{{base}}/{name}/preferences.jsonl"] for name in ("held_out", "more"))
+ANCHOR, LIGHTER = ["--anchor", "{base}/preferences.jsonl"], ["--rm_lr", 1e-4]
 ARMS = {  # name -> flags, constants of point.py. {base}: the base models' folder, which the first arm makes
     "fixed": (["--update_rm", "false"], {}),
     "full": ([], {}),
     "gate": (GATE, {}),
     "gate of 3,000": (LARGE_GATE, {}),
-    "anchor": (["--anchor", "{base}/preferences.jsonl"], {}),
-    "lighter": (["--rm_lr", 1e-4], {}),
+    "anchor": (ANCHOR, {}),
+    "lighter": (LIGHTER, {}),
+    "anchor, lighter": ([*ANCHOR, *LIGHTER], {}),
     "one M-step": ([], {"m_steps": 1}),
     "spot check": (["--spot_check", 100, *LABELLER], {}),
     "like length": ([], {"alike": True}),
