@@ -116,9 +116,8 @@ def read_pairs(source):
         else:
             prompt, _ = prompt_of(where, row)
         prompt = check_prompt(where, prompt)
-        if isinstance(prompt, str) and all(
-                isinstance(text, str) and text.startswith(prompt) and text != prompt
-                for text in (chosen, rejected)):
+        if isinstance(prompt, str) and all(isinstance(text, str) and text.startswith(prompt)
+                                           for text in (chosen, rejected)) and {chosen, rejected} != {prompt}:
             chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]
         for name in ("weight", "subset", "chosen_finished", "rejected_finished"):
             if name in row:

@@ -23,6 +23,7 @@ import run
 from data import Problem, by_prompt, read_json, read_jsonl, read_pairs, read_rows, seed_of
 from parallel import from_rank0, rank, say
 
+VERDICTS = {"spot_check": "verdict.json", "gate": "gate.json"}  # in an M-step's folder
 WEIGHT = 1.0  # of a pair labelled on the way, in the RM's loss
 
 
@@ -46,7 +47,7 @@ def ask(o, path, questions, *made_from):
     """A phase: questions [(prompt, answers)], each labelled -> rows with `prompt`, `answers`, `chosen`."""
     if manifest.due(o.out, path, *made_from):
         run.write_rows(path, [dict(prompt=prompt, answers=two, chosen=None) for prompt, two in questions])
-    if o.labeller and from_rank0(unlabelled(path)):  # others may read while it writes
+    if o.labeller and from_rank0(rank() == 0 and unlabelled(path)):
         code = from_rank0(rank() == 0 and subprocess.run([*shlex.split(o.labeller), str(path)]).returncode)
         if code:
             raise Problem(f"--labeller {o.labeller} {path}: exit code {code}")
@@ -110,7 +111,7 @@ def favours_new(o, comparisons, path):
         return True
     labels = ask(o, path, [(row["prompt"], [row["old"], row["new"]][::2 * place - 1])
                            for row, place in zip(drawn, places)], comparisons)
-    verdict = path.with_suffix(".json")
+    verdict = path.with_name(VERDICTS["spot_check"])
     if manifest.due(o.out, verdict, path):
         share = np.mean([row["chosen"] == place for row, place in zip(labels, places)])
         run.write_json(verdict, dict(share=share, pairs=len(labels), passed=bool(share >= 0.5)))
@@ -147,5 +148,6 @@ def lower_bound(old, new):
 
 def refused(folder):
     """What kept the reward model of an M-step out of use: a flag's name, or None. For one process."""
-    files = [Path(folder) / f"{flag}.json" for flag in ("spot_check", "gate")]
-    return next((file.stem for file in files if file.exists() and not read_json(file)["passed"]), None)
+    for flag, name in VERDICTS.items():
+        if (Path(folder) / name).exists() and not read_json(Path(folder) / name)["passed"]:
+            return flag

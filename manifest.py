@@ -54,7 +54,7 @@ def claim(path, options, file=False, **more):
         lock(path)
         settings = {k: v for k, v in asdict(options).items() if k != "out"}
         inputs = {k: digest(v)["sha256"] for k, v in settings.items()
-                  if isinstance(v, str) and k != "labeller" and Path(v).is_file()}
+                  if isinstance(v, str) and k != "labeller" and os.path.isfile(v)}
         new = {"settings": settings, "inputs": inputs, **more, "versions": versions(), "sources": sources()}
         files = [path, parts_of(path)] if file else path.glob("[!.]*")
         logs = (note.name, "metrics.jsonl", "timings.jsonl")
@@ -101,7 +101,8 @@ def beat(file):
 def read_note(note):
     try:
         value = json.loads(note.read_text())
-        return {**value, "settings": {**value["settings"]}, "sources": {**(value.get("sources") or {})}}
+        return {**value, "settings": {**value["settings"]},
+                **{key: {**(value.get(key) or {})} for key in ("inputs", "sources")}}
     except (OSError, ValueError, LookupError, TypeError):
         raise Problem(f"{note} is damaged; choose another --out") from None
 
@@ -109,17 +110,17 @@ def read_note(note):
 def check_same(path, old, new):
     """Refuse to go on with a run that has other settings or was made by other code."""
     def differences(key):
-        theirs, ours = old.get(key) or new[key], new[key]  # a note from elsewhere may lack it
+        theirs, ours = old[key], new[key]
         return {k: (theirs.get(k), ours.get(k)) for k in {**theirs, **ours} if theirs.get(k) != ours.get(k)}
     changed = [f"{k}: {there!r} there, {now!r} now" for k, (there, now) in differences("settings").items()
                if k not in ROUNDING and not (k == "rounds" and (there or 0) < (now or 0))]
-    changed += [f"the file of --{k} is another one" for k in differences("inputs")]
-    if changed:
-        raise Problem(f"{path} belongs to another run; choose another --out ({'; '.join(changed)})")
-    files = differences("sources")
+    changed += [f"the file of --{k} is another one" for k, both in differences("inputs").items() if all(both)]
+    files = differences("sources") if old["sources"] else ()
     if files:
         raise Problem(f"{path} was made by other code, {', '.join(files)} changed since; choose another "
                       f"--out (to go on all the same, take \"sources\" out of {note_of(path)})")
+    if changed:
+        raise Problem(f"{path} belongs to another run; choose another --out ({'; '.join(changed)})")
 
 
 def sources():

@@ -83,7 +83,7 @@ class Options:
 def mutual_taught(o):
     """The loop of the paper, from the base models. The run's last ones are OUT/policy and OUT/rm."""
     policy, rm, subsets = o.policy, o.rm, split(o)
-    link(o, policy, rm, Path(o.out) / "policy")
+    link(o, policy, rm, Path(o.out) / "round1" / "e1")
     for number in range(o.rounds):
         folder = Path(o.out) / f"round{number + 1}"
         a, b, c = (subsets[(number + i) % 3] for i in range(3))
@@ -99,7 +99,7 @@ def mutual_taught(o):
         if not new_policy:
             break
         policy = new_policy
-        link(o, policy, rm, Path(o.out) / f"round{number + 2}")
+        link(o, policy, rm, Path(o.out) / f"round{number + 2}" / "e1")
 
 
 def e_step(o, policy, rm, prompts, folder, judge=None):
@@ -113,8 +113,7 @@ def e_step(o, policy, rm, prompts, folder, judge=None):
         select(o, policy, rm, checkpoints, selection, judge)
     kept = read_selection(manifest.done(o.out, selection))["chosen"]
     if kept and not any([run.exists(folder / name) for name in ("policy", "checkpoints")]):
-        run.remove_all(selection)  # somebody has deleted the policy, damaged perhaps: it is trained anew
-        return e_step(o, policy, rm, prompts, folder, judge=judge)
+        raise Problem(f"{folder / 'policy'} is gone; put it back, or delete {selection} to train it anew")
     if kept and manifest.due(o.out, folder / "policy") and rank() == 0:
         os.replace(folder / "checkpoints" / kept, folder / "policy")
     run.remove_all(folder / "checkpoints", training.resume_of(folder / "checkpoints"))  # the losers go
@@ -261,10 +260,10 @@ def train_reward(o, preferences, path):
 
 
 # ---------------------------------------------------------------- what phases share
-def link(o, policy, rm, after):
-    """OUT/policy and OUT/rm always are the run's last models. after: what comes next; where that is there, a
-    run that goes on doesn't move them back."""
-    if not run.exists(after):
+def link(o, policy, rm, following):
+    """OUT/policy and OUT/rm are the run's last models. following: the next E-step's folder; where that is
+    done, a run that goes on leaves them."""
+    if not run.exists(following / "selection.json"):
         run.link(Path(o.out) / "policy", policy)
         run.link(Path(o.out) / "rm", rm)
 

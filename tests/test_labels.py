@@ -13,7 +13,6 @@ import pytest
 import labels
 import mt
 import reward
-import run
 from data import Problem, read_jsonl, write_jsonl
 from evals import figures, gold
 
@@ -99,7 +98,7 @@ def test_the_spot_check_is_blind_and_counts_for_the_new_policy(o, monkeypatch, w
         dict(prompt=str(i), new=f"new{i}", old=f"old{i}", kept=i % 2 == 0) for i in range(100)])
     monkeypatch.setattr(labels, "ask", ask)
     path = labels.Path(o.out) / "round1" / "m" / "spot_check.jsonl"
-    run.write_rows(path, [])
+    write_jsonl(path, [])
     assert labels.favours_new(o, comparisons, path) is (share >= 0.5)
     assert len(places) == 40 and 8 < sum(places) < 32
     assert labels.refused(path.parent) == (None if share >= 0.5 else "spot_check")

@@ -131,7 +131,7 @@ def test_models_and_subsets_flow_from_step_to_step(monkeypatch):
         return f"r{sum(c[0] == 'M' for c in calls)}"
 
     for name, value in dict(split=lambda *_: ["S0", "S1", "S2"], e_step=e_step, m_step=m_step,
-                            link=lambda _, policy, rm, after: links.append((policy, rm))).items():
+                            link=lambda _, policy, rm, following: links.append((policy, rm))).items():
         monkeypatch.setattr(mt, name, value)
     mt.mutual_taught(mt.Options(policy="π0", rm="r0", rounds=4, out="run"))
     expected = []
@@ -545,7 +545,7 @@ def test_other_contents_and_another_scripts_folder_are_refused(call, tiny, writt
             call(filter_script, "--samples", "scored.jsonl", "--out", "pairs.jsonl")
     with pytest.raises(Problem, match="another run; .*the file of --samples is another one"):
         call(filter_script, "--samples", "scored.jsonl", "--out", "pairs.jsonl")
-    with pytest.raises(Problem, match="another run; .*rounds: 2 there, None now"):
+    with pytest.raises(Problem, match="run was made by other code, .*dpo.py"):
         call(mt.dpo, "--model", tiny(), "--pairs", written("dpo.jsonl", pairs[:2]), "--out", "run")
 
 
