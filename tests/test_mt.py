@@ -545,7 +545,7 @@ def test_other_contents_and_another_scripts_folder_are_refused(call, tiny, writt
             call(filter_script, "--samples", "scored.jsonl", "--out", "pairs.jsonl")
     with pytest.raises(Problem, match="another run; .*the file of --samples is another one"):
         call(filter_script, "--samples", "scored.jsonl", "--out", "pairs.jsonl")
-    with pytest.raises(Problem, match="run was made by other code, .*dpo.py"):
+    with pytest.raises(Problem, match="another run; .*rounds: 2 there, None now"):
         call(mt.dpo, "--model", tiny(), "--pairs", written("dpo.jsonl", pairs[:2]), "--out", "run")
 
 
