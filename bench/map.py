@@ -214,16 +214,19 @@ def draw(rows, path):
     """Gain at the last round, point by point."""
     from matplotlib import pyplot
     pyplot.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "map"}  # text, and the same each time
-    found = {point: gains(rows, point, "full") for point in POINTS}
-    found = {point: above[:, -1] for point, above in found.items() if len(above) > 1}
-    if not found:
+    points = [point for point in POINTS if len(gains(rows, point, "full")) > 1]
+    if not points:
         return  # one seed has no error
-    mean, error = zip(*((above.mean(), above.std(ddof=1) / len(above)**0.5) for above in found.values()))
-    figure, axis = pyplot.subplots(figsize=(7, 0.35 * len(found) + 1))
-    axis.errorbar(mean, range(len(found)), xerr=error, fmt="o")
-    axis.axvline(0, color="grey")
-    axis.set_yticks(range(len(found)), found)
+    figure, axis = pyplot.subplots(figsize=(7, 0.35 * len(points) + 1))
+    for arm, form in (("full", "o"), ("gate", "D"), ("gold labels", "s")):
+        above = {point: gains(rows, point, arm) for point in points}
+        known = {at: above[point][:, -1] for at, point in enumerate(points) if len(above[point]) > 1}
+        axis.errorbar([gain.mean() for gain in known.values()], [*known], fmt=form, label=arm,
+                      xerr=[gain.std(ddof=1) / len(gain)**0.5 for gain in known.values()])
+    axis.axvline(0, color="grey", zorder=0)
+    axis.set_yticks(range(len(points)), points)
     axis.invert_yaxis()
+    axis.legend()
     axis.set_xlabel(f"gold above a fixed reward model's after round {ROUNDS} (mean ± standard error)")
     figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
 
