@@ -372,8 +372,9 @@ def round_project(rounds, began):
 
 def block_steps(rows, size, prompts=20_000):
     """Steps that the sampler's scheduler takes for each block of `size` prompts with five responses each, and
-    the share of its rows that these steps keep busy. There is no model: responses end at lengths drawn with a
-    fixed seed, 386 tokens on average and 1,024 at most, which stand in the place of their keys."""
+    which share of its rows, and of those that are decoded still, these steps keep busy. There is no model:
+    responses end at lengths drawn with a fixed seed, 386 tokens on average and 1,024 at most, which stand in
+    the place of their keys."""
     from types import SimpleNamespace
 
     import numpy as np
@@ -382,10 +383,11 @@ def block_steps(rows, size, prompts=20_000):
     import sampler
     lengths = np.random.default_rng(0).gamma(2, 196, (prompts, SAMPLES)).clip(1, 1024).astype(np.uint64)
     nothing = torch.zeros(1)
-    taken = []
+    taken, decoded = [], []
 
     def step(slots, _, width):
         taken[-1] += 1
+        decoded.append(slots.rows)
         return nothing.expand(slots.rows, 1)
 
     def draw(logits, keys, drawn, *_):
@@ -402,7 +404,8 @@ def block_steps(rows, size, prompts=20_000):
             SimpleNamespace(context=2048, device="cpu"), [[0]] * len(some), some, stop_ids=[1], temperature=1,
             top_p=1, max_new_tokens=1024, rows=rows)
         assert [[len(tokens) for tokens in row] for row in responses] == some.tolist()
-    return dict(steps=taken, busy=(lengths.sum() - lengths.size).item() / rows / sum(taken))
+    tokens = (lengths.sum() - lengths.size).item()
+    return dict(steps=taken, busy=tokens / rows / sum(taken), of_decoded=tokens / sum(decoded))
 
 
 def host_work(name, prompts):
@@ -593,14 +596,15 @@ def slots(_):
     """Beside blocks of four fillings of the rows, as they were before."""
     import sampler
     print("| 20,000 prompts x 5, eight processes | prompts in a block | blocks | steps of a block, at most "
-          "| rows busy | idle at the end |\n|---|---|---|---|---|---|")
+          "| rows busy | of those decoded | idle at the end |\n|---|---|---|---|---|---|---|")
     for rows in (64, 256):
         for size in (4 * rows // SAMPLES, sampler.block_size(20_000, rows / SAMPLES)):
             result = measure(["block_steps", rows, size])
             steps = result["steps"]
             dealt = [sum(steps[rank::8]) for rank in range(8)]
             print(f"| {rows} rows | {size:,} | {len(steps)} | {max(steps):,} | {result['busy']:.1%} "
-                  f"| {1 - statistics.mean(dealt) / max(dealt):.1%} |", flush=True)
+                  f"| {result['of_decoded']:.1%} | {1 - statistics.mean(dealt) / max(dealt):.1%} |",
+                  flush=True)
 
 
 def host(_):
