@@ -64,6 +64,7 @@ def test_nothing_but_the_label_may_change(o, tmp_path):
     with pytest.raises(Problem, match="only `chosen` may be changed"):
         labels.ask(o, path, [("p", ["a", "b"])])
     path.write_text("1\n")
+    o.labeller = "true"
     with pytest.raises(Problem, match="labels.jsonl:1: a JSON object is needed"):
         labels.ask(o, path, [("p", ["a", "b"])])
 
