@@ -23,7 +23,6 @@ import run
 from data import Problem, by_prompt, read_json, read_jsonl, read_pairs, read_rows, seed_of
 from parallel import from_rank0, rank, say
 
-VERDICTS = {"spot_check": "verdict.json", "gate": "gate.json"}  # in an M-step's folder
 WEIGHT = 1.0  # of a pair labelled on the way, in the RM's loss
 
 
@@ -111,7 +110,7 @@ def favours_new(o, comparisons, path):
         return True
     labels = ask(o, path, [(row["prompt"], [row["old"], row["new"]][::2 * place - 1])
                            for row, place in zip(drawn, places)], comparisons)
-    verdict = path.with_name(VERDICTS["spot_check"])
+    verdict = path.with_suffix(".json")
     if manifest.due(o.out, verdict, path):
         share = np.mean([row["chosen"] == place for row, place in zip(labels, places)])
         run.write_json(verdict, dict(share=share, pairs=len(labels), passed=bool(share >= 0.5)))
@@ -148,6 +147,6 @@ def lower_bound(old, new):
 
 def refused(folder):
     """What kept the reward model of an M-step out of use: a flag's name, or None. For one process."""
-    for flag, name in VERDICTS.items():
-        if (Path(folder) / name).exists() and not read_json(Path(folder) / name)["passed"]:
-            return flag
+    for verdict in (Path(folder) / "spot_check.json", Path(folder) / "gate.json"):
+        if verdict.exists() and not read_json(verdict)["passed"]:
+            return verdict.stem

@@ -179,7 +179,8 @@ def _due(out, path, made_from):
                 f"{listed(out, older, Path(newer[0]).parent)}")
     if name in made and newer:  # what an attempt before left was made from something else
         for leftover in Path(path).parent.glob(f"*{Path(path).stem}.*"):
-            remove(leftover)
+            if os.path.relpath(leftover, out) not in sources:
+                remove(leftover)
     made.pop(name, None)
     made[name] = None  # last, so newer than all others
     write_text(note_of(out), json.dumps(note, indent=1) + "\n")

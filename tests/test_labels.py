@@ -103,6 +103,11 @@ def test_the_spot_check_is_blind_and_counts_for_the_new_policy(o, monkeypatch, w
     assert labels.favours_new(o, comparisons, path) is (share >= 0.5)
     assert len(places) == 40 and 8 < sum(places) < 32
     assert labels.refused(path.parent) == (None if share >= 0.5 else "spot_check")
+    for file in (path, path.with_suffix(".json")):
+        file.unlink()
+    labels.manifest.due(o.out, path)
+    write_jsonl(path, [])  # labelled anew, which the verdict's leftovers don't take away
+    assert labels.favours_new(o, comparisons, path) is (share >= 0.5) and path.exists()
     none_kept = written("dropped.jsonl", [dict(prompt="1", new="n", old="o", kept=False)])
     assert labels.favours_new(o, none_kept, path)
 
