@@ -17,15 +17,20 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import manifest
-import models
-import run
-import training
-from data import check_context, kept_of, load_tokenizer, quiet, read_pairs
-from packing import ResponseLogps, collate, pair_rows
-from parallel import device, say, shard, world
-from run import option
-from training import resume_of
+from common import models, run, training
+from common.data import load_tokenizer, read_pairs
+from common.packing import (
+    TokenLogps,
+    check_context,
+    collate,
+    hidden_states,
+    how_many,
+    pair_rows,
+    response_logits,
+)
+from common.parallel import device, quiet, say, world
+from common.probe import verify
+from common.run import option
 
 
 def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, pairs=None):
@@ -40,49 +45,68 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 
+class ResponseLogps(torch.nn.Module):
+    """A causal LM as a function from packed rows (packing.collate) to log π(y|x) of each answer (answers,), in
+    fp32: the sum over its tokens."""
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, packed):
+        verify(self.model)
+        if self.model.plain_head:
+            hidden = hidden_states(self.model, packed)[packed["sources"]]  # (N, H), of what predicts a token
+            head = self.model.get_output_embeddings().weight
+            logps = TokenLogps.apply(hidden, head, packed["targets"])  # (N,)
+        else:  # slower, and the logits of all tokens exist at once
+            logits = response_logits(self.model, packed).float()
+            logps = -F.cross_entropy(logits, packed["targets"], reduction="none")
+        return torch.zeros(len(packed["last"]), device=logps.device).index_add(0, packed["owners"], logps)
+
+
 def train(folder, pairs, *, beta, lr, batch, micro_batch, max_length, epochs=1, seed=0, recompute=False,
-          resume=None, reference=None, log):
+          reference=None, log):
     """DPO from the policy in `folder`; `pairs` as read_pairs gives them, perhaps with a `weight`. reference:
     the folder of another policy with the same tokenizer, to be the reference.
     After each step yields its number, how many there are, and the policy, to be saved or not."""
     rows, kept = pair_rows(load_tokenizer(folder), pairs, max_length, unfinished=True)
     steps = training.steps_of([len(row) for row in rows], batch, micro_batch, seed, epochs)
-    epoch = steps[:len(steps) // epochs]
-    ref_logps = reference_logps(load(reference, rows), rows, epoch) if reference else None
-    policy = load(folder, rows, recompute)
     weights = torch.tensor([pair.get("weight", 1.0) for pair in kept], device=device())
-    say(f"DPO: {kept_of(len(kept), len(pairs))}, {len(steps)} steps of {batch}")
-    mean_tokens = {f"{side}_tokens": sum(len(r.branches[i]) - r.starts[i] for r in rows) / len(rows)
-                   for i, side in enumerate(("chosen", "rejected"))}
-    log(pairs=len(kept), pairs_dropped=len(pairs) - len(kept), **mean_tokens)
+    say(f"DPO: {how_many(len(kept), len(pairs))}, {len(steps)} steps of {batch}")
+    log(pairs=len(kept), pairs_dropped=len(pairs) - len(kept), **{
+        f"{side}_tokens": sum(len(row.branches[i]) - row.starts[i] for row in rows) / len(rows)
+        for i, side in enumerate(("chosen", "rejected"))})
+
+    policy = load(folder, rows, recompute)
+    epoch = steps[:len(steps) // epochs]
+    start = all_logps(policy, rows, epoch[:1] if reference else epoch)
+    ref_logps = all_logps(load(reference, rows), rows, epoch) if reference else start
 
     def pair_loss(numbers, logps):
-        some = [kept[i] for i in numbers]
-        losses, chosen, rejected = dpo_loss(*logps.T, *ref_logps[numbers].T, beta, some)
+        """Of the pairs with these numbers, from log-probabilities (B, 2) of their chosen and rejected answers."""
+        losses, chosen, rejected = dpo_loss(*logps.T, *ref_logps[numbers].T, beta, [kept[i] for i in numbers])
         return losses * weights[numbers], chosen, rejected
 
     def loss(numbers):
-        both = pair_logps(policy, rows, numbers)
-        losses, chosen, rejected = pair_loss(numbers, both)
+        logps = pair_logps(policy, rows, numbers)
+        losses, chosen, rejected = pair_loss(numbers, logps)
         return losses, {
             "rewards/chosen": chosen, "rewards/rejected": rejected,
             "rewards/accuracies": (chosen > rejected).float(), "rewards/margins": chosen - rejected,
-            "logps/chosen": both[:, 0], "logps/rejected": both[:, 1]}
+            "logps/chosen": logps[:, 0], "logps/rejected": logps[:, 1]}
 
-    start = reference_logps(policy, rows, epoch[:1] if reference else epoch)
-    ref_logps = ref_logps if reference else start
-    first_loss = training.mean(steps[0], lambda numbers: pair_loss(numbers, start[numbers])[0])
+    first_loss = training.mean_loss(steps[0], lambda numbers: pair_loss(numbers, start[numbers])[0])
     for number in training.optimise(
-            policy, steps, loss, lr=lr, log=log, first_loss=first_loss, resume=resume,
+            policy, steps, loss, lr=lr, log=log, first_loss=first_loss,
             shown="margins {rewards/margins:+.4f}  accuracies {rewards/accuracies:.3f}  "):
         yield number, len(steps), policy
 
 
 def load(folder, rows, recompute=False):
-    """The policy in `folder` as a function from packed rows to log-probabilities, over all processes."""
+    """The policy in `folder` as a function from packed rows to log-probabilities, sharded over all processes."""
     policy = models.load_policy(folder, training=True)
     check_context(rows, policy, folder)
-    return shard(ResponseLogps(policy), recompute)
+    return training.shard(ResponseLogps(policy), recompute)
 
 
 def pair_logps(policy, rows, numbers):
@@ -91,17 +115,17 @@ def pair_logps(policy, rows, numbers):
 
 
 @torch.no_grad()
-def reference_logps(policy, rows, steps):
-    """(pairs, 2): log-probabilities of the answers in these steps, in their micro-batches."""
-    reference = torch.zeros(len(rows), 2, device=device())
-    for step in tqdm(steps, desc="reference", disable=quiet(), leave=False):
+def all_logps(policy, rows, steps):
+    """(pairs, 2): log-probabilities of the answers of the pairs in these steps, in their micro-batches."""
+    logps = torch.zeros(len(rows), 2, device=device())
+    for step in tqdm(steps, desc="log-probabilities", disable=quiet(), leave=False):
         for micro in step:
             values = pair_logps(policy, rows, micro.numbers)
             if micro.shares[0]:  # else it only fills up, and another process has the row
-                reference[micro.numbers] = values
+                logps[micro.numbers] = values
     if world() > 1:
-        dist.all_reduce(reference)
-    return reference
+        dist.all_reduce(logps)
+    return logps
 
 
 @dataclass
@@ -116,25 +140,21 @@ class Options:
     micro_batch: int = option(2, "pairs per forward pass and process")
     max_length: int = option(2048, "tokens of prompt and answer; longer pairs are left out")
     seed: int = option(0)
-    resume_every: int = option(0, "steps of training that a kill may cost; 0: all")
-    log_every: int = option(0, "steps between lines on the screen; 0: none, just a bar")
-    report_to: str = option("", "wandb or tensorboard: the metrics there, too")
     recompute: bool = option(torch.cuda.is_available(), "recompute activations: slower, less memory")
+    overwrite: bool = option(False, "begin anew, if --out is an earlier result")
 
 
 def main():
     o = run.parse(Options)
     folder, pairs, out = models.local_folder(o.model), read_pairs(o.pairs), Path(o.out)
-    manifest.claim(out, o)
+    run.claim(out, o)
     if not run.exists(out / "config.json"):
         for step, steps, policy in train(
                 folder, pairs, beta=o.beta, lr=o.lr, batch=o.batch, micro_batch=o.micro_batch,
                 max_length=o.max_length, epochs=o.epochs, seed=o.seed, recompute=o.recompute,
-                resume=(resume_of(out), o.resume_every),
-                log=run.open_log(out / "metrics.jsonl", "dpo", o.log_every, o.report_to)):
+                log=run.open_log(out / "metrics.jsonl", "dpo")):
             if step == steps:
                 models.save(policy, folder, out)
-    run.remove_all(resume_of(out))
     say(f"{out} is complete")
 
 

@@ -15,8 +15,7 @@ labelled pairs; both also where the two answers are of similar length. rewardben
 of RewardBench. alpaca-generate, arena-generate: a policy's answers as AlpacaEval's model_outputs.json and as
 Arena-Hard v0.1's answer file, for a judge that is not ours; alpaca, arena: the scores from what it said.
 agreement: how often a run's reward models agree with gold, or with each other, on answers of its policies.
-report: the table of a run, its picture (report.png) and its page (report.html), see evals/report.py. All
-but the first two stand in evals/. `import eval` hides a builtin: write `from eval import …`.
+report: a run's tables, its picture and its page. `import eval` hides a builtin: write `from eval import …`.
 """
 import sys
 from dataclasses import dataclass, field, replace
@@ -25,19 +24,20 @@ from pathlib import Path
 import numpy as np
 
 import reward
-from data import Problem, read_pairs, read_prompts
+from common.data import read_jsonl, read_pairs, read_prompts
+from common.models import check_policy, check_reward, local_folder, prompts_that_fit
+from common.parallel import Problem, rank, say
+from common.run import claim, exists, launch, parse
+from evals import figures
 from evals.agreement import Agreement, agreement
 from evals.alpaca import Alpaca, AlpacaGenerate, alpaca, alpaca_generate
 from evals.arena import Arena, ArenaGenerate, arena, arena_generate
-from evals.report import Report, report
+from evals.plots import can_plot, draw_picture
+from evals.report import SHOWN, write_page
 from evals.rewardbench import RewardBench, rewardbench
 from evals.stats import JSON, publish, shares, standard_error
 from filter import wins
-from manifest import claim
-from models import check_policy, check_reward, encode_prompts, local_folder
-from parallel import say
-from rollout import sample_and_score
-from run import launch, parse
+from reward import sample_and_score
 
 
 @dataclass
@@ -46,8 +46,6 @@ class WinRate:
     baseline: str = field(metadata={"help": "folder or hub id"})
     rm: str = field(metadata={"help": "the judge: folder or hub id"})
     prompts: str = field(metadata={"help": "JSONL, JSON, parquet or hub id with a field `prompt`"})
-    prompt_field: str = field(default="", metadata={
-        "help": "where in a row the prompt stands, if not under a usual name"})
     out: str = field(default="runs/winrate", metadata={"help": "folder for the scored responses"})
     json: str = field(**JSON)
     temperature: float = 0.8
@@ -59,18 +57,18 @@ class WinRate:
 
 
 def winrate(o):
-    prompts, _ = read_prompts(o.prompts, o.prompt_field)
-    judge, out = local_folder(o.rm), Path(o.out)
-    check_reward(judge)
-    encode_prompts(judge, prompts, o.max_new_tokens)  # what a model can't read is said before sampling
+    judge, out, prompts = local_folder(o.rm), Path(o.out), read_prompts(o.prompts)[0]
     sides = {"policy": local_folder(o.policy), "baseline": local_folder(o.baseline)}
+    check_reward(judge)
+    prompts, _ = prompts_that_fit(judge, prompts, o.max_new_tokens)
     for policy in sides.values():
         check_policy(policy)
-        encode_prompts(policy, prompts)
+        prompts, _ = prompts_that_fit(policy, prompts)
     claim(out, replace(o, json=""))
-    scored = {side: sample_and_score(o, policy, judge, prompts, 1, f"{o.seed}/{side}", out / f"{side}.jsonl")
-              for side, policy in sides.items()}
-    policy, baseline = (columns(rows) for rows in scored.values())
+    for side, folder in sides.items():
+        if not exists(out / f"{side}.jsonl"):
+            sample_and_score(o, folder, judge, prompts, 1, f"{o.seed}/{side}", out / f"{side}.jsonl")
+    policy, baseline = (columns(read_jsonl(out / f"{side}.jsonl")) for side in sides)
     won = wins(policy["reward"], baseline["reward"])
     say(f"{len(prompts)} prompts, win rate {won.mean():.4f}")
     figures = shares(won, "win_rate", policy["characters"], baseline["characters"])
@@ -100,20 +98,62 @@ class Accuracy:
 
 def pair_accuracy(o):
     folder = local_folder(o.rm)
-    pairs = reward.readable(folder, read_pairs(o.pairs), o.max_length)
-    right = reward.ordered(folder, pairs, o.score_batch)
+    pairs = reward.pairs_that_fit(folder, read_pairs(o.pairs), o.max_length)
+    right = reward.orders_correctly(folder, pairs, o.score_batch)
     say(f"accuracy {np.mean(right):.4f} on {len(pairs)} pairs")
     characters = [np.array([len(pair[side]) for pair in pairs]) for side in ("chosen", "rejected")]
     subsets = [pair.get("subset") or "-" for pair in pairs] if any("subset" in pair for pair in pairs) else ()
     publish(shares(right, "accuracy", *characters, subsets), o.json)
 
 
+@dataclass
+class Report:
+    runs: list[str] = field(metadata={"help": "run folders"})
+    out: str = field(default="", metadata={"help": "the page, or the folder for it; none: the first run's"})
+
+
+def report(*folders, out=""):
+    """Print each run's tables and draw its report.png; write one report.html of all runs, side by side."""
+    if rank() > 0:
+        return
+    runs = [figures.load(folder, SHOWN) for folder in folders]
+    for run in runs:
+        print_tables(run)
+        say(f"picture: {draw_picture(run)}" if can_plot() else "no picture: pip install matplotlib")
+    path = Path(out) if out.endswith(".html") else Path(out or folders[0]) / "report.html"
+    write_page(runs, path)
+    say(f"page: {path}")
+
+
+def print_tables(run):
+    """Print a line for each step, a line for each policy where there is gold, and the verdict."""
+    steps = [["step", "sampled reward", "tokens", "finished", "pairs", "win rate", "outcome"]]
+    for s in run["steps"]:
+        if s["kind"] == "E":
+            steps.append([s["phase"], f"{s['reward']:.3f}", f"{s['tokens']:.1f}", f"{s['finished']:.1%}",
+                          str(s["pairs"]), f"{s['win_rate']:.3f}" if s["win_rates"] else "-",
+                          f"policy: {s['chosen']}" if s["chosen"] else "discarded, run stopped"])
+        else:
+            steps.append([s["phase"], "", f"{s['tokens']:.1f}", "", f"{s['kept']}/{s['comparisons']}", "",
+                          f"reward model; margin {s['margin']:+.3f}, epsilon {s['epsilon']:.3f}"])
+    tables = [steps]
+    if run["gold"]:
+        keys = ("gold", "gold_se", "win_rate", "tokens", "reward_r0", "accuracy_base", "accuracy_current",
+                "length_slope")
+        tables.append([["policy", "RM", *(key.replace("_", " ") for key in keys)], *(
+            [s["policy"], s["rm"], *(f"{s[key]:.3f}" for key in keys)] for s in run["states"])])
+    say(f"\n{run['name']}: {run['arm']}")
+    for rows in tables:
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        say("\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows) + "\n")
+    say("\n".join([f"{figures.verdict(run)} {figures.outcome(run)}", *figures.warnings(run), ""]))
+
+
 COMMANDS = {"winrate": (WinRate, winrate), "accuracy": (Accuracy, pair_accuracy),
             "rewardbench": (RewardBench, rewardbench), "alpaca": (Alpaca, alpaca), "arena": (Arena, arena),
             "alpaca-generate": (AlpacaGenerate, alpaca_generate),
-            "arena-generate": (ArenaGenerate, arena_generate),
-            "report": (Report, lambda o: report(*o.runs, out=o.out)),
-            "agreement": (Agreement, agreement)}
+            "arena-generate": (ArenaGenerate, arena_generate), "agreement": (Agreement, agreement),
+            "report": (Report, lambda o: report(*o.runs, out=o.out))}
 
 
 def main():

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-import manifest
-import run
-from data import Problem, digest_of, prompt_id, read_samples
-from parallel import dealt, say
-from run import option
+from common import run
+from common.data import Problem, prompt_id, read_samples
+from common.parallel import say
+from common.run import option
 
 
 # ---------------------------------------------------------------- E-step
@@ -33,12 +32,11 @@ def choose_pair(scores, lengths):
         raise ValueError(f"rewards must be finite: {scores.tolist()}")
     if not len(scores) or scores.max() == scores.min():
         return None  # the mean of equal numbers may be rounded below them: this is not left to the next line
-    above = np.flatnonzero(scores > scores.mean())
-    if not len(above):
+    above = [i for i in range(len(scores)) if scores[i] > scores.mean()]
+    if not above:
         return None  # they differ by less than the rounding of their mean
-    # lexsort's last key comes first: length, then falling reward, then index
-    chosen = above[np.lexsort((above, -scores[above], lengths[above]))[0]]
-    return int(chosen), int(scores.argmin()), (
+    chosen = min(above, key=lambda i: (lengths[i], -scores[i], i))
+    return chosen, int(scores.argmin()), (
         f"chosen: shortest of the {len(above)} above the mean reward {scores.mean():.4f}; "
         f"rejected: lowest of {len(scores)}")
 
@@ -48,17 +46,13 @@ def preference_pairs(samples):
 
     Two answers with the same text make no pair either.
     """
-    def pair(number):
-        group = [samples[i] for i in groups[number]]
+    groups, pairs = {}, []
+    for row in samples:
+        groups.setdefault(prompt_id(row["prompt"]), []).append(row)
+    for group in groups.values():
         choice = choose_pair([row["score"] for row in group], [row["tokens"] for row in group])
         if choice is not None and group[choice[0]]["response"] != group[choice[1]]["response"]:
-            return pair_of(group, *choice)
-
-    groups, names = {}, dealt(len(samples), lambda i: digest_of(prompt_id(samples[i]["prompt"])), "prompts")
-    for i, name in enumerate(names):
-        groups.setdefault(name, []).append(i)
-    groups = list(groups.values())
-    pairs = [found for found in dealt(len(groups), pair, "pairs") if found]
+            pairs.append(pair_of(group, *choice))
     return pairs, len(groups) - len(pairs)
 
 
@@ -115,13 +109,6 @@ def compare(new, old, use_filter=True):
     return rows
 
 
-def preference(row, chosen, rejected, source, chosen_policy, rejected_policy):
-    """A training pair of the RM: two texts of a row, a comparison or a pair, and where they come from."""
-    weight = {"weight": row["weight"]} if "weight" in row else {}
-    return dict(prompt=row["prompt"], chosen=row[chosen], rejected=row[rejected], source=str(source),
-                chosen_policy=chosen_policy, rejected_policy=rejected_policy, **weight)
-
-
 # ---------------------------------------------------------------- model selection
 def wins(new_scores, old_scores):
     """(N,), (N,) -> (N,): 1 where the new score is higher, 1/2 where they tie."""
@@ -140,6 +127,7 @@ class Options:
     samples: str = option("", "E-step: scored samples, several per prompt")
     new: str = option("", "M-step: scored samples of the policy after, one per prompt")
     old: str = option("", "M-step: the same of the policy before")
+    overwrite: bool = option(False, "begin anew, if --out is an earlier result")
 
 
 def main():
@@ -148,7 +136,7 @@ def main():
         raise Problem("give --samples, or --new and --old")
     paths = [o.samples] if o.samples else [o.new, o.old]
     rows = [read_samples(path, "response", "tokens", "finished", "score") for path in paths]
-    manifest.claim(o.out, o, file=True)
+    run.claim(o.out, o, file=True)
     if not run.exists(o.out):
         if o.samples:
             rows, without = preference_pairs(*rows)

@@ -17,16 +17,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import data
-import manifest
-import models
-import run
-import training
-from data import Problem, by_prompt, check_context, encode_chat, kept_of, load_tokenizer, quiet
-from packing import collate, hidden_states, pack, pair_rows
-from parallel import device, replicate, say, shard
-from run import option
-from training import resume_of
+from common import models, run, training
+from common.data import Problem, by_prompt, encode_chat, load_tokenizer, read_jsonl, read_pairs, read_samples
+from common.packing import check_context, collate, hidden_states, how_many, pack, pair_rows
+from common.parallel import device, quiet, replicate, say
+from common.probe import verify
+from common.run import option
+from sampler import sample
 
 
 def bradley_terry_loss(chosen_rewards, rejected_rewards, pairs=None):
@@ -43,22 +40,24 @@ class Rewards(torch.nn.Module):
         self.model = model
 
     def forward(self, packed):
+        verify(self.model)
         last = hidden_states(self.model, packed)[packed["last"]].float()  # (answers, H)
-        return F.linear(last, self.model.score.weight.float()).sum(-1)  # of one; [:, 0] is a view: FSDP warns
+        return F.linear(last, self.model.score.weight.float()).squeeze(-1).clone()  # FSDP warns about views
 
 
 def train(folder, pairs, *, lr, batch, micro_batch, max_length, epochs=1, seed=0, recompute=False,
-          fresh_head=False, resume=None, log):
+          fresh_head=False, log):
     """Bradley-Terry from the model in `folder`; `pairs` as read_pairs gives them, perhaps with a `weight`.
     Returns the model, to be saved."""
     rows, kept = pair_rows(load_tokenizer(folder), pairs, max_length)
-    model = models.load_reward(folder, True, fresh_head, seed)
-    check_context(rows, model, folder)
-    model = shard(Rewards(model), recompute)
     steps = training.steps_of([len(row) for row in rows], batch, micro_batch, seed, epochs)
     weights = torch.tensor([pair.get("weight", 1.0) for pair in kept], device=device())
-    say(f"reward model: {kept_of(len(kept), len(pairs))}, {len(steps)} steps of {batch}")
+    say(f"reward model: {how_many(len(kept), len(pairs))}, {len(steps)} steps of {batch}")
     log(pairs=len(kept), pairs_dropped=len(pairs) - len(kept))
+
+    model = models.load_reward(folder, True, fresh_head, seed)
+    check_context(rows, model, folder)
+    model = training.shard(Rewards(model), recompute)
 
     def loss(numbers):
         # (2B,) -> (B, 2): `pair_rows` laid a pair's two answers next to each other
@@ -68,7 +67,7 @@ def train(folder, pairs, *, lr, batch, micro_batch, max_length, epochs=1, seed=0
             "accuracy": (chosen > rejected).float(), "margin": chosen - rejected,
             "mean_reward": (chosen + rejected) / 2}
 
-    for _ in training.optimise(model, steps, loss, lr=lr, log=log, resume=resume,
+    for _ in training.optimise(model, steps, loss, lr=lr, log=log,
                                shown="margin {margin:+.4f}  accuracy {accuracy:.3f}  "):
         pass  # nothing is saved on the way
     return model
@@ -114,12 +113,25 @@ def score(folder, samples, path, score_batch):
     run.in_blocks(samples, 64 * per_prompt, path, work, f"scoring {Path(path).stem}")
 
 
-def ordered(folder, pairs, score_batch):
+def sample_and_score(o, policy, rm, prompts, samples, seed, path, judge=None):
+    """`samples` responses of a policy to every prompt, with their `score`, in the file `path`.
+
+    o: options with temperature, top_p, max_new_tokens, sample_batch and score_batch. judge: what scores in
+    the place of `score`, with its arguments.
+    """
+    raw = path.with_name(f"{path.stem}.unscored.jsonl")  # is there, if scoring was interrupted
+    if not run.exists(raw):
+        sample(policy, prompts, raw, samples=samples, temperature=o.temperature, top_p=o.top_p,
+               max_new_tokens=o.max_new_tokens, rows=o.sample_batch, seed=seed)
+    (judge or score)(rm, read_jsonl(raw), path, o.score_batch)
+    run.remove(raw)
+
+
+def orders_correctly(folder, pairs, score_batch):
     """Per pair, whether its chosen answer gets the higher reward; equal rewards are wrong
     (RewardBench's rule, arXiv 2403.13787)."""
     model, tokenizer = load(folder)
-    right = []
-    size = 32 * score_batch
+    right, size = [], 32 * score_batch
     for at in tqdm(range(0, len(pairs), size), desc="scoring pairs", leave=False, disable=quiet()):
         some = [(pair["prompt"], [pair["chosen"], pair["rejected"]]) for pair in pairs[at:at + size]]
         rewards = score_answers(model, tokenizer, some, score_batch)
@@ -127,17 +139,13 @@ def ordered(folder, pairs, score_batch):
     return right
 
 
-def readable(folder, pairs, max_length):
-    """The pairs of which both answers fit into the context of the RM in `folder`, and into `max_length`."""
-    tokenizer, limit = load_tokenizer(folder), min(max_length, models.context_of(folder))
-    kept = [pair for pair in tqdm(pairs, desc="tokens", leave=False, disable=quiet()) if all(
-        len(encode_chat(tokenizer, pair["prompt"], pair[side], whole=True).ids) <= limit
-        for side in ("chosen", "rejected"))]
-    if not kept:
-        raise Problem(f"none of {len(pairs)} pairs fits into {limit} tokens, the smaller of --max_length and "
-                      f"of the context of {folder}")
+def pairs_that_fit(folder, pairs, max_length):
+    """The pairs that fit into the context of the model in `folder` and into `max_length`; how many are left
+    out is said, and if all are, that is a Problem."""
+    limit = min(max_length, models.context_of(folder))
+    _, kept = pair_rows(load_tokenizer(folder), pairs, limit)
     if len(kept) < len(pairs):
-        say(kept_of(len(kept), len(pairs)))
+        say(how_many(len(kept), len(pairs)))
     return kept
 
 
@@ -154,10 +162,8 @@ class Options:
     micro_batch: int = option(2, "pairs (scoring: prompts) per forward pass and process")
     max_length: int = option(2048, "tokens of prompt and answer; longer pairs are left out")
     seed: int = option(0)
-    resume_every: int = option(0, "steps of training that a kill may cost; 0: all")
-    log_every: int = option(0, "steps between lines on the screen; 0: none, just a bar")
-    report_to: str = option("", "wandb or tensorboard: the metrics there, too")
     recompute: bool = option(torch.cuda.is_available(), "recompute activations: slower, less memory")
+    overwrite: bool = option(False, "begin anew, if --out is an earlier result")
 
 
 def main():
@@ -166,29 +172,23 @@ def main():
         raise Problem("give --pairs to train or --samples to score")
     folder, out = models.local_folder(o.model), Path(o.out)
     if o.samples:
-        return score_file(folder, o)
-    pairs = data.read_pairs(o.pairs)
-    test = readable(folder, data.read_pairs(o.test), o.max_length) if o.test else []
-    manifest.claim(out, o)
+        rows = read_samples(o.samples, "response")
+        run.claim(out, o, file=True)
+        if not run.exists(out):
+            score(folder, rows, out, o.micro_batch)
+        return say(f"{out} is complete")
+    pairs = read_pairs(o.pairs)
+    test = pairs_that_fit(folder, read_pairs(o.test), o.max_length) if o.test else []
+    run.claim(out, o)
     if not run.exists(out / "config.json"):
         models.save(train(
             folder, pairs, lr=o.lr, batch=o.batch, micro_batch=o.micro_batch, max_length=o.max_length,
             epochs=o.epochs, seed=o.seed, recompute=o.recompute, fresh_head=True,
-            resume=(resume_of(out), o.resume_every),
-            log=run.open_log(out / "metrics.jsonl", "reward", o.log_every, o.report_to)), folder, out)
-    run.remove_all(resume_of(out))
+            log=run.open_log(out / "metrics.jsonl", "reward")), folder, out)
     if test:
-        right = ordered(str(out), test, o.micro_batch)
+        right = orders_correctly(str(out), test, o.micro_batch)
         say(f"accuracy on {o.test}: {np.mean(right):.4f} of {len(test)} pairs")
     say(f"{out} is complete")
-
-
-def score_file(folder, o):
-    rows = data.read_samples(o.samples, "response")
-    manifest.claim(o.out, o, file=True)
-    if not run.exists(o.out):
-        score(folder, rows, o.out, o.micro_batch)
-    say(f"{o.out} is complete")
 
 
 if __name__ == "__main__":

@@ -12,25 +12,26 @@ them. So the order, the number of processes and an interruption change nothing, 
 results through rounding alone. tests/test_sampler.py has the same thing written slowly and obviously, and
 holds `generate` to it token for token.
 
+To follow one token: `generate` draws it (`draw`), `Slots.step` runs the model on it, and in each layer
+`Slots.attend` adds its key and value to the cache and attends to what its row has there.
+
 Left out on purpose: top-k, repetition penalties, beams.
 """
+from array import array
 from dataclasses import dataclass
-from itertools import islice
+from functools import cache, partial
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import GenerationConfig
 
-import manifest
-import models
-import packing
-import run
-from attention import Slots
-from data import Problem, check_context, load_tokenizer, prompt_id, read_prompts, seed_of
-from packing import alone, collate
-from parallel import memory, replicate, say
-from run import option
+from common import models, probe, run
+from common.data import Problem, encode_chat, load_tokenizer, prompt_id, read_prompts, seed_of
+from common.packing import alone, check_context, collate
+from common.parallel import memory, replicate, say, share_work
+from common.run import option
 
 TRIES = 8     # rejected draws before the nucleus is cut by sorting; with top-p 0.95 one in 10^10 gets there
 PREFILL = 8   # prompts prefilled together
@@ -104,7 +105,79 @@ def nucleus(probs, top_p):
     return torch.zeros_like(probs).scatter(1, order, kept / kept.sum(-1, keepdim=True))
 
 
-# ---------------------------------------------------------------- the cache
+# ---------------------------------------------------------------- the key-value cache
+class Slots:
+    """The keys (R, kv_heads, D, capacity) and values (R, kv_heads, capacity, D) of R rows in flight, per layer;
+    these are the layouts in which the two products of attention run fastest.
+
+    Row r's tokens lie at 0 … at[r] − 1, whatever the others' lengths: no padding, positions are indices. Its
+    last one, token[r], is drawn but not yet in the cache. key[r] and drawn[r] are for drawing: the response's
+    key and how many tokens it has. All that changes with every token stays on the device.
+    layers: {a layer's layer_idx in the model: its keys and values}. rows: the numbers of all rows.
+    """
+    def __init__(self, rows, capacity, device):
+        self.rows, self.capacity, self.layers = torch.arange(rows, device=device), capacity, {}
+        self.token, self.at, self.key, self.drawn = torch.zeros(4, rows, dtype=torch.long, device=device)
+
+    def fill(self, rows, prompts, key=0):
+        """Copy prefilled prompts, per layer keys and values (kv_heads, length, D), one into each row."""
+        for layer, (k, v) in prompts[0].items() if not self.layers else ():
+            self.layers[layer] = (k.new_zeros(len(self.rows), len(k), k.shape[2], self.capacity),
+                                  v.new_zeros(len(self.rows), len(v), self.capacity, v.shape[2]))
+        for _, group in groupby(zip(rows, prompts), key=lambda pair: id(pair[1])):  # samples of one prompt
+            some, (prompt, *_) = zip(*group)
+            some = torch.tensor(some, device=self.at.device)
+            for layer, (k, v) in prompt.items():
+                keys, values = self.layers[layer]
+                keys[some, :, :, :k.shape[1]] = k.transpose(1, 2)
+                values[some, :, :v.shape[1]] = v
+                self.at[some] = k.shape[1]
+        rows = torch.as_tensor(rows, device=self.at.device)
+        self.key[rows], self.drawn[rows] = torch.as_tensor(key, device=self.at.device), 0
+
+    def keep(self, rows):
+        """Close the gaps: from now on there are only these rows."""
+        rows = torch.as_tensor(rows, device=self.at.device)
+        for layer, (keys, values) in self.layers.items():  # one by one: two caches never exist at once
+            self.layers[layer] = keys[rows], values[rows]
+        self.rows = self.rows[:len(rows)]
+        self.token, self.at, self.key, self.drawn = (
+            of_rows[rows] for of_rows in (self.token, self.at, self.key, self.drawn))
+
+    def step(self, model, width):
+        """(R, V) logits of the next token of each row, of which the longest has `width` tokens."""
+        age = self.at[:, None] - torch.arange(width, device=self.at.device)  # (R, width); below 0: not there
+
+        @cache
+        def bias(window):
+            """(R, 1, 1, width): 0 where a row sees a token, −∞ where it doesn't."""
+            unseen = age < 0 if window is None else (age < 0) | (age >= window)
+            return torch.zeros_like(age, dtype=torch.float32).masked_fill_(unseen, -torch.inf)[:, None, None]
+
+        logits = model(input_ids=self.token[:, None], position_ids=self.at[:, None],
+                       attend=partial(self.attend, width, bias), use_cache=False).logits[:, -1]
+        self.at = (self.at + 1).clamp(max=self.capacity - 1)  # of free rows it means nothing
+        return logits
+
+    def attend(self, width, bias, layer, query, key, value, scaling, window):
+        """Attention of this step's tokens (R, heads, 1, D) to their rows so far -> (R, 1, heads, D). The model
+        calls it in every layer, by way of packing.attention."""
+        keys, values = self.layers[layer]
+        keys[self.rows, :, :, self.at], values[self.rows, :, self.at] = key[:, :, 0], value[:, :, 0]
+        grouped = query.reshape(len(query), keys.shape[1], -1, query.shape[-1])  # heads that share keys
+        scaling = scaling or query.shape[-1]**-0.5
+        scores = fp32_product(grouped, keys[..., :width]) * scaling + bias(window)
+        result = scores.softmax(-1).to(values.dtype) @ values[:, :, :width]
+        return result.view(len(query), 1, -1, values.shape[-1])
+
+
+def fp32_product(a, b):
+    """(R, H, M, D) @ (R, H, D, N) in fp32, also where the factors are bf16 (on GPUs only)."""
+    if a.dtype == torch.float32:
+        return a @ b
+    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32).unflatten(0, a.shape[:2])
+
+
 def cache_tokens(model):
     """How many tokens the cache may hold: half of the memory that the weights leave. For Llama-3-8B on 80 GB
     that is 35 GB, 64 rows of 4,000 tokens. By what a device has, not by what is free: rows round."""
@@ -117,30 +190,31 @@ def cache_tokens(model):
 
 
 def prefill(model, prompts):
-    """Token lists -> per prompt (keys and values per layer, logits of its first response token)."""
-    packed, kept = collate([alone(prompt) for prompt in prompts], model.device), []
+    """Token lists -> per prompt ({layer: keys and values}, logits of its first response token)."""
+    packed, kept = collate([alone(prompt) for prompt in prompts], model.device), {}
     logits = model(**packed["inputs"], kept=kept, logits_to_keep=packed["last"], use_cache=False).logits[0]
     lengths = [len(prompt) for prompt in prompts]
-    layers = [zip(keys.split(lengths, 1), values.split(lengths, 1)) for keys, values in kept]
-    return list(zip(zip(*layers), logits))
+    layers = {layer: list(zip(keys.split(lengths, 1), values.split(lengths, 1)))
+              for layer, (keys, values) in kept.items()}
+    return [({layer: split[p] for layer, split in layers.items()}, logits[p]) for p in range(len(prompts))]
 
 
 @torch.no_grad()
 def verify(model):
-    """At a model's first use: hold a prefill and two steps to plain forward passes."""
+    """At a model's first use, hold a prefill and two steps to plain forward passes (common/probe.py)."""
     if hasattr(model, "cache_holds"):
         return
-    packing.verify(model)
-    chats = [row.trunk + branch for row in packing.probe_rows(model) for branch in row.branches][:3]
-    with packing.trial(model, "the sampler's cache"):
+    probe.verify(model)
+    chats = [row.trunk + branch for row in probe.probe_rows(model) for branch in row.branches][:3]
+    with probe.trial(model, "the sampler's cache"):
         starts, logits = zip(*prefill(model, [chat[:-2] for chat in chats]))
         slots, ours = Slots(len(chats), max(map(len, chats)), model.device), [torch.stack(logits)]
         slots.fill(range(len(chats)), starts)
         for last in (-2, -1):
             slots.token[:] = torch.tensor([chat[last] for chat in chats])
             ours.append(slots.step(model, slots.capacity + last + 1))
-        theirs = torch.stack([packing.plain(model, chat)[1][-3:] for chat in chats], 1)
-        packing.compare(torch.stack(ours), theirs)
+        theirs = torch.stack([probe.plain_pass(model, chat)[1][-3:] for chat in chats], 1)
+        probe.compare(torch.stack(ours), theirs)
     model.cache_holds = True
 
 
@@ -156,12 +230,22 @@ def beginnings(model, prompts, samples):
                 yield (p, m), prompt, logits
 
 
+def enter(slots, jobs, free, entering, keys):
+    """Put responses that wait (`beginnings`) into free rows; returns these rows and the logits (rows, V) of
+    their first tokens."""
+    new_jobs, starts, logits = zip(*entering)
+    rows = free[:len(entering)]
+    slots.fill(rows, starts, np.array([keys[job] for job in new_jobs], np.uint64).view(np.int64))
+    for row, job in zip(rows, new_jobs):
+        jobs[row] = job
+    return torch.tensor(rows, device=slots.rows.device), torch.stack(logits)
+
+
 @torch.inference_mode()
 def generate(model, prompts, keys, *, stop_ids, temperature, top_p, max_new_tokens, rows):
     """Token lists (P) and (P, M) uint64 keys -> responses[p][m], token lists that include the stop token.
 
-    `rows` responses are decoded at a time. One ends at a stop token, at max_new_tokens or where the context
-    ends.
+    rows: responses decoded at a time. One ends at a stop token, at max_new_tokens or where the context ends.
     """
     verify(model)
     limits = [min(max_new_tokens, model.context - len(prompt)) for prompt in prompts]
@@ -169,31 +253,26 @@ def generate(model, prompts, keys, *, stop_ids, temperature, top_p, max_new_toke
     responses = [[[] for _ in samples] for samples in keys]
     waiting = beginnings(model, prompts, keys.shape[1])
     slots = Slots(min(rows, keys.size, max(1, cache_tokens(model) // capacity)), capacity, model.device)
-    jobs = [None] * slots.rows  # row -> (prompt, sample); None: the row is free
+    jobs = [None] * len(slots.rows)  # row -> (prompt, sample); None: the row is free
 
     while True:
         free = [row for row, job in enumerate(jobs) if job is None]
         entering = list(islice(waiting, len(free)))
-        if entering:  # schedule: responses that wait take the free rows
-            new_jobs, starts, logits = zip(*entering)
-            active, logits = free[:len(entering)], torch.stack(logits)
-            slots.fill(active, starts, np.array([keys[job] for job in new_jobs], np.uint64).view(np.int64))
-            for row, job in zip(active, new_jobs):
-                jobs[row] = job
-            rows = torch.tensor(active, device=model.device)
+        if entering:  # responses that wait take the free rows
+            active, logits = enter(slots, jobs, free, entering, keys)
         elif len(free) == len(jobs):
             return responses
-        else:  # step: a token for each row, in one forward pass; what free rows do is of no interest
+        else:  # a token for each row, in one forward pass; what free rows do is of no interest
             if len(free) >= 0.25 * len(jobs):  # nobody waits any more: close the gaps
                 slots.keep([row for row, job in enumerate(jobs) if job])
                 jobs = [job for job in jobs if job]
-            active, rows = range(len(jobs)), slice(None)
+            active = slots.rows
             width = max(len(prompts[p]) + len(responses[p][m]) for p, m in filter(None, jobs))
             logits = slots.step(model, width)
-        tokens, listed = draw(logits, slots.key[rows], slots.drawn[rows], temperature, top_p)
-        slots.token[rows] = tokens
-        slots.drawn[rows] += 1
-        for row, token in zip(active, listed):  # retire: what has ended frees its row
+        tokens, listed = draw(logits, slots.key[active], slots.drawn[active], temperature, top_p)
+        slots.token[active] = tokens
+        slots.drawn[active] += 1
+        for row, token in zip(free if entering else range(len(jobs)), listed):  # what has ended frees its row
             if jobs[row]:
                 p, m = jobs[row]
                 responses[p][m].append(token)
@@ -208,16 +287,19 @@ def stop_tokens(folder, tokenizer):
         ids = GenerationConfig.from_pretrained(folder).eos_token_id
     except OSError:
         ids = None
-    return sorted({*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None})
+    ids = [i for i in [*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id] if i is not None]
+    if not all(type(i) is int for i in ids):
+        raise Problem(f"{folder}: eos_token_id {ids!r:.40} in generation_config.json: token numbers are needed")
+    return sorted({*ids})
 
 
 def block_size(prompts, filling):
-    """Prompts in a block; `filling`: how many fill the rows. At most 28 fillings, and a multiple of 8 blocks,
-    so that 2, 4 or 8 processes end together; but at least 4 fillings.
+    """How many prompts a block has. A block is what a process takes at a time, and what a kill can cost.
 
-    At a block's end rows idle until its longest response is done: 6% of 28 fillings, 30% of 4. Rows don't go
-    on into the next block: their company, and with it their rounding, would then depend on the number of
-    processes and on interruptions. A block is what a kill costs.
+    filling: how many prompts fill the rows. At a block's end rows idle until its longest response is done: 6%
+    of the time with 28 fillings, 30% with 4. So blocks are large, at most 28 fillings, at least 4, and their
+    number is a multiple of 8, so that 2, 4 or 8 processes end together. Rows don't go on into the next block,
+    since their company, and with it their rounding, would then depend on the number of processes.
     """
     blocks = 8 * -int(-prompts // (8 * 28 * filling))
     return max(1, int(4 * filling), -(-prompts // blocks))
@@ -229,10 +311,11 @@ def sample(folder, prompts, path, *, samples, temperature, top_p, max_new_tokens
     prompts: a list (text or messages). seed: a number or text; every phase of a run has its own.
     rows: responses decoded at a time.
     """
-    tokenizer, encoded = load_tokenizer(folder), models.encode_prompts(folder, prompts)
+    tokenizer = load_tokenizer(folder)
+    encoded = share_work(len(prompts), lambda i: array("i", encode_chat(tokenizer, prompts[i]).ids), "tokens")
     stop_ids = stop_tokens(folder, tokenizer)
     model = replicate(models.load_policy(folder))
-    check_context([alone(ids) for ids in encoded], model, folder)
+    check_context([alone(ids + ids[:1]) for ids in encoded], model, folder)  # with room for an answer
     longest = min(model.context, max(map(len, encoded)) + max_new_tokens)
     fit = cache_tokens(model) // longest
     if not fit:
@@ -262,24 +345,22 @@ class Options:
     model: str = option(help="policy: a folder or hub id")
     prompts: str = option(help="JSONL, JSON, parquet or hub id with a field `prompt`")
     out: str = option(help="samples.jsonl")
-    prompt_field: str = option("", "where in a row the prompt stands, if not under a usual name")
-    skip_long: bool = option(False, "leave out prompts that are too long for the model")
     samples: int = option(5, "responses per prompt (M)")
     temperature: float = option(0.8, "0: greedy")
     top_p: float = option(0.95)
     max_new_tokens: int = option(1024)
     seed: int = option(0)
     sample_batch: int = option(64, "responses decoded at a time in each process")
+    overwrite: bool = option(False, "begin anew, if --out is an earlier result")
 
 
 def main():
     o = run.parse(Options)
     folder = models.local_folder(o.model)
-    prompts, repeats = read_prompts(o.prompts, o.prompt_field)
-    manifest.claim(o.out, o, file=True)
+    prompts, repeats = read_prompts(o.prompts)
+    run.claim(o.out, o, file=True)
     if not run.exists(o.out):
-        encoded = models.encode_prompts(folder, prompts, o=o)
-        prompts = [prompt for prompt, ids in zip(prompts, encoded) if ids is not None]
+        prompts, _ = models.prompts_that_fit(folder, prompts)
         say(f"{len(prompts)} prompts ({repeats} repeated ones left out), {o.samples} responses each")
         sample(folder, prompts, o.out, samples=o.samples, temperature=o.temperature, top_p=o.top_p,
                seed=o.seed, max_new_tokens=o.max_new_tokens, rows=o.sample_batch)

@@ -8,13 +8,13 @@ from itertools import islice
 import numpy as np
 
 import reward
-from data import Problem, by_prompt
+from common.data import by_prompt
+from common.models import local_folder
+from common.parallel import Problem, say
+from common.run import write_json
+from common.toy import gold_of
 from evals import figures
 from evals.stats import JSON, ordered_alike
-from models import local_folder
-from parallel import say
-from run import write_json
-from toy import gold_of
 
 
 @dataclass

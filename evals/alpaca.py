@@ -15,12 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data import Problem, check_prompt, read_jsonl, read_rows
+from common.data import check_prompt, read_jsonl, read_rows
+from common.models import local_folder
+from common.parallel import Problem, say
+from common.run import claim, exists, write_json
 from evals.stats import JSON, bootstrap, need, publish, standard_error
-from manifest import claim
-from models import local_folder
-from parallel import say
-from run import exists, write_json
 from sampler import sample
 
 # where the files are published

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data import Problem, check_prompt, read_rows, seed_of
+from common.data import check_prompt, read_rows, seed_of
+from common.parallel import Problem, say
+from common.run import write_rows
 from evals.alpaca import AlpacaGenerate, answer, name_of
 from evals.stats import JSON, bootstrap, need, publish
-from parallel import say
-from run import write_rows
 
 # where the files are published
 QUESTIONS = "github.com/lmarena/arena-hard-auto: data/arena-hard-v0.1/question.jsonl"

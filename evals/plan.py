@@ -19,13 +19,12 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-import models
-import run
-from data import Problem
+from common import models, run
+from common.packing import LOGITS
+from common.parallel import Problem, say
+from common.run import option
+from common.training import decoder_layers
 from evals.dryrun import trace
-from packing import LOGITS
-from parallel import decoder_layers, held_whole, say
-from run import option
 from sampler import PREFILL, block_size
 
 POLICY, RM = AutoModelForCausalLM, AutoModelForSequenceClassification

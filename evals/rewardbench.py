@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 import reward
-from data import Problem, read_pairs
+from common.data import read_pairs
+from common.models import local_folder
+from common.parallel import Problem, say
 from evals.stats import JSON, need, publish
-from models import local_folder
-from parallel import say
 
 # where the file is published
 FILTERED = "huggingface.co/datasets/allenai/reward-bench: the split `filtered`"

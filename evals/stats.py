@@ -10,9 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data import Problem
-from parallel import say
-from run import write_json
+from common.parallel import Problem, say
+from common.run import write_json
 
 SIMILAR = 0.9  # two lengths are similar if the shorter is at least this share of the longer
 JSON = dict(default="", metadata={"help": "also write the figures to this file"})

@@ -1,12 +1,8 @@
-"""Checkpoints in and out: folders and hub ids, loading and saving."""
+"""Checkpoints in and out: folders and hub ids, loading and saving. Safetensors only, and no remote code."""
 import gc
 import math
 import shutil
-from array import array
 from pathlib import Path
-
-# ruff: noqa: E402
-gc.disable()  # what imports make stays: looking through it again and again would take 0.7 s
 
 import torch
 import torch.distributed as dist
@@ -15,15 +11,13 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.core_model_loading import revert_weight_conversion
 
-import attention  # noqa: F401  (registers itself)
-from data import Problem, encode_chat, first_line, load_tokenizer, read_prompts, where_is
-from parallel import barrier, dealt, device, memory, rank, say, world
-
-gc.enable()
+from common import packing  # noqa: F401  (its attention is the one that models get)
+from common.data import encode_chat, first_line, load_tokenizer
+from common.parallel import Problem, barrier, device, memory, rank, say, share_work, world
 
 
 def local_folder(name):
-    """The folder of a model: `name` itself, or the snapshot of a hub id (safetensors only)."""
+    """The folder of a model: `name` itself, or the snapshot of a hub id."""
     if Path(name).is_dir():
         return str(Path(name).resolve())
     if name.count("/") != 1 or name.startswith((".", "/")):
@@ -39,13 +33,16 @@ def local_folder(name):
                       f"({first_line(error)})") from None
 
 
-def load_policy(folder, training=False):
-    """A causal LM; in every process, but only rank 0's copy has weights until `replicate` or `shard`."""
-    return _load(AutoModelForCausalLM, folder, check_policy(folder), training)
+# ---------------------------------------------------------------- what a folder's config says
+def config_of(folder):
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:
+        raise Problem(f"{folder}: not a model folder ({first_line(error)})") from None
 
 
 def check_policy(folder):
-    """Refuse, by its config, a reward model; returns the config."""
+    """Refuse a reward model, by its config; returns the config."""
     config = config_of(folder)
     if (config.architectures or ["?"])[0].endswith("ForSequenceClassification"):
         raise Problem(f"{folder}: a {config.architectures[0]}, which is a reward model and no policy")
@@ -67,24 +64,6 @@ def check_reward(folder, fresh_head=False):
     return config
 
 
-def load_reward(folder, training=False, fresh_head=False, seed=0):
-    """A sequence classifier with one logit. `fresh_head`: a causal LM is taken too and gets a new head."""
-    config = check_reward(folder, fresh_head)
-    config.num_labels = 1
-    torch.manual_seed(seed)  # the fresh head's
-    model = _load(AutoModelForSequenceClassification, folder, config, training)
-    if not isinstance(getattr(model, "score", None), torch.nn.Linear) or model.score.bias is not None:
-        raise Problem(f"{folder}: {type(model).__name__} has no linear head `score`, which is not supported")
-    return model
-
-
-def config_of(folder):
-    try:
-        return AutoConfig.from_pretrained(folder)
-    except Exception as error:
-        raise Problem(f"{folder}: not a model folder ({first_line(error)})") from None
-
-
 def context_of(folder, config=None):
     """The longest sequence in tokens: all positions, or those up to which a chat is read alike whatever its
     length (longrope changes its frequencies there) and attention is not cut into chunks."""
@@ -99,50 +78,63 @@ def context_of(folder, config=None):
     return min(config.max_position_embeddings, chunk, *ends)
 
 
-def read_fitting_prompts(o):
-    """The different prompts of o.prompts that policy and RM can read, the number of each one's tokens for the
-    policy, and how many repeated ones were left out."""
-    prompts, repeats = read_prompts(o.prompts, o.prompt_field)
-    for folder, answer in ((o.rm, o.max_new_tokens), (o.policy, 1)):
-        encoded = encode_prompts(folder, prompts, answer, o)
-        prompts = [prompt for prompt, ids in zip(prompts, encoded) if ids is not None]
-    return prompts, [len(ids) for ids in encoded if ids is not None], repeats
-
-
-def encode_prompts(folder, prompts, answer=1, o=None):
-    """The prompts' tokens. One that leaves no room for an answer of so many tokens is a Problem which names,
-    if they are those of the file o.prompts, its row; with o.skip_long it gets None instead."""
+def prompts_that_fit(folder, prompts, answer=1):
+    """(those prompts that leave room for an answer of so many tokens in a model's context, the numbers of
+    their tokens). How many are left out is said; if all are, that is a Problem."""
     tokenizer, context = load_tokenizer(folder), context_of(folder)
-    room = context - answer
-    encoded = dealt(len(prompts), lambda i: array("i", encode_chat(tokenizer, prompts[i]).ids), "tokens")
-    long = [i for i, ids in enumerate(encoded) if len(ids) > room]
-    if long and o and o.skip_long and len(long) < len(prompts):
-        say(f"{len(long)} of {len(prompts)} prompts are too long for {folder} and left out")
-        return [ids if len(ids) <= room else None for ids in encoded]
-    if long:
-        prompt, length = prompts[long[0]], len(encoded[long[0]])
-        where = f"{where_is(prompt, o.prompts, o.prompt_field)}: " if o else ""
-        mend = f"--skip_long leaves out all {len(long)}" if o and len(long) < len(prompts) else "leave it out"
-        mend += " or set a smaller --max_new_tokens" * (length < context)
-        raise Problem(f"{where}prompt of {length} tokens does not fit into the context of {context} tokens "
-                      f"of {folder} with an answer of {answer}; {mend}: {str(prompt)[:60]!r}…")
-    return encoded
+    lengths = share_work(len(prompts), lambda i: len(encode_chat(tokenizer, prompts[i]).ids), "tokens")
+    fit = [(prompt, length) for prompt, length in zip(prompts, lengths) if length + answer <= context]
+    if not fit:
+        raise Problem(f"no prompt fits into the context of {context} tokens of {folder} with an answer of "
+                      f"{answer}; the shortest has {min(lengths)}")
+    if len(fit) < len(prompts):
+        say(f"{len(prompts) - len(fit)} of {len(prompts)} prompts are too long for {folder} and left out")
+    return [prompt for prompt, _ in fit], [length for _, length in fit]
 
 
-def parameters(folder):
-    """How many a saved model has."""
-    stored = (config_of(folder).dtype or torch.float32).itemsize
-    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) // stored
+def bytes_of(folder):
+    """The size of a saved model's weights."""
+    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+
+
+def disk_needed(o, policy, rm, steps):
+    """Bytes that the models of a run take at most. o: mt.Options; policy, rm: bytes of one; steps: of a DPO."""
+    checkpoints = steps // o.save_every + 1 if o.select else 1
+    return o.rounds * (2 * policy + o.update_rm * rm) + checkpoints * policy
+
+
+def say_disk(o, steps):
+    need, free = disk_needed(o, bytes_of(o.policy), bytes_of(o.rm), steps), shutil.disk_usage(o.out).free
+    say(f"models: up to {need / 1e9:.2f} GB will be written; {free / 1e9:.2f} GB are free"
+        + "; THAT IS TOO LITTLE" * (need > free))
 
 
 def check_fits(folder, training=False):
-    """Refuse a model that is too large for the memory: sampling and scoring have the whole of it in every
-    process, in training the processes share 16 bytes a parameter (parallel.py)."""
-    need = parameters(folder) * (16 / world() if training else 2 if device().type == "cuda" else 4)
+    """Refuse a model that is too large for the memory. Sampling and scoring have the whole of it in every
+    process; in training the processes share 16 bytes a parameter (training.kept_whole)."""
+    parameters = bytes_of(folder) // (config_of(folder).dtype or torch.float32).itemsize
+    need = parameters * (16 / world() if training else 2 if device().type == "cuda" else 4)
     if need > memory():
         what = "training it" if training else "a whole copy, which sampling and scoring need,"
         raise Problem(f"{folder}: {what} takes {need / 1e9:.3g} GB in each process, which has "
                       f"{memory() / 1e9:.3g}; batch sizes can't help")
+
+
+# ---------------------------------------------------------------- loading
+def load_policy(folder, training=False):
+    """A causal LM, in every process; only rank 0's has weights until `replicate` or `shard`."""
+    return _load(AutoModelForCausalLM, folder, check_policy(folder), training)
+
+
+def load_reward(folder, training=False, fresh_head=False, seed=0):
+    """A sequence classifier with one logit. fresh_head: a causal LM is taken too and gets a new head."""
+    config = check_reward(folder, fresh_head)
+    config.num_labels = 1
+    torch.manual_seed(seed)  # the fresh head's
+    model = _load(AutoModelForSequenceClassification, folder, config, training)
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear) or model.score.bias is not None:
+        raise Problem(f"{folder}: {type(model).__name__} has no linear head `score`, which is not supported")
+    return model
 
 
 def _load(kind, folder, config, training):
@@ -165,11 +157,12 @@ def _load(kind, folder, config, training):
                 model = kind.from_config(config, dtype=dtype, attn_implementation="sdpa")
     except Exception as error:
         raise Problem(f"{folder}: can't be loaded as a model ({first_line(error)})") from None
-    model.set_attn_implementation("packed")  # of attention.py; loading it by that name would not ask for SDPA
+    model.set_attn_implementation("packed")  # not at once: a model without SDPA would not be noticed
     model.stored_dtype, model.context = stored, context_of(folder, config)
     return model.eval()  # and so it stays: dropout would make a policy differ from itself as reference
 
 
+# ---------------------------------------------------------------- saving
 def save(root, source, folder):
     """A folder that from_pretrained and vLLM load; tokenizer and template come from the folder `source`.
 
@@ -180,7 +173,7 @@ def save(root, source, folder):
     weights = get_model_state_dict(root, options=options) if dist.is_initialized() else root.state_dict()
     if rank() == 0:
         try:
-            _write(root.model, weights, source, folder)
+            _write(root.model, weights, source, Path(folder))
         except Exception as error:  # tokenizers has no exceptions of its own for a full disk
             raise Problem(f"{folder}: not saved: {first_line(error)}") from None
     barrier()
@@ -204,19 +197,3 @@ def _write(model, weights, source, folder):
     model.config.architectures = [type(model).__name__]
     config = model.config.to_dict() | {"dtype": str(model.stored_dtype).removeprefix("torch.")}
     type(model.config).from_dict(config).save_pretrained(folder)
-
-
-def room(o, policy, rm, steps):
-    """Bytes that the models of a run (mt.Options) will take at most: `policy` and `rm` are those of one of
-    each, `steps` the number in a DPO."""
-    checkpoints = steps // o.save_every + 1 if o.select else 1
-    return o.rounds * (2 * policy + o.update_rm * rm) + checkpoints * policy
-
-
-def say_room(o, steps):
-    """Say how much the models of a run will take, and whether that fits."""
-    need = room(o, *(sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-                     for folder in (o.policy, o.rm)), steps)
-    free = shutil.disk_usage(o.out).free
-    say(f"models: up to {need / 1e9:.2f} GB will be written; {free / 1e9:.2f} GB are free"
-        + "; THAT IS TOO LITTLE" * (need > free))

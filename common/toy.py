@@ -33,22 +33,21 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-import manifest
-import models
 import reward
-import run
-import training
-from data import Problem, encode_chat, read_jsonl, read_pairs, write_jsonl
-from packing import ResponseLogps, collate, pack
-from parallel import barrier, device, rank, say, shard
-from run import option
+from common import models, run, training
+from common.data import Problem, encode_chat, read_jsonl, read_pairs, write_jsonl
+from common.packing import collate, pack
+from common.parallel import barrier, device, rank, say
+from common.run import option
+from common.training import shard
+from dpo import ResponseLogps
 from sampler import sample
 
 # options of mt.py that fit models of 0.1 M parameters
 SETTINGS = dict(
     max_new_tokens=64, max_length=128, beta=0.1, policy_lr=4e-5, policy_batch=16, rm_lr=5e-4, rm_batch=16,
     save_every=13, select_prompts=300, tau=0.5, sample_batch=256, score_batch=64, micro_batch=16)
-SOURCES = "toy data rows spelled models attention packing reward sampler training".split()  # for base models
+SOURCES = "toy data models packing dpo reward sampler training".split()  # what base models depend on
 LOOP_PROMPTS, TEST_PROMPTS, LABELS, DEMONSTRATIONS = 2700, 300, 3000, 7000
 SHAPE = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4,
              initializer_range=0.08, max_position_embeddings=128)
@@ -212,7 +211,7 @@ def build(seed, script=__file__):
     """The base policy, base RM and prompts of a seed, made on first use by `script`: {policy, rm, prompts},
     mt.py's options. Another process does it, with one thread: they don't depend on how many a run has."""
     torch.set_num_threads(1)  # the models are too small for more, and several threads may round differently
-    name, modules = Path(script).stem, manifest.sources().items()
+    name, modules = Path(script).stem, run.sources().items()
     made_by = {path: digest for path, digest in modules if Path(path).stem in (*SOURCES, name)}
     version = hashlib.sha256(f"{made_by} {torch.__version__} {transformers.__version__}".encode())
     folder = Path("runs") / f"{name}-base" / f"seed{seed}-{version.hexdigest()[:8]}"

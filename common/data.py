@@ -1,0 +1,402 @@
+"""Files of rows, what their fields mean, and how a chat becomes tokens.
+
+A row is a JSON object with `prompt` (text, or messages with role and content; text in `system` beside it is
+the first message) or with `messages`, whose last answer is left out. Pairs have `chosen` and `rejected`
+besides: text or messages. A row with other forms is refused, with the fields that it has.
+
+Everything on disk is text. Policy and reward model have vocabularies and templates of their own, so ids never
+travel between them: `encode_chat` is the one place where a chat becomes tokens, for both.
+
+Left out on purpose: other forms of rows, training on earlier assistant turns, images, tools.
+"""
+import functools
+import hashlib
+import json
+import os
+import re
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from common.parallel import Problem, say
+
+LONGEST = 10**6  # characters of a prompt or an answer: more than any context that is trained here
+WANTED = "a field `prompt` with text, or a list of messages with role and content"
+UNREAD = ("history", "tools", "conversations", "instruction", "input")  # they change what a prompt says
+
+
+# ---------------------------------------------------------------- files
+def read_rows(source):
+    """[(where, row)] of a JSONL, JSON or parquet file, or of a hub id. `where` is 'file:line', for messages."""
+    path = Path(source)
+    if path.is_dir():
+        raise Problem(f"{source}: a folder; a JSONL, JSON or parquet file is needed")
+    if path.suffix in (".jsonl", ".json"):
+        rows = _read_json(path)
+    elif path.suffix == ".parquet" or re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.exists():
+        rows = _read_with_datasets(path, str(source))
+    else:
+        raise Problem(f"{source}: its name must end in .jsonl, .json or .parquet, or be a hub id")
+    if not rows:
+        raise Problem(f"{source}: empty")
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise Problem(f"{where}: a JSON object is needed, this is {type(row).__name__}")
+    return rows
+
+
+def _read_json(path):
+    if not path.exists():
+        raise Problem(f"{path}: no such file")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Problem(f"{path}: not UTF-8 text ({error})") from None
+    if path.suffix != ".json":
+        return [(f"{path}:{number}", from_json(line, path, number))
+                for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    rows = from_json(text, path) if text.strip() else []
+    return [(f"{path}:row {i}", row) for i, row in enumerate(rows if isinstance(rows, list) else [rows], 1)]
+
+
+def _read_with_datasets(path, source):
+    if path.suffix == ".parquet" and not path.exists():
+        raise Problem(f"{source}: no such file")
+    try:
+        import datasets
+    except ImportError:
+        raise Problem(f"{source}: hub ids and parquet files need `pip install datasets`") from None
+    try:
+        if path.suffix == ".parquet":
+            rows = datasets.load_dataset("parquet", data_files=source, split="train")
+        else:
+            splits = datasets.get_dataset_split_names(source)
+            rows = datasets.load_dataset(source, split="train_prefs" if "train_prefs" in splits else "train")
+    except Exception as error:  # the library raises dozens of kinds; all mean that the data could not be had
+        raise Problem(f"{source}: could not be loaded ({first_line(error)})") from None
+    return [(f"{source}:row {i}", row) for i, row in enumerate(rows, 1)]
+
+
+def from_json(text, path, line=1):
+    """The value of a JSON text, which begins in this line of the file `path`."""
+    try:
+        value = json.loads(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # fails where it could not be written again
+        return value
+    except (ValueError, RecursionError) as error:
+        why = {RecursionError: "nested too deeply", UnicodeEncodeError: "half a surrogate pair in a text",
+               ValueError: "a number of too many digits"}.get(type(error)) or f"not JSON ({error.msg})"
+        raise Problem(f"{path}:{line + getattr(error, 'lineno', 1) - 1}: {why}") from None
+
+
+def read_json(path):
+    """The object that a JSON file holds."""
+    value = from_json(Path(path).read_text(encoding="utf-8", errors="replace"), path)
+    if not isinstance(value, dict):
+        raise Problem(f"{path}: a JSON object is needed, this is {type(value).__name__}")
+    return value
+
+
+def read_jsonl(path):
+    """The rows of a file that this project wrote; it may be empty."""
+    return [row for _, row in _read_json(Path(path))]
+
+
+def write_jsonl(path, rows):
+    """Write under a temporary name and rename: a file that exists is whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", encoding="utf-8", errors="replace") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    os.replace(temporary, path)
+
+
+def first_line(error):
+    """An exception of a library as one line without control characters."""
+    text = "".join(c if c.isprintable() else " " for c in str(error))
+    if "above report" in text:  # transformers logs the report where nobody looks
+        return "its weights have other shapes than config.json says"
+    return " ".join(text.split())[:300] or type(error).__name__
+
+
+# ---------------------------------------------------------------- what fields mean
+def is_number(value):
+    """NaN, infinities, true and what would overflow in a sum of squares are none."""
+    return type(value) in (int, float) and abs(value) <= 1e100
+
+
+TEXT = (f"text of at most {LONGEST:,} characters",
+        lambda value: isinstance(value, str) and len(value) <= LONGEST)
+FIELDS = {"response": TEXT, "chosen": TEXT, "rejected": TEXT, "subset": TEXT,
+          "tokens": ("a whole number from 0", lambda value: type(value) is int and 0 <= value < 2**31),
+          "finished": ("true or false", lambda value: type(value) is bool),
+          "score": ("a finite number", is_number),
+          "weight": ("a finite number from 0", lambda value: is_number(value) and value >= 0)}
+
+
+def check_field(where, row, name):
+    """row[name], if it is what FIELDS says of the name's last word."""
+    value, (wanted, fits) = row.get(name), FIELDS[name.rpartition("_")[2]]
+    if value is None:
+        hint = "; score samples first: python reward.py --samples" * (name == "score")
+        raise Problem(f"{where}: no {name} (a field `{name}` with {wanted}){hint}")
+    if not fits(value):
+        raise Problem(f"{where}: the {name} {value!r:.60} is not {wanted}")
+    return value
+
+
+def as_messages(prompt):
+    """A prompt as chat messages; plain text is one user turn."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def prompt_id(prompt):
+    """The same text for the same conversation, whichever way it was written down."""
+    return json.dumps([[m["role"], m["content"]] for m in as_messages(prompt)], ensure_ascii=False)
+
+
+def by_prompt(rows):
+    """The rows of one prompt after the other's, as lists; the rows of a prompt stand next to each other."""
+    for _, group in groupby(rows, key=lambda row: prompt_id(row["prompt"])):
+        yield list(group)
+
+
+def is_chat(value):
+    return isinstance(value, list) and bool(value) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+        for m in value)
+
+
+def prompt_of(where, row):
+    """The prompt of a row of a user's file: text or messages."""
+    unread = [name for name in UNREAD if row.get(name)]
+    prompt = row.get("prompt")
+    if prompt is None and isinstance(row.get("messages") or row.get("chosen"), list):
+        prompt = row.get("messages") or row["chosen"]
+        while is_chat(prompt) and prompt[-1]["role"] == "assistant":  # what it says is an answer
+            prompt = prompt[:-1]
+    if prompt is None or unread:
+        problem = f"{', '.join(unread)} can't be read" if unread else "no prompt"
+        raise Problem(f"{where}: {problem}; the row has {', '.join(row)}; wanted is {WANTED}"[:400])
+    if row.get("system") and is_chat(as_messages(prompt)):
+        if not isinstance(row["system"], str) or as_messages(prompt)[0]["role"] == "system":
+            raise Problem(f"{where}: `system` is not text, or stands beside a system turn; write one of them")
+        prompt = [{"role": "system", "content": row["system"]}, *as_messages(prompt)]
+    return check_prompt(where, prompt)
+
+
+def check_prompt(where, prompt):
+    messages = as_messages(prompt)
+    if not is_chat(messages) or not any(m["content"].strip() for m in messages):
+        raise Problem(f"{where}: no prompt; wanted is {WANTED}")
+    if messages[-1]["role"] == "assistant":
+        raise Problem(f"{where}: the prompt ends with an assistant turn; it must end where the answer begins")
+    if len(prompt_id(prompt)) > LONGEST:
+        raise Problem(f"{where}: a prompt of {len(prompt_id(prompt)):,} characters; leave out what is longer "
+                      f"than {LONGEST:,}")
+    return prompt
+
+
+def read_prompts(source):
+    """Prompts in the order of the file, repeated ones once; and how many repeats were left out."""
+    rows, unique = read_rows(source), {}
+    for where, row in rows:
+        prompt = prompt_of(where, row)
+        unique.setdefault(prompt_id(prompt), prompt)
+    return list(unique.values()), len(rows) - len(unique)
+
+
+def read_pairs(source):
+    """Preference pairs: dicts with `prompt`, `chosen`, `rejected` (answers as text) and the row's other fields.
+
+    Answers are text, or messages with or without the prompt's in front (UltraFeedback, TRL). Without
+    `prompt` it is the turns before the last.
+    """
+    pairs = []
+    for where, row in read_rows(source):
+        row = {name: value for name, value in row.items() if value is not None}  # parquet fills up with null
+        prompt = prompt_of(where, row)
+        for name in ("weight", "subset", "chosen_finished", "rejected_finished"):
+            if name in row:
+                check_field(where, row, name)
+        answers = {side: _answer(where, row, side, prompt) for side in ("chosen", "rejected")}
+        pairs.append({**row, "prompt": prompt, **answers})
+    for what, count in (("equal answers", sum(pair["chosen"] == pair["rejected"] for pair in pairs)),
+                        ("an empty answer", sum(not pair["chosen"].strip() or not pair["rejected"].strip()
+                                                for pair in pairs))):
+        if count:
+            say(f"WARNING: {source}: {count} of {len(pairs)} pairs have {what}")
+    return pairs
+
+
+def _answer(where, row, side, prompt):
+    def turns(chat):
+        return [(m["role"], m["content"].strip()) for m in as_messages(chat)]
+    value = row.get(side)
+    if is_chat(value) and value[-1]["role"] == "assistant":
+        if value[:-1] and turns(value[:-1]) != turns(prompt)[-len(value[:-1]):]:
+            raise Problem(f"{where}: the messages of `{side}` answer another prompt than the row's")
+        value = value[-1]["content"]
+    elif isinstance(value, str) and isinstance(prompt, str) and value.startswith(prompt) and value != prompt:
+        value = value[len(prompt):]
+    if not isinstance(value, str):
+        raise Problem(f"{where}: no answer in `{side}` (text, or messages that end with the assistant's)")
+    return check_field(where, {side: value}, side)
+
+
+def read_samples(source, *fields):
+    """The rows of a file of responses: each with its prompt and these fields."""
+    rows = read_rows(source)
+    for where, row in rows:
+        check_prompt(where, row.get("prompt"))
+        for name in fields:
+            check_field(where, row, name)
+    return [row for _, row in rows]
+
+
+def seed_of(*parts):
+    """A 64-bit number that depends on all parts and on nothing else (hash() differs between processes)."""
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "little")
+
+
+# ---------------------------------------------------------------- chats to tokens
+def load_tokenizer(folder):
+    """A fast tokenizer with a chat template and an EOS token; without them it is a Problem."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise Problem(f"{folder}: no tokenizer could be loaded ({first_line(error)})") from None
+    if not tokenizer.chat_template:
+        raise Problem(f"{folder}: the tokenizer has no chat template "
+                      "(add a chat_template.jinja to the folder)")
+    if not tokenizer.is_fast or tokenizer.eos_token_id is None:
+        raise Problem(f"{folder}: a fast tokenizer (tokenizer.json) with an EOS token is needed")
+    return tokenizer
+
+
+class Chat(NamedTuple):
+    ids: list    # tokens of prompt and response
+    start: int   # index of the response's first token
+
+
+def encode_chat(tokenizer, prompt, response=None, finished=True, whole=False):
+    """Tokens of a chat, with exactly one BOS where the tokenizer uses one.
+
+    Without a response the chat ends where the assistant begins, ready for sampling. A finished response ends
+    in the template's stop token (EOS where the template has none), exactly once; an unfinished one ends in
+    its last word. whole: with all that the template writes after the stop token, as reward models were
+    trained to read it.
+    """
+    messages = as_messages(prompt)
+    said = [str(value) for message in messages for value in message.values()] + [response or ""]
+    literal = Literal(tokenizer) if any(map(special_texts(tokenizer).search, said)) else None
+    head = text = _render(tokenizer, messages, literal, add_generation_prompt=True)
+    if response is not None:
+        # The template gets a stand-in for the response: templates trim and rewrite what they are given, and
+        # training is on what was really said.
+        answered = _render(tokenizer, [*messages, {"role": "assistant", "content": "\u241f"}], literal)
+        before, _, tail = answered.rpartition("\u241f")
+        if not before.startswith(head):
+            raise Problem(f"{tokenizer.name_or_path}: this chat template's generation prompt is not "
+                          "the beginning of an answered chat, so the response's first token can't be found")
+        between = before[len(head):]  # a space belongs to the answer; words would be put into its mouth
+        text = head + (between if between.isspace() else "") + response
+        content_end, text = len(text), text + tail
+    if literal:
+        ids, offsets = literal.encode(text)
+    else:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    if _adds_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id]:
+        ids, offsets = [tokenizer.bos_token_id, *ids], [(0, 0), *offsets]
+    if response is None:
+        return Chat(ids, len(ids))
+    start = next((i for i, (_, end) in enumerate(offsets) if end > len(head)), len(ids))
+    last = next((i for i, (begin, _) in enumerate(offsets) if i >= start and begin >= content_end), len(ids))
+    stop = next((i for i in range(last, len(ids)) if ids[i] in _special_ids(tokenizer)), None)
+    if not finished:
+        ids = ids[:last]
+    elif stop is None:
+        ids = ids[:last] + [tokenizer.eos_token_id]
+    elif not whole:
+        ids = ids[:last] + [ids[stop]]
+    return Chat(ids, min(start, last))
+
+
+def _render(tokenizer, messages, literal, **options):
+    try:
+        shown = literal.hide(messages) if literal else messages
+        text = tokenizer.apply_chat_template(shown, tokenize=False, **options)
+        if not text.strip():
+            raise ValueError("it writes nothing")
+        return literal.reveal(text) if literal else text
+    except Exception as error:  # a template may refuse a role or an order of roles, in words of its own
+        raise Problem(f"{tokenizer.name_or_path}: its chat template refuses {str(messages)[:80]}… "
+                      f"({first_line(error)})") from None
+
+
+@functools.lru_cache(4)  # each phase loads a tokenizer of its own
+def _special_ids(tokenizer):
+    marked = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return marked | set(tokenizer.all_special_ids)
+
+
+@functools.lru_cache(4)
+def _adds_bos(tokenizer):
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("")["input_ids"][:1] == [bos]
+
+
+@functools.lru_cache(4)
+def special_texts(tokenizer):
+    """A pattern that finds the texts of a tokenizer's special tokens."""
+    texts = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
+
+
+@functools.lru_cache(4)
+class Literal:
+    """For a chat in which somebody spells a special token ("</s>" in a user's text): that is text like any
+    other, and ends no turn. So the special tokens that the template writes get secret names, and a copy of
+    the tokenizer knows them by these names alone. `hide` what is said before the template sees it, `reveal`
+    it in what the template wrote, then `encode` that."""
+    def __init__(self, tokenizer):
+        self.special, self.secret = special_texts(tokenizer), os.urandom(8).hex()
+        state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+        model = state["model"]
+        for token in state["added_tokens"]:
+            token["content"] = self._renamed(token["content"])
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {self._renamed(text): number for text, number in model["vocab"].items()}
+        else:  # Unigram
+            model["vocab"] = [[self._renamed(text), score] for text, score in model["vocab"]]
+        if model.get("unk_token"):
+            model["unk_token"] = self._renamed(model["unk_token"])
+        try:
+            self.backend = Tokenizer.from_str(json.dumps(state))
+        except Exception as error:
+            raise Problem(f"{tokenizer.name_or_path}: a chat spells a special token, which this tokenizer "
+                          f"can't tell from a real one ({first_line(error)})") from None
+
+    def _name(self, text, kind="special"):
+        return self.special.sub(lambda found: f"\ue000{self.secret}{kind}{found[0].encode().hex()}\ue001", text)
+
+    def _renamed(self, text):
+        return self._name(text) if self.special.fullmatch(text) else text
+
+    def hide(self, messages):
+        return [{key: self._name(value, "said") if isinstance(value, str) else value
+                 for key, value in message.items()} for message in messages]
+
+    def reveal(self, text):
+        return re.sub(f"\ue000{self.secret}said(.*?)\ue001", lambda found: bytes.fromhex(found[1]).decode(),
+                      self._name(text))
+
+    def encode(self, text):
+        encoded = self.backend.encode(text, add_special_tokens=False)
+        return encoded.ids, encoded.offsets

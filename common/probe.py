@@ -1,0 +1,105 @@
+"""Every model is held to plain forward passes of itself when it is used for the first time, by the processes
+and in the shards that use it. Models in which tokens meet outside attention, or whose attention does what ours
+doesn't, differ there, and are refused in one line.
+
+docs/models.md says which families are equal, and which are refused.
+"""
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from common.data import first_line
+from common.packing import Row, collate, decoder, hidden_states, response_logits
+from common.parallel import Problem
+
+
+def plain_pass(model, ids):
+    """(L, H) hidden states and logits of one chat, by a forward pass with transformers' own attention."""
+    seen = []
+    hook = decoder(model).register_forward_hook(lambda _, __, out: seen.append(out.last_hidden_state[0]))
+    model.set_attn_implementation("sdpa")
+    try:
+        logits = model(torch.tensor([ids], device=model.device), use_cache=False).logits[0]
+    finally:
+        model.set_attn_implementation("packed")
+        hook.remove()
+    return seen[0], logits
+
+
+def probe_rows(model):
+    """Four chats of random tokens: two with one trunk, a short one and, if the context allows, a long one."""
+    config, rng = model.config.get_text_config(), np.random.default_rng(0)
+    tokens = np.setdiff1d(np.arange(config.vocab_size), [config.pad_token_id or 0])
+    long = min(200, config.max_position_embeddings, getattr(model, "context", 200))
+    return [Row(rng.choice(tokens, trunk).tolist(), [rng.choice(tokens, n).tolist() for n in branches],
+                [0] * len(branches)) for trunk, branches in ((7, (5, 9)), (1, (11,)), (1, (long - 1,)))]
+
+
+@contextmanager
+def trial(model, part):
+    """What is raised inside becomes a Problem that names the part. Attention windows are 6 tokens meanwhile,
+    so that short chats reach beyond them."""
+    narrow = [(owner, owner.sliding_window) for owner in (model.config.get_text_config(), *model.modules())
+              if isinstance(getattr(owner, "sliding_window", None), int)]
+    try:
+        for owner, _ in narrow:
+            owner.sliding_window = 6
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise Problem(f"{model.name_or_path}: {model.config.model_type} models are not supported: "
+                      f"{part}: {first_line(error)}") from None
+    finally:
+        for owner, window in narrow:
+            owner.sliding_window = window
+
+
+def off(ours, theirs, size=None):
+    """By how much `ours` is another than `theirs`, in units of `size` (by default theirs)."""
+    size = theirs.float().norm() if size is None else size
+    return (ours.float() - theirs.float()).norm() / size.clamp(min=1e-30)
+
+
+def compare(ours, theirs, size=None):
+    """Raises where `ours` is another than `theirs` by more than rounding."""
+    if not theirs.isfinite().all():
+        raise Problem("NaN or infinite numbers")
+    difference = off(ours, theirs, size)
+    if not difference <= (1e-4 if theirs.dtype == torch.float32 else 0.1):
+        raise Problem(f"off by {100 * difference:.2g}% from plain forward passes")
+
+
+@torch.no_grad()
+def verify(model):
+    """At a model's first use, hold packed attention and the head to plain forward passes; where they differ a
+    Problem is raised. Sets model.plain_head: whether logits are nothing but hidden states times a matrix."""
+    if hasattr(model, "plain_head"):
+        return
+    for name, weight in model.named_parameters():
+        weight = weight.to_local() if hasattr(weight, "to_local") else weight
+        if not weight.sum(dtype=torch.float32).isfinite():
+            raise Problem(f"{model.name_or_path}: damaged weights: NaN or infinite numbers in {name}")
+    rows = probe_rows(model)
+    packed = collate(rows, model.device)
+    with trial(model, "packed attention"):
+        hidden, logits = zip(*(plain_pass(model, row.trunk + branch) for row in rows for branch in row.branches))
+        cuts = [len(row.trunk) - 1 for row in rows for _ in row.branches]
+        ours = hidden_states(model, packed)[packed["sources"]]
+        compare(ours, torch.cat([h[cut:-1] for cut, h in zip(cuts, hidden)]))
+    with trial(model, "head"):
+        if hasattr(model, "score"):
+            last, weight = torch.stack([h[-1] for h in hidden]).float(), model.score.weight.float()
+            size = last.norm() * weight.norm() / weight.numel()**0.5  # of a product without meaning
+            compare(F.linear(last, weight), torch.stack(logits), size)
+            head = False
+        else:
+            head = model.get_output_embeddings()
+            rounding = 1e-6 if logits[0].dtype == torch.float32 else 5e-3  # of kernels for other shapes
+            head = head.bias is None and off(F.linear(hidden[0], head.weight), logits[0]).item() < rounding
+            if not head:
+                compare(response_logits(model, packed),
+                        torch.cat([x[cut:-1] for cut, x in zip(cuts, logits)]))
+    model.plain_head = head
