@@ -337,7 +337,7 @@ def sample(folder, prompts, path, *, samples, temperature, top_p, max_new_tokens
                            tokens=len(ids), finished=ids[-1] in stop_ids, policy=str(folder))
 
     run.in_blocks(list(zip(prompts, encoded)), block_size(len(prompts), rows / samples), path, work,
-                  f"sampling {Path(path).name.split('.')[0]}", each=samples)
+                  f"sampling {Path(path).name.split('.')[0]}")
 
 
 @dataclass

@@ -30,16 +30,16 @@ UNREAD = ("history", "tools", "conversations", "instruction", "input")  # they c
 
 # ---------------------------------------------------------------- files
 def read_rows(source):
-    """[(where, row)] of a JSONL, JSON or parquet file, or of a hub id. `where` is 'file:line', for messages."""
-    path = Path(source)
-    if path.is_dir():
-        raise Problem(f"{source}: a folder; a JSONL, JSON or parquet file is needed")
+    """[(where, row)] of a JSONL, JSON or parquet file, or of a hub id; `where` is 'file:line', for messages."""
+    path, source = Path(source), str(source)
+    if path.suffix in (".jsonl", ".json", ".parquet") and not path.is_file():
+        raise Problem(f"{source}: no such file")
     if path.suffix in (".jsonl", ".json"):
         rows = _read_json(path)
-    elif path.suffix == ".parquet" or re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not path.exists():
-        rows = _read_with_datasets(path, str(source))
+    elif path.suffix == ".parquet" or re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not path.exists():
+        rows = _read_with_datasets(source)
     else:
-        raise Problem(f"{source}: its name must end in .jsonl, .json or .parquet, or be a hub id")
+        raise Problem(f"{source}: a .jsonl, .json or .parquet file is needed, or a hub id")
     if not rows:
         raise Problem(f"{source}: empty")
     for where, row in rows:
@@ -49,35 +49,31 @@ def read_rows(source):
 
 
 def _read_json(path):
-    if not path.exists():
-        raise Problem(f"{path}: no such file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise Problem(f"{path}: not UTF-8 text ({error})") from None
-    if path.suffix != ".json":
-        return [(f"{path}:{number}", from_json(line, path, number))
-                for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    rows = from_json(text, path) if text.strip() else []
-    return [(f"{path}:row {i}", row) for i, row in enumerate(rows if isinstance(rows, list) else [rows], 1)]
+    if path.suffix == ".json":
+        rows = from_json(text, path) if text.strip() else []
+        rows = rows if isinstance(rows, list) else [rows]
+        return [(f"{path}:row {number}", row) for number, row in enumerate(rows, 1)]
+    return [(f"{path}:{number}", from_json(line, path, number))
+            for number, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
-def _read_with_datasets(path, source):
-    if path.suffix == ".parquet" and not path.exists():
-        raise Problem(f"{source}: no such file")
+def _read_with_datasets(source):
     try:
         import datasets
-    except ImportError:
-        raise Problem(f"{source}: hub ids and parquet files need `pip install datasets`") from None
-    try:
-        if path.suffix == ".parquet":
+        if source.endswith(".parquet"):
             rows = datasets.load_dataset("parquet", data_files=source, split="train")
         else:
             splits = datasets.get_dataset_split_names(source)
             rows = datasets.load_dataset(source, split="train_prefs" if "train_prefs" in splits else "train")
+    except ImportError:
+        raise Problem(f"{source}: hub ids and parquet files need `pip install datasets`") from None
     except Exception as error:  # the library raises dozens of kinds; all mean that the data could not be had
         raise Problem(f"{source}: could not be loaded ({first_line(error)})") from None
-    return [(f"{source}:row {i}", row) for i, row in enumerate(rows, 1)]
+    return [(f"{source}:row {number}", row) for number, row in enumerate(rows, 1)]
 
 
 def from_json(text, path, line=1):
@@ -212,11 +208,8 @@ def read_prompts(source):
 
 
 def read_pairs(source):
-    """Preference pairs: dicts with `prompt`, `chosen`, `rejected` (answers as text) and the row's other fields.
-
-    Answers are text, or messages with or without the prompt's in front (UltraFeedback, TRL). Without
-    `prompt` it is the turns before the last.
-    """
+    """Preference pairs: rows with `prompt`, and `chosen` and `rejected` as text. In the file answers are text, or
+    messages with or without the prompt's in front (UltraFeedback, TRL)."""
     pairs = []
     for where, row in read_rows(source):
         row = {name: value for name, value in row.items() if value is not None}  # parquet fills up with null
@@ -226,11 +219,13 @@ def read_pairs(source):
                 check_field(where, row, name)
         answers = {side: _answer(where, row, side, prompt) for side in ("chosen", "rejected")}
         pairs.append({**row, "prompt": prompt, **answers})
-    for what, count in (("equal answers", sum(pair["chosen"] == pair["rejected"] for pair in pairs)),
-                        ("an empty answer", sum(not pair["chosen"].strip() or not pair["rejected"].strip()
-                                                for pair in pairs))):
-        if count:
-            say(f"WARNING: {source}: {count} of {len(pairs)} pairs have {what}")
+    for what, holds in (("equal answers", lambda prompt, one, other: one == other),
+                        ("an empty answer", lambda prompt, one, other: not (one.strip() and other.strip())),
+                        ("the prompt in front of both answers", lambda prompt, one, other: isinstance(
+                            prompt, str) and one.startswith(prompt) and other.startswith(prompt))):
+        found = sum(holds(pair["prompt"], pair["chosen"], pair["rejected"]) for pair in pairs)
+        if found:
+            say(f"WARNING: {source}: {found} of {len(pairs)} pairs have {what}")
     return pairs
 
 
@@ -239,11 +234,9 @@ def _answer(where, row, side, prompt):
         return [(m["role"], m["content"].strip()) for m in as_messages(chat)]
     value = row.get(side)
     if is_chat(value) and value[-1]["role"] == "assistant":
-        if value[:-1] and turns(value[:-1]) != turns(prompt)[-len(value[:-1]):]:
+        if value[:-1] and turns(value[:-1]) not in (turns(prompt), turns(prompt)[1:]):  # 1: but for `system`
             raise Problem(f"{where}: the messages of `{side}` answer another prompt than the row's")
         value = value[-1]["content"]
-    elif isinstance(value, str) and isinstance(prompt, str) and value.startswith(prompt) and value != prompt:
-        value = value[len(prompt):]
     if not isinstance(value, str):
         raise Problem(f"{where}: no answer in `{side}` (text, or messages that end with the assistant's)")
     return check_field(where, {side: value}, side)
@@ -341,9 +334,14 @@ def _render(tokenizer, messages, literal, **options):
 
 
 @functools.lru_cache(4)  # each phase loads a tokenizer of its own
+def _special_tokens(tokenizer):
+    """{id: text}"""
+    return {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+@functools.lru_cache(4)
 def _special_ids(tokenizer):
-    marked = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return marked | set(tokenizer.all_special_ids)
+    return {*tokenizer.all_special_ids, *_special_tokens(tokenizer)}
 
 
 @functools.lru_cache(4)
@@ -355,8 +353,8 @@ def _adds_bos(tokenizer):
 @functools.lru_cache(4)
 def special_texts(tokenizer):
     """A pattern that finds the texts of a tokenizer's special tokens."""
-    texts = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
+    texts = sorted(_special_tokens(tokenizer).values(), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, texts)) or "(?!)")
 
 
 @functools.lru_cache(4)
@@ -367,27 +365,19 @@ class Literal:
     it in what the template wrote, then `encode` that."""
     def __init__(self, tokenizer):
         self.special, self.secret = special_texts(tokenizer), os.urandom(8).hex()
-        state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
-        model = state["model"]
-        for token in state["added_tokens"]:
-            token["content"] = self._renamed(token["content"])
-        if isinstance(model["vocab"], dict):
-            model["vocab"] = {self._renamed(text): number for text, number in model["vocab"].items()}
-        else:  # Unigram
-            model["vocab"] = [[self._renamed(text), score] for text, score in model["vocab"]]
-        if model.get("unk_token"):
-            model["unk_token"] = self._renamed(model["unk_token"])
+        state = tokenizer.backend_tokenizer.to_str()
+        for text in _special_tokens(tokenizer).values():  # in its vocabulary and wherever else it stands
+            state = state.replace(*(json.dumps(t, ensure_ascii=False) for t in (text, self._name(text))))
         try:
-            self.backend = Tokenizer.from_str(json.dumps(state))
+            self.backend = Tokenizer.from_str(state)
         except Exception as error:
             raise Problem(f"{tokenizer.name_or_path}: a chat spells a special token, which this tokenizer "
                           f"can't tell from a real one ({first_line(error)})") from None
+        self.backend.no_padding()
+        self.backend.no_truncation()
 
     def _name(self, text, kind="special"):
         return self.special.sub(lambda found: f"\ue000{self.secret}{kind}{found[0].encode().hex()}\ue001", text)
-
-    def _renamed(self, text):
-        return self._name(text) if self.special.fullmatch(text) else text
 
     def hide(self, messages):
         return [{key: self._name(value, "said") if isinstance(value, str) else value

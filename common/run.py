@@ -28,7 +28,7 @@ import transformers
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from common.data import first_line, read_jsonl, write_jsonl
+from common.data import first_line, write_jsonl
 from common.parallel import Problem, barrier, device, from_rank0, quiet, rank, say, start, world
 
 HOME = Path(__file__).resolve().parents[1]
@@ -49,7 +49,7 @@ def launch(main, **arguments):
     except (Problem, OSError, SafetensorError, torch.cuda.OutOfMemoryError) as error:
         if rank() > 0:
             time.sleep(3)  # most problems are everybody's: rank 0 has spoken, and torchrun ends the others
-        text = first_line(error)
+        text = str(error) if isinstance(error, Problem) else first_line(error)
         if isinstance(error, torch.cuda.OutOfMemoryError):
             text += "; run the same command with a smaller --sample_batch, --score_batch or --micro_batch"
         if "o space left" in text or "quota exceeded" in text:
@@ -82,33 +82,34 @@ def parse(options, words=None, **defaults):
             group = parser.add_argument_group(f.metadata["group"])
         default = defaults.get(f.name, f.default)
         shown = "" if default in (MISSING, None, "") else f" (default: {default})"
+        more = {bool: dict(nargs="?", const=True), list[str]: dict(nargs="+")}.get(f.type, {})
         group.add_argument(f"--{f.name}", type=KINDS.get(f.type, f.type), required=default is MISSING,
-                           default=default, nargs="+" if f.type == list[str] else None,
-                           metavar="VALUE", help=(f.metadata.get("help", "") + shown).replace("%", "%%"))
+                           default=default, metavar="VALUE",
+                           help=(f.metadata.get("help", "") + shown).replace("%", "%%"), **more)
     words = [re.sub("^--[^=]*", lambda flag: "--" + flag[0][2:].replace("-", "_"), str(word))
              for word in (sys.argv[1:] if words is None else words)]
     chosen = options(**vars(parser.parse_args(words)))
     for name, value in vars(chosen).items():
-        check_flag(name, value)
+        check_number(name, value)
     return chosen
 
 
 def true_or_false(word):
-    return {"true": True, "false": False}[word.lower()]
+    return ("false", "true").index(word.lower()) == 1
 
 
 KINDS = {bool: true_or_false, list[str]: str, float | None: float}
 FROM_ZERO = "seed tau temperature select_prompts prior".split()  # flags whose number may be 0
 
 
-def check_flag(name, value):
+def check_number(name, value):
     """Numbers are finite, and counts can be waited for."""
-    if type(value) not in (int, float):
-        return
-    most = {"seed": 2**63 - 1, "top_p": 1, "prior": 100}.get(name, 10**6 if type(value) is int else 1e99)
-    zero, least = name in FROM_ZERO, 1e-3 if name == "temperature" else 0
-    if not (least <= value <= most and (zero or value) or zero and value == 0):
-        raise Problem(f"--{name} {value:.9g} makes no sense: {'0, or ' * zero}above {least}, to {most}")
+    if type(value) in (int, float):
+        most = {"seed": 2**63 - 1, "top_p": 1, "prior": 100}.get(name, 10**6 if type(value) is int else 1e99)
+        least = 1e-3 if name == "temperature" else 0
+        if not (0 < value <= most and least <= value or value == 0 and name in FROM_ZERO):
+            raise Problem(f"--{name} {value:.9g} makes no sense: above {least}, to {most}"
+                          + " (or 0)" * (name in FROM_ZERO))
 
 
 # ---------------------------------------------------------------- files
@@ -120,12 +121,9 @@ def exists(path):
 @contextmanager
 def writing(path):
     """A temporary name for all processes to write to, renamed to `path` at the end: what exists is whole."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    if rank() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove(temporary)
-    barrier()
+    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    remove(temporary)
     yield temporary
     barrier()
     if rank() == 0:
@@ -155,28 +153,33 @@ def write_rows(path, rows):
 
 def link(path, target):
     """A symbolic link, relative if it leads to a place in the same folder."""
-    path, target = Path(path), Path(target)
+    path, target = Path(path), Path(target).resolve()
     if rank() == 0:
-        inside = target.resolve().is_relative_to(path.parent.resolve())
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.unlink(missing_ok=True)
-        temporary.symlink_to(os.path.relpath(target, path.parent) if inside else target.resolve())
+        inside = target.is_relative_to(path.parent.resolve())
+        temporary.symlink_to(os.path.relpath(target, path.parent.resolve()) if inside else target)
         os.replace(temporary, path)
     barrier()
 
 
+def delete(*paths):
+    """Delete files and folders, if they are there. For one process."""
+    for path in map(Path, paths):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
 def remove(*paths):
-    """Remove files and folders, if they are there. By rank 0."""
+    """`delete`, for all processes together."""
     if rank() == 0:
-        for path in map(Path, paths):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        delete(*paths)
     barrier()
 
 
-# ---------------------------------------------------------------- run.json
-ROUNDING = "sample_batch score_batch micro_batch recompute".split()  # flags that may change
+# ---------------------------------------------------------------- run.json: whose a result is
+ROUNDING = "sample_batch score_batch micro_batch recompute".split()  # flags that change rounding at most
 LOGS = ("run.json", "metrics.jsonl", "timings.jsonl")
-LOCKS, DIGESTS, SPENT = {}, {}, [0.0]  # open files; digests that this process knows; seconds in phases
+LOCKS = {}  # path -> open file
 
 
 def note_of(path):
@@ -196,8 +199,7 @@ def claim(path, options, file=False, **more):
     """Note down the settings, input files and code that `path` belongs to; others are refused by their names.
 
     file: whether `path` is a JSONL file; else it is a folder. A run may go on with other batch sizes per
-    process, which change rounding at most, and with more rounds. With options.overwrite what is there is
-    removed first, if it is ours.
+    process and with more rounds. With options.overwrite what is there is removed first, if it is ours.
     """
     if str(path).endswith(".jsonl") != file:
         raise Problem(f"--out {path}: the name of a file must end in .jsonl, and that of a folder must not")
@@ -207,30 +209,30 @@ def claim(path, options, file=False, **more):
 def _claim(path, options, more):
     path.parent.mkdir(parents=True, exist_ok=True)
     lock(path.resolve())
-    DIGESTS.clear()
+    digest.cache_clear()
     settings = {k: v for k, v in asdict(options).items() if k not in ("out", "overwrite")}
-    inputs = {k: digest(v) for k, v in settings.items() if isinstance(v, str) and os.path.isfile(v)}
-    new = dict(settings=settings, inputs=inputs, sources=sources(), versions=versions(), results={}, **more)
+    new = dict(settings=settings, sources=sources(), versions=versions(), results={}, **more, inputs={
+        f"file of --{k}": digest(v) for k, v in settings.items() if isinstance(v, str) and os.path.isfile(v)})
     found = [p for p in ([path, parts_of(path)] if path.suffix == ".jsonl" else path.glob("*")) if p.exists()]
     if found and not note_of(path).exists():
         raise Problem(f"{path} exists and was not written by this command; choose another --out")
     if found and getattr(options, "overwrite", False):
-        remove(*found * bool(read_note(path)))
-    elif any(p.name not in LOGS for p in found):  # else an earlier start has failed at once
+        delete(*found * bool(read_note(path)))
+    elif any(p.name not in LOGS for p in found):  # else an earlier start failed before it made anything
         old = read_note(path)
         changed = [f"{key}: {old[part].get(key)!r} there, {new[part].get(key)!r} now"
                    for part in ("settings", "inputs", "sources") for key in {**old[part], **new[part]}
-                   if key not in ROUNDING and old[part].get(key) != new[part].get(key)
-                   and not (key == "rounds" and old[part][key] < new[part][key])]
+                   if old[part].get(key) != new[part].get(key) and key not in ROUNDING
+                   and not (key == "rounds" and old[part].get(key, 0) < new[part].get(key, 0))]
         if changed:
             raise Problem(f"{path} belongs to other settings, files or code; choose another --out, or begin "
-                          f"anew by --overwrite true ({'; '.join(changed)})")
+                          f"anew by --overwrite ({'; '.join(changed)})")
         new = old | {"settings": old["settings"] | {k: v for k, v in settings.items() if k == "rounds"}}
     write_text(note_of(path), json.dumps(new, indent=1) + "\n")
 
 
 def lock(path):
-    """Hold `path` until this process ends, however it ends; if another process holds it, that is a Problem."""
+    """Hold `path` until this process ends, however it ends. If another process holds it, that is a Problem."""
     try:
         LOCKS[path] = open(path.with_name(f".{path.name}.lock"), "a")  # closing it would let go
         fcntl.lockf(LOCKS[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -241,30 +243,31 @@ def lock(path):
 
 
 def sources():
-    """{file: digest} of the script and of the project's modules in use, without those that only look."""
+    """{file: digest of its code} of the script and of the project's modules in use, without those that only
+    look. In such a digest comments, docstrings and layout don't count."""
     files = {Path(m.__file__).resolve() for m in [*sys.modules.values()] if getattr(m, "__file__", None)}
-    ours = {os.path.relpath(f, HOME): f for f in files if f.is_file() and f != HOME / "eval.py" and (
-        f.parent in (HOME, HOME / "common", HOME / "variants") or f == Path(sys.argv[0]).resolve())}
-    return {name: code_digest(ours[name].read_text(encoding="utf-8")) for name in sorted(ours)}
-
-
-def code_digest(text):
-    """A digest of Python code in which comments, docstrings and layout don't count."""
-    tree = ast.parse(text)
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
-            node.body = node.body[1:] or [ast.Pass()]
-    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
+    found = {}
+    for file in sorted(files - {HOME / "eval.py"}):
+        if file.parent in (HOME, HOME / "common", HOME / "variants") or file == Path(sys.argv[0]).resolve():
+            tree = ast.parse(file.read_text(encoding="utf-8"))
+            for node in ast.walk(tree):
+                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+                    node.body = node.body[1:] or [ast.Pass()]
+            code = hashlib.sha256(ast.unparse(tree).encode())
+            found[os.path.relpath(file, HOME)] = code.hexdigest()[:16]
+    return found
 
 
 def versions():
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], text=True,
-                         cwd=HOME, capture_output=True) if shutil.which("git") else None
+    git = shutil.which("git") and subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], cwd=HOME, text=True,
+        capture_output=True).stdout.strip()
     return {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
             "transformers": transformers.__version__, "processes": world(), "device": str(device()),
-            "commit": git.stdout.strip() if git and git.returncode == 0 else None}
+            "commit": git or None}
 
 
+@functools.cache  # until the next `claim`
 def digest(path):
     """SHA-256 of a file, or of all files of a folder with their names."""
     path, total = Path(path), hashlib.sha256()
@@ -276,14 +279,10 @@ def digest(path):
     return total.hexdigest()
 
 
-def known_digest(path):
-    """`digest`, taken once in each process."""
-    if path.resolve() not in DIGESTS:
-        DIGESTS[path.resolve()] = digest(path)
-    return DIGESTS[path.resolve()]
-
-
 # ---------------------------------------------------------------- phases
+SPENT = [0.0]  # seconds in phases so far
+
+
 def phase(work):
     """Make work(o, *sources, path, **more) a phase: it makes the result `path` in the run folder o.out from
     `sources`, and does nothing where that is done already. Returns `path` as text.
@@ -298,28 +297,12 @@ def phase(work):
         begun = on_rank0(_begin, Path(o.out), made_from, path)
         if begun:
             start, spent = time.time(), SPENT[0]
-            facts = work(o, *arguments, **more)
+            facts = work(o, *made_from, path, **more)
             seconds = time.time() - start - (SPENT[0] - spent)
             SPENT[0] += seconds
             on_rank0(_end, o, path, facts, seconds, begun)
         return str(path)
     return once
-
-
-def name_of(o, path):
-    """A phase's name: its result's path in the run folder. It is part of its seed and of its log lines."""
-    return str(Path(path).relative_to(o.out).with_suffix(""))
-
-
-def steps(out):
-    """The folders of a run's E- and M-steps that are there, in order."""
-    rounds = [path for path in Path(out).glob("round*") if path.name.removeprefix("round").isdigit()]
-    rounds.sort(key=lambda path: int(path.name.removeprefix("round")))
-    return [path / step for path in rounds for step in ("e1", "m", "e2") if (path / step).exists()]
-
-
-def log_of(o, path):
-    return open_log(Path(o.out) / "metrics.jsonl", name_of(o, path))
 
 
 def on_rank0(work, *arguments):
@@ -346,20 +329,20 @@ def _begin(out, made_from, path):
     """'' where the result is there and as it should be; else 'now', or 'again' after an earlier attempt."""
     name = os.path.relpath(path, out)
     inside = [source for source in made_from if source.resolve().is_relative_to(out.resolve())]
-    made_from = {os.path.relpath(source, out): known_digest(source) for source in inside}
+    made_from = {os.path.relpath(source, out): digest(source) for source in inside}
     with results_of(out) as results:
         entry = results.get(name)
         if not path.exists():
             if entry and entry["made_from"] != made_from:  # what an attempt left was made from something else
-                remove(*{*path.parent.glob(f"*{path.stem}.*")} - {*inside})
+                delete(*{*path.parent.glob(f"*{path.stem}.*")} - {*inside})
             results[name] = {"made_from": made_from}
             return "again" if entry else "now"
         if not entry:
             raise Problem(f"{path} is there, but this run has not written it; delete it, or move it away")
-        changed = [out / source for source in made_from if entry["made_from"].get(source) != made_from[source]]
+        changed = [source for source in made_from if entry["made_from"].get(source) != made_from[source]]
         if changed:
-            raise Problem(f"{path} was made from another {changed[0]}; {to_delete(out, results, name)}")
-        if entry.setdefault("sha256", known_digest(path)) != known_digest(path):  # unset: a kill came between
+            raise Problem(f"{path} was made from another {out / changed[0]}; {to_delete(out, results, name)}")
+        if entry.setdefault("sha256", digest(path)) != digest(path):  # it has none if a kill came between
             raise Problem(f"{path} is not what was written; {to_delete(out, results, name)}")
     return ""
 
@@ -367,7 +350,7 @@ def _begin(out, made_from, path):
 def _end(o, path, facts, seconds, begun):
     name, line = name_of(o, path), {"phase": name_of(o, path), "seconds": round(seconds, 3)}
     with results_of(o.out) as results:
-        results[os.path.relpath(path, o.out)]["sha256"] = known_digest(path)
+        results[os.path.relpath(path, o.out)]["sha256"] = digest(path)
     tokens = [row["num_tokens"] for row in log_lines(Path(o.out) / "metrics.jsonl")
               if row["phase"] == name and "num_tokens" in row][-1:]
     if tokens and begun == "now":  # else an earlier attempt has made some of them
@@ -379,33 +362,36 @@ def _end(o, path, facts, seconds, begun):
 
 
 def to_delete(out, results, name):
-    """What to delete so that a result and what was made from it are made anew; elsewhere it is whole steps."""
+    """What to delete so that a result and what was made from it are made anew; elsewhere, whole steps."""
     found = [name]
     for other, entry in results.items():  # a result stands behind what it was made from
         if any(Path(source).is_relative_to(old) for source in entry["made_from"] for old in found):
             found.append(other)
-    here = Path(name).parent
-    paths = {p if p.parent == here else Path(*p.parts[:2]) for p in map(Path, found) if (out / p).exists()}
-    return f"to make it again delete {' '.join(sorted(str(out / p) for p in paths))}"
+    paths = {p if p.parent == Path(name).parent else Path(*p.parts[:2]) for p in map(Path, found)}
+    return f"to make it again delete {' '.join(sorted(str(out / p) for p in paths if (out / p).exists()))}"
 
 
-# ---------------------------------------------------------------- log, and work in blocks
-def log_lines(path):
-    """The lines of a log as dicts, without what a kill or a full disk has cut."""
-    found = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
-            found.append({"phase": "", **json.loads(line)})
-        except (ValueError, TypeError):
-            pass
-    return found
+# ---------------------------------------------------------------- names, log, and work in blocks
+def name_of(o, path):
+    """A phase's name: its result's path in the run folder. It is part of its seed and of its log lines."""
+    return str(Path(path).relative_to(o.out).with_suffix(""))
+
+
+def steps(out):
+    """The folders of a run's E- and M-steps that are there, in order."""
+    rounds = [path for path in Path(out).glob("round*") if path.name.removeprefix("round").isdigit()]
+    rounds.sort(key=lambda path: int(path.name.removeprefix("round")))
+    return [path / step for path in rounds for step in ("e1", "m", "e2") if (path / step).exists()]
+
+
+def log_of(o, path):
+    return open_log(Path(o.out) / "metrics.jsonl", name_of(o, path))
 
 
 def open_log(path, phase):
     """log(**values): a JSON line for each event of a phase in the file `path`, from rank 0. The lines of an
     earlier attempt are removed."""
-    path = Path(path)
-    if rank() == 0 and path.exists():
+    if rank() == 0 and Path(path).exists():
         kept = [line for line in log_lines(path) if line["phase"] != phase]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
@@ -416,33 +402,35 @@ def open_log(path, phase):
     return log
 
 
+def log_lines(path):
+    """The lines of a log as dicts, without what a kill or a full disk has cut."""
+    found = []
+    for line in Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else []:
+        try:
+            found.append({"phase": "", **json.loads(line)})
+        except (ValueError, TypeError):
+            pass
+    return found
+
+
 def parts_of(out):
     """The folder of a JSONL file's blocks while they are made."""
     return Path(out).with_name(f".{Path(out).name}.parts")
 
 
-def has_rows(path, count):
-    """Whether a JSONL file of our own is there and whole."""
-    try:
-        return [type(row) for row in read_jsonl(path)] == [dict] * count
-    except (OSError, Problem):
-        return False
-
-
-def in_blocks(rows, size, out, work, what, each=1):
-    """Write work(block)'s rows, `each` for every row of a block of `size`, to the JSONL file `out`.
+def in_blocks(rows, size, out, work, what):
+    """Write work(block)'s rows, for all blocks of so many rows, to the JSONL file `out`.
 
     Processes take blocks in turn. The blocks don't depend on their number, so neither do the shapes that
-    models see. A block that is done is kept: after an interruption only the others are made again.
+    models see. A block that is done is kept: after an interruption only the others are made.
     """
-    out, parts = Path(out), parts_of(out)
     starts = range(0, len(rows), size)
-    mine = [s for s in starts[rank()::world()]
-            if not has_rows(parts / f"{size}-{s}.jsonl", each * min(size, len(rows) - s))]
-    for s in tqdm(mine, desc=what, disable=quiet(), unit="block", leave=False):
-        write_jsonl(parts / f"{size}-{s}.jsonl", work(rows[s:s + size]))
+    blocks = [parts_of(out) / f"{size}-{s}.jsonl" for s in starts]
+    for s, block in tqdm([*zip(starts, blocks)][rank()::world()], desc=what, disable=quiet(), leave=False):
+        if not block.exists():
+            write_jsonl(block, work(rows[s:s + size]))
     with writing(out) as temporary:
         if rank() == 0:
             with open(temporary, "wb") as whole:
-                whole.writelines((parts / f"{size}-{s}.jsonl").read_bytes() for s in starts)
-    remove(parts)
+                whole.writelines(block.read_bytes() for block in blocks)
+    remove(parts_of(out))

@@ -218,7 +218,7 @@ def build(seed, script=__file__):
     if not run.exists(folder / "rm" / "config.json"):
         say(f"making the base models of the embedded task in {folder} (about a minute, once)")
         if rank() == 0:
-            run.remove(folder)
+            run.delete(folder)
             clean = {k: v for k, v in os.environ.items() if k not in (
                 "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
             command = [sys.executable, script, "--seed", str(seed), "--out", str(folder)]
