@@ -1,4 +1,4 @@
-"""The embedded task, arm by arm and seed by seed: the tables in docs/results.md.
+"""The embedded task, arm by arm and seed by seed: the table in docs/data/arms.md.
 
     python bench/arms.py --json docs/data/arms.jsonl
     python bench/arms.py --arms full "fixed RM" sppo --seeds 1 2 3 4
@@ -40,7 +40,8 @@ ARMS = {
     "offline DPO": None,
     **dict.fromkeys(["online_dpo", "dpo_fixed_reference", "ipo", "simpo"], ["--update_rm", "false"]),
 }
-VARIANTS = sorted(path.stem for path in HOME.glob("variants/*.py") if "launch(mt.main" in path.read_text())
+VARIANTS = sorted(path.stem for path in HOME.glob("variants/*.py") if "launch(mt.main" in path.read_text()
+                  and path.stem != "human_labels")  # which is the full method unless flags ask for labels
 ARMS |= {name: [] for name in VARIANTS if name not in ARMS}
 BESIDE = {"fixed RM": range(1, ROUNDS + 1), "offline DPO": [ROUNDS]}
 LAST = {"win rate against base": "win_rate", "tokens": "tokens",

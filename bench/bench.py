@@ -468,7 +468,7 @@ def resident(kind):
 
 def training_traffic(name, gradient, weights):
     """Bytes that each process receives in the second step of DPO, where so much is held whole between its
-    micro-batches (parallel.held_whole), and the weights after it; for two processes under torchrun."""
+    micro-batches (training.held_whole), and the weights after it; for two processes under torchrun."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     import dpo

@@ -47,7 +47,7 @@ def inputs(folder):
     write_jsonl(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
     flags = dict(policy=folder / "policy", rm=folder / "rm", prompts=folder / "prompts.jsonl", out="run",
                  samples=3, max_new_tokens=8, max_length=48, policy_batch=3, policy_lr=1e-3, rm_batch=4,
-                 rm_lr=1e-3, tau=0, save_every=1, select_prompts=4, sample_batch=2, resume_every=1)
+                 rm_lr=1e-3, tau=0, save_every=1, select_prompts=4, sample_batch=2)
     return [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
 
 

@@ -1,17 +1,23 @@
 """Where the M-step helps: gain of the full method over a fixed reward model, around the embedded task.
 
-    python bench/map.py                        # all points, seeds 1 to 8, two runs at a time: hours
-    python bench/map.py --arms fixed full gate --points base "taste 1.5" --seeds 1 2
+    python bench/map.py                        # fixed and full at all points, seeds 1 to 8: hours
+    python bench/map.py --arms fixed full lighter --points base "taste 1.5" --seeds 1 2
+    python bench/map.py --table                # the tables of the rows that are there
 
-Runs lie in runs/map/POINT/ARM-SEED. Every run's row goes to docs/data/map.jsonl; tables and docs/map.svg are
-made from those rows (--table: without running anything). Beside them stands what a user could know without
-gold: r_0's accuracy and Brier score on 300 held-out labelled pairs and, of the full method's first round, the
-win rate, the share of comparisons kept, the disagreement of policy and reward model, and how many more of
-the held-out pairs, and of labelled pairs of the new policy's own answers, the new reward model orders. A
-third table has the latter by M-step, and in how many runs a gate of these labels would let it through.
+Two runs at a time lie in runs/map/POINT/ARM-SEED. Every run's row goes to docs/data/map.jsonl, and the tables
+are made from those rows. Rows of arms that this script no longer has stay in them: bench/map.py at commit
+91c20a3 made them.
+
+The first table has the gains. The second has what a user could know without gold: r_0's accuracy and Brier
+score on 300 held-out labelled pairs, and of the full method's first round the win rate, the share of
+comparisons kept, the disagreement of policy and reward model, and how many more of the held-out pairs, and of
+labelled pairs of the new policy's own answers, the new reward model orders. The third has the last of these
+for every M-step.
 """
 import argparse
 import json
+import math
+import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,15 +27,12 @@ import numpy as np
 HOME = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HOME))
 from arms import ROUNDS, by_this_code, command, mean_and_error  # noqa: E402
-from label import label  # noqa: E402
-from point import drawn  # noqa: E402
 
 import reward  # noqa: E402
 import toy  # noqa: E402
-from data import read_json, read_jsonl, read_pairs, write_jsonl  # noqa: E402
+from data import by_prompt, read_jsonl, read_pairs, write_jsonl  # noqa: E402
 from evals import figures  # noqa: E402
 from evals.agreement import disagreement  # noqa: E402
-from labels import lower_bound, refused  # noqa: E402
 
 POINTS = {
     "base": {},
@@ -40,26 +43,14 @@ POINTS = {
     "own body": {"own_body": True},
     **{f"labels {n}, taste 1.5": {"labels": n, "taste": 1.5} for n in (500, 9000)},  # a grid with those
 }
-RIVALS = {n: f"labels {toy.LABELS + 3 * n}" for n in (16, 64, 256)}  # r_0 has what three rounds ask for
-LABELLER = ["--labeller", f"{sys.executable} {HOME}/bench/label.py"]
-GATE, LARGE_GATE = (["--gate", f"{{base}}/{name}/preferences.jsonl"] for name in ("held_out", "more"))
-ANCHOR, LIGHTER = ["--anchor", "{base}/preferences.jsonl"], ["--rm_lr", 1e-4]
-ARMS = {  # name -> flags, constants of point.py. {base}: the base models' folder, which the first arm makes
+ARMS = {  # name -> flags, constants of point.py
     "fixed": (["--update_rm", "false"], {}),
     "full": ([], {}),
-    "gate": (GATE, {}),
-    "gate of 3,000": (LARGE_GATE, {}),
-    "anchor": (ANCHOR, {}),
-    "lighter": (LIGHTER, {}),
-    "anchor, lighter": ([*ANCHOR, *LIGHTER], {}),
+    "lighter": (["--rm_lr", 1e-4], {}),  # a fifth of the embedded task's
     "one M-step": ([], {"m_steps": 1}),
-    "spot check": (["--spot_check", 100, *LABELLER], {}),
     "like length": ([], {"alike": True}),
     "gold labels": ([], {"gold": True}),
-    "gold labels, gate of 3,000": (LARGE_GATE, {"gold": True}),
     "restart": ([], {"restart": True}),
-    **{f"{n} labels{name}": (["--labels", n, *LABELLER], how) for n in RIVALS for name, how in (
-        ("", {}), (", random", {"choose": "random"}), (", restart", {"restart": True}))},
 }
 PREDICTORS = ("accuracy", "brier", "win_rate", "kept", "disagreement", "gain_on_labels", "gain_on_own")
 
@@ -71,22 +62,16 @@ def run(point, arm, seed):
     if not (out / "gold.jsonl").exists() or not by_this_code(out):
         folder.mkdir(parents=True, exist_ok=True)
         flags, how = ARMS[arm]
-        base = arm not in ("full", "fixed") and base_of(folder / f"fixed-{seed}")
-        command("bench.point", "--rounds", ROUNDS, "--seed", seed, "--out", out,
-                *(str(word).format(base=base) for word in flags), cwd=folder,
-                POINT=json.dumps(constants(point) | how))
+        command("bench.point", "--rounds", ROUNDS, "--seed", seed, "--out", out, *flags, cwd=folder,
+                POINT=json.dumps(POINTS[point] | how))
     print(f"{out} is there", flush=True)
-    row = dict(point=point, **constants(point), arm=arm, seed=seed,
+    row = dict(point=point, **POINTS[point], arm=arm, seed=seed,
                gold=[line["gold"] for line in read_jsonl(out / "gold.jsonl")])
-    gates, own = [read_json(path) for path in sorted(out.glob("round*/m/gate.json"))], on_own_answers(out)
-    row |= ({"gate": gates} if gates else {}) | ({"own": own} if any(own) else {})
+    own = on_own_answers(out)
+    row |= {"own": own} if any(own) else {}
     if arm != "full":
         return row
     return row | predictors(out) | {"gain_on_own": own[0][1] - own[0][0] if own[0] else None}
-
-
-def constants(point):
-    return POINTS[point] if point in POINTS else {"labels": int(point.split()[1])}
 
 
 def base_of(out):
@@ -108,20 +93,38 @@ def predictors(out):
 
 
 def on_own_answers(out):
-    """[before, after, bound] by round, None where there was no M-step: how many pairs of the new policy's
-    answers the reward models before and after order as labels do, and the gate's bound on the difference. The
-    answers are two different ones, drawn, to each prompt of the next E-step; bench/label.py labels them."""
+    """[before, after] by round, None where there was no M-step: which share of pairs of the new policy's
+    answers the reward models before and after order as labels do. The answers are two different ones, drawn,
+    to each of up to 800 prompts of the next E-step."""
     rm, found = base_of(out) / "rm", [None] * ROUNDS
     for new in sorted(out.glob("round*/m/rm")):
         pairs = []
         for prompt, answers in drawn(read_jsonl(new.parents[1] / "e2" / "samples.jsonl"), 800):
-            better = label(dict(prompt=prompt, answers=answers, chosen=None))
+            better = label(prompt, answers)
             pairs.append(dict(prompt=prompt, chosen=answers[better], rejected=answers[1 - better]))
-        before, after = (np.array(reward.ordered(str(folder), pairs, 32)) for folder in (rm, new))
         found[int(new.parents[1].name.removeprefix("round")) - 1] = [
-            before.mean(), after.mean(), lower_bound(before, after)]
-        rm = rm if refused(new.parent) else new
+            float(np.mean(reward.ordered(str(folder), pairs, 32))) for folder in (rm, new)]
+        rm = new
     return found
+
+
+def drawn(samples, count):
+    """[(prompt, answers)]: two different answers to each of `count` prompts, drawn."""
+    found = []
+    for group in by_prompt(samples):
+        answers = sorted({row["response"] for row in group})
+        if len(answers) > 1:
+            found.append((group[0]["prompt"], answers))
+    draw = random.Random(len(found))
+    found = draw.sample(found, min(count, len(found)))
+    return [(prompt, draw.sample(answers, 2)) for prompt, answers in found]
+
+
+def label(prompt, answers):
+    """Which of two answers gold with r_0's noise prefers, 0 or 1; the same whenever it is asked."""
+    first, second = (toy.gold(prompt, answer) for answer in answers)
+    chance = 1 / (1 + math.exp((first - second) / toy.LABEL_NOISE))  # of the second
+    return int(random.Random(str(dict(prompt=prompt, answers=answers, chosen=None))).random() < chance)
 
 
 def held_out_margins(folder, pairs):
@@ -146,7 +149,8 @@ def tables(rows):
     by_arm = {}  # (point, arm) -> rows, by seed
     for row in sorted(rows, key=lambda row: row["seed"]):
         by_arm.setdefault((row["point"], row["arm"]), []).append(row)
-    names = [(point, arm) for point in POINTS for arm in ARMS if (point, arm) in by_arm]
+    arms = [*ARMS, *sorted({row["arm"] for row in rows} - {*ARMS})]  # the latter are older rows'
+    names = [(point, arm) for point in POINTS for arm in arms if (point, arm) in by_arm]
     rounds = [f"round {n + 1}" for n in range(ROUNDS)]
 
     table("point", "arm", "seeds", *rounds, "gold: fixed, arm")
@@ -176,16 +180,16 @@ def tables(rows):
     for point, arm in names:
         own = [row["own"] for row in by_arm[point, arm] if "own" in row]
         if own:
-            steps = (np.array([steps[n] for steps in own if steps[n]]) for n in range(ROUNDS))
+            steps = ([steps[n] for steps in own if steps[n]] for n in range(ROUNDS))
             print(f"| {point} | {arm} | {' | '.join(map(before_and_after, steps))} |")
 
 
 def before_and_after(steps):
-    """(seeds, 3): `own` of one round."""
-    if not len(steps):
+    """`own` of one round, by seeds: older rows have a third figure, which is not shown."""
+    if not steps:
         return ""
-    before, after, _ = steps.mean(0)
-    return f"{before:.3f} → {after:.3f}, {(steps[:, 2] > 0).sum()} of {len(steps)}"
+    before, after = np.array([step[:2] for step in steps]).mean(0)
+    return f"{before:.3f} → {after:.3f}"
 
 
 def spearman(x, y):
@@ -195,46 +199,10 @@ def spearman(x, y):
     return np.corrcoef(*ranks)[0, 1]
 
 
-def curve(rows):
-    """Gold at the last round by the number of labels a round, at the base point."""
-    gold = {(row["point"], row["arm"], row["seed"]): row["gold"][-1] for row in rows}
-
-    def cell(point, arm):
-        return mean_and_error([value for (p, a, _), value in gold.items() if (p, a) == (point, arm)])
-    heads = ["labels a round", "full, unsure pairs", "full, drawn pairs", "full, restart",
-             "fixed RM, r_0 of as many more"]
-    table(*heads)
-    print(f"| 0 | {cell('base', 'full')} | | {cell('base', 'restart')} | {cell('base', 'fixed')} |")
-    for n, rival in RIVALS.items():
-        arms = [cell("base", f"{n} labels{how}") for how in ("", ", random", ", restart")]
-        print(f"| {n} | {' | '.join([*arms, cell(rival, 'fixed')])} |")
-
-
-def draw(rows, path):
-    """Gain at the last round, point by point."""
-    from matplotlib import pyplot
-    pyplot.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "map"}  # text, and the same each time
-    points = [point for point in POINTS if len(gains(rows, point, "full")) > 1]
-    if not points:
-        return  # one seed has no error
-    figure, axis = pyplot.subplots(figsize=(7, 0.35 * len(points) + 1))
-    for arm, form in (("full", "o"), ("gate", "D"), ("gold labels", "s")):
-        above = {point: gains(rows, point, arm) for point in points}
-        known = {at: above[point][:, -1] for at, point in enumerate(points) if len(above[point]) > 1}
-        axis.errorbar([gain.mean() for gain in known.values()], [*known], fmt=form, label=arm,
-                      xerr=[gain.std(ddof=1) / len(gain)**0.5 for gain in known.values()])
-    axis.axvline(0, color="grey", zorder=0)
-    axis.set_yticks(range(len(points)), points)
-    axis.invert_yaxis()
-    axis.legend()
-    axis.set_xlabel(f"gold above a fixed reward model's after round {ROUNDS} (mean ± standard error)")
-    figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--points", nargs="+", default=POINTS, choices=[*POINTS, *RIVALS.values()])
+    parser.add_argument("--points", nargs="+", default=POINTS, choices=POINTS)
     parser.add_argument("--arms", nargs="+", default=["fixed", "full"], choices=ARMS)
     parser.add_argument("--seeds", type=int, nargs="+", default=range(1, 9))
     parser.add_argument("--json", type=Path, default=HOME / "docs" / "data" / "map.jsonl")
@@ -251,8 +219,6 @@ def main():
         rows = [row for row in rows if (row["point"], row["arm"], row["seed"]) not in keys] + new
         write_jsonl(o.json, rows)
     tables(rows)
-    curve(rows)
-    draw(rows, HOME / "docs" / "map.svg")
 
 
 if __name__ == "__main__":
