@@ -14,7 +14,7 @@ of the process, which other programs on the machine disturb little. Peak memory 
 process while it works, libraries and all. Training rates count real tokens, a prompt once per answer, on both
 sides.
 
-What it gave, and what was tried, stands in bench/RESULTS.md. Memory is read from /proc, so this needs Linux.
+What it gave stands in bench/RESULTS.md. Memory is read from /proc, so this needs Linux.
 
 Left out on purpose: GPUs, several processes, settings of the other libraries beyond those in the tables.
 """
