@@ -23,12 +23,14 @@ import numpy as np
 
 HOME = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HOME))
-import toy  # noqa: E402
-from data import read_jsonl, write_jsonl  # noqa: E402
+from common import toy  # noqa: E402
+from common.data import read_jsonl, write_jsonl  # noqa: E402
+from common.run import (
+    claim,  # noqa: E402
+    write_text,  # noqa: E402
+)
 from evals import gold  # noqa: E402
-from manifest import claim  # noqa: E402
 from mt import Options  # noqa: E402
-from run import write_text  # noqa: E402
 
 ROUNDS = 3
 ARMS = {

@@ -157,9 +157,8 @@ class Steps:
 def sampler_project(name, prompts=64, new=NEW, stop=True):
     import numpy as np
 
-    import models
-    import parallel
     import sampler
+    from common import models, parallel
     parallel.start()
     model = parallel.replicate(models.load_policy(folder_of(name)))
     keys = np.random.default_rng(0).integers(0, 2**63, (prompts, SAMPLES)).astype(np.uint64)
@@ -211,12 +210,9 @@ def sampler_peer(name, kind):
 
 
 def training_project(kind, name, steps=None, longer=1):
-    import data
     import dpo
-    import models
-    import packing
-    import parallel
     import reward
+    from common import data, models, packing, parallel
     parallel.start()
     steps = steps or STEPS[name]
     folder, pairs, clock = folder_of(name), pairs_of(name, steps * BATCH, longer), Steps()
@@ -259,7 +255,7 @@ def training_peer(kind, name, precompute=True, micro_batch=BATCH):
     from transformers import AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
-    import packing
+    from common import packing
     folder, clock = folder_of(name), Steps()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows, _ = packing.pair_rows(tokenizer, pairs_of(name, STEPS[name] * BATCH), 2048)
@@ -295,10 +291,8 @@ def training_peer(kind, name, precompute=True, micro_batch=BATCH):
 
 
 def scoring_project(name):
-    import data
-    import models
-    import parallel
     import reward
+    from common import data, models, parallel
     parallel.start()
     folder = folder_of(name)
     model = reward.Rewards(parallel.replicate(models.load_reward(folder, fresh_head=True)))
@@ -310,7 +304,7 @@ def scoring_project(name):
 def scoring_peer(name, kind):
     import torch
 
-    import data
+    from common import data
     model, tokenizer = classifier(folder_of(name)), data.load_tokenizer(folder_of(name))
     chats = [data.encode_chat(tokenizer, p, a).ids for p, answers in answers_of(name, 64) for a in answers]
     if kind == "sorted":
@@ -328,11 +322,10 @@ def scoring_peer(name, kind):
 def round_project(rounds, began):
     """Seconds of wall time by what they are spent on; a part inside another counts for itself only."""
     import dpo
-    import models
     import mt
     import reward
-    import run
     import sampler
+    from common import models, run
     from evals import gold, report
     spent, open_parts = {}, []
 
@@ -412,14 +405,8 @@ def host_work(name, prompts):
     """CPU seconds of rank 0 for what the host does in an E-step of so many prompts, five responses of 386
     tokens on average, while accelerators wait, dealt to the processes there are; and how much memory it takes
     at most, without pages of files."""
-    import data
     import filter
-    import manifest
-    import models
-    import packing
-    import parallel
-    import rollout
-    import run
+    from common import data, models, packing, parallel, run
     parallel.start()
     rng, folder, seconds, peaks = random.Random(4), folder_of(name), {}, []
     texts = [text(rng, 1024, name).split() for _ in range(500)]
@@ -472,8 +459,7 @@ def training_traffic(name, gradient, weights):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     import dpo
-    import parallel
-    import training
+    from common import parallel, training
     parallel.start()
     received, share = {}, 1 - 1 / parallel.world()
 
@@ -636,7 +622,7 @@ def traffic(_):
 
 
 def whole_rounds(repeats):
-    import toy
+    from common import toy
     toy.build(0)
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "1"]
     for rounds in (1, 3):

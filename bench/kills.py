@@ -25,9 +25,11 @@ import torch  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification  # noqa: E402
 
 import mt  # noqa: E402
-import run  # noqa: E402
-import toy  # noqa: E402
-from data import write_jsonl  # noqa: E402
+from common import (
+    run,  # noqa: E402
+    toy,  # noqa: E402
+)
+from common.data import write_jsonl  # noqa: E402
 
 EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "shutil.rmtree")
 

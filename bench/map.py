@@ -29,8 +29,8 @@ sys.path.insert(0, str(HOME))
 from arms import ROUNDS, by_this_code, command, mean_and_error  # noqa: E402
 
 import reward  # noqa: E402
-import toy  # noqa: E402
-from data import by_prompt, read_jsonl, read_pairs, write_jsonl  # noqa: E402
+from common import toy  # noqa: E402
+from common.data import by_prompt, read_jsonl, read_pairs, write_jsonl  # noqa: E402
 from evals import figures  # noqa: E402
 from evals.agreement import disagreement  # noqa: E402
 

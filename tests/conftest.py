@@ -35,8 +35,10 @@ from transformers import (  # noqa: E402
     Qwen2Config,
 )
 
-import data  # noqa: E402
-import toy  # noqa: E402
+from common import (
+    data,  # noqa: E402
+    toy,  # noqa: E402
+)
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()

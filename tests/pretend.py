@@ -15,12 +15,14 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dpo  # noqa: E402
-import models  # noqa: E402
-import packing  # noqa: E402
-import parallel  # noqa: E402
 import reward  # noqa: E402
 import sampler  # noqa: E402
-from data import load_tokenizer, read_jsonl, read_pairs  # noqa: E402
+from common import (
+    models,  # noqa: E402
+    packing,  # noqa: E402
+    parallel,  # noqa: E402
+)
+from common.data import load_tokenizer, read_jsonl, read_pairs  # noqa: E402
 
 DTYPES = {int: torch.int64, float: torch.float64}
 COPIES = ("aten::_to_copy", "aten::_copy_from", "aten::copy_")

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import eval as eval_script
-from data import Problem, read_jsonl
+from common.data import read_jsonl
+from common.parallel import Problem
 from evals import alpaca
 from evals.alpaca import (
     alpaca_figures,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-import toy
+from common import toy
 
 BENCH = Path(__file__).parents[1] / "bench"
 DATA = BENCH.parent / "docs" / "data"

@@ -11,18 +11,11 @@ import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-import toy
-from data import (
-    Problem,
-    check_context,
-    encode_chat,
-    load_tokenizer,
-    read_pairs,
-    read_prompts,
-)
-from models import load_policy
-from packing import pair_rows
-from rows import Lines, read_jsonl, write_jsonl
+from common import toy
+from common.data import encode_chat, load_tokenizer, read_jsonl, read_pairs, read_prompts, write_jsonl
+from common.models import load_policy
+from common.packing import check_context, pair_rows
+from common.parallel import Problem
 
 BOS, EOS = 1, 2  # of the embedded task's tokenizer
 ANSWER = "grey waves weep . the end ."

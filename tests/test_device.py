@@ -11,9 +11,9 @@ import pytest
 import torch.distributed as dist
 
 import dpo
-import parallel
 import reward
-from data import write_jsonl
+from common import parallel
+from common.data import write_jsonl
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ Which responses become a pair, and which comparisons train the reward model: tab
 import pytest
 
 import filter as filter_script
-from data import Problem, read_jsonl
+from common.data import read_jsonl
+from common.parallel import Problem
 from filter import choose_pair, compare, margin_filter, preference_pairs
 
 NAN, INF = float("nan"), float("inf")

@@ -16,20 +16,26 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import Unigram
 from transformers import PreTrainedTokenizerFast
+from common.data import Literal
 
-import data
 import dpo
 import eval as eval_script
 import filter as filter_script
-import manifest
 import mt
 import reward
-import run
 import sampler
-from data import Problem, encode_chat, load_tokenizer, prompt_id, read_jsonl, read_pairs, read_prompts
+from common import data, run
+from common.data import (
+    encode_chat,
+    load_tokenizer,
+    prompt_id,
+    read_jsonl,
+    read_pairs,
+    read_prompts,
+    write_jsonl,
+)
+from common.parallel import Problem
 from filter import compare
-from rows import write_jsonl
-from spelled import Careful
 
 SAMPLE = dict(prompt="a", response="b", tokens=3, finished=True, score=1.0)
 PAIR = dict(prompt="a sad poem", chosen="grey waves weep .", rejected="the end .")

@@ -10,10 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import labels
 import mt
 import reward
-from data import Problem, read_jsonl, write_jsonl
+from common import labels
+from common.data import read_jsonl, write_jsonl
+from common.parallel import Problem
 from evals import figures, gold
 
 SECOND_IS_BETTER = """

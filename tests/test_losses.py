@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import packing
-from data import Chat, encode_chat, load_tokenizer
-from dpo import dpo_loss
-from models import load_policy, load_reward
-from packing import ResponseLogps, Row, TokenLogps, collate, pack
+from common import packing
+from common.data import Chat, encode_chat, load_tokenizer
+from common.models import load_policy, load_reward
+from common.packing import Row, TokenLogps, collate, pack
+from dpo import ResponseLogps, dpo_loss
 from reward import Rewards, bradley_terry_loss
 
 

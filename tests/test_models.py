@@ -21,15 +21,12 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS,
 )
 
-import attention
-import data
-import models
-import packing
 import sampler
-import toy
-from data import Problem
-from models import load_policy, load_reward
-from packing import ResponseLogps, Row, collate
+from common import attention, data, models, packing, toy
+from common.models import load_policy, load_reward
+from common.packing import Row, collate
+from common.parallel import Problem
+from dpo import ResponseLogps
 from reward import Rewards
 
 SHAPE = dict(

@@ -18,14 +18,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import filter as filter_script
-import manifest
 import mt
-import progress
 import reward
-import rollout
-import run
 import sampler
-from data import Problem, read_jsonl, write_jsonl
+from common import run
+from common.data import read_jsonl, write_jsonl
+from common.parallel import Problem
 from filter import win_rate
 
 ROOT = Path(__file__).parents[1]

@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-import packing
-import toy
-from attention import attention
-from data import Problem, encode_chat
-from models import load_policy, load_reward
-from packing import ResponseLogps, Row, alone, collate, pack
+from common import packing, toy
+from common.data import encode_chat
+from common.models import load_policy, load_reward
+from common.packing import Row, alone, attention, collate, pack
+from common.parallel import Problem
+from dpo import ResponseLogps
 from reward import Rewards
 
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from evals.dryrun import trace
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -17,13 +18,13 @@ from transformers import LlamaConfig
 
 import mt
 import sampler
-import toy
-from data import Problem
+from common import toy
+from common.packing import Row, collate
+from common.parallel import Problem
+from common.training import BF16, wrap
+from dpo import ResponseLogps
 from evals import plan
-from evals.dryrun import trace
 from evals.plan import GIB, POLICY, RM
-from packing import ResponseLogps, Row, collate
-from parallel import BF16, wrap
 
 LLAMA = dict(vocab_size=128256, num_key_value_heads=8, max_position_embeddings=8192, num_labels=1,
              pad_token_id=0, dtype="bfloat16")

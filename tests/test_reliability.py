@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-import manifest
 import mt
-import run
-from data import Problem, read_jsonl, write_jsonl
-from run import in_blocks
+from common import run
+from common.data import read_jsonl, write_jsonl
+from common.parallel import Problem
+from common.run import in_blocks
 
 ROOT = Path(__file__).parents[1]
 WORDS = dict(rounds=1, samples=3, max_new_tokens=10, max_length=64, policy_batch=4, rm_batch=4, beta=0.1,

@@ -21,8 +21,9 @@ import pytest
 import eval as eval_script
 import evals.report as report_script
 import reward
-import toy
-from data import Problem, read_jsonl, write_jsonl
+from common import toy
+from common.data import read_jsonl, write_jsonl
+from common.parallel import Problem
 from evals import figures, plots
 from evals.figures import Sample, arm, load, steps_of, steps_table
 from evals.report import report

@@ -13,8 +13,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import mt
 import reward
-from data import Problem, load_tokenizer, read_jsonl
-from models import load_reward
+from common.data import load_tokenizer, read_jsonl
+from common.models import load_reward
+from common.parallel import Problem
 from reward import Rewards, score_answers
 
 

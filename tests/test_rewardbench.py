@@ -8,7 +8,8 @@ import pytest
 
 import eval as eval_script
 import reward
-from data import Problem, read_pairs
+from common.data import read_pairs
+from common.parallel import Problem
 from evals.rewardbench import SECTIONS, SUBSETS, rewardbench_figures
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from conftest import FEW, ROOT
 
-import toy
-from data import by_prompt, read_jsonl, write_jsonl
+from common import toy
+from common.data import by_prompt, read_jsonl, write_jsonl
 from variants import meta_rewarding, self_rewarding, toy_judge
 
 

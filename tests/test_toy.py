@@ -6,11 +6,12 @@ import random
 
 import numpy as np
 import pytest
+from common.toy import GOLD_MAX, tokenizer
 
 import mt
-import toy
-from data import encode_chat
-from toy import GOLD_MAX, demonstration, gold, tokenizer
+from common import toy
+from common.data import encode_chat
+from common.toy import demonstration, gold
 
 SEA = "a sad poem about the sea in three lines for my sister with dogs"
 FARM = "two happy lines about the farm"

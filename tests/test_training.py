@@ -27,16 +27,13 @@ from transformers import (
 )
 
 import dpo
-import manifest
-import models
 import mt
-import packing
-import parallel
 import reward
-import run
-import training
-from data import Problem, load_tokenizer, read_jsonl
-from packing import ResponseLogps, collate, pair_rows
+from common import models, packing, parallel, run, training
+from common.data import load_tokenizer, read_jsonl
+from common.packing import collate, pair_rows
+from common.parallel import Problem
+from dpo import ResponseLogps
 from reward import Rewards
 
 ROOT = Path(__file__).parents[1]

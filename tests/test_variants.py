@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import mt
-import toy
-import training
-from data import encode_chat, load_tokenizer, read_jsonl, write_jsonl
+from common import toy, training
+from common.data import encode_chat, load_tokenizer, read_jsonl, write_jsonl
+from common.models import load_policy
+from common.packing import collate, pack
+from dpo import ResponseLogps
 from filter import win_rate
-from models import load_policy
-from packing import ResponseLogps, collate, pack
 from variants import gold_labels, gold_ranks, ipo, online_dpo, rest_em, simpo, sppo
 
 # python tests/peers.py (trl 1.16.0): log-probabilities of chosen and rejected by policy and reference, their

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import models
 import mt
 import reward
-import training
-from data import Problem, encode_chat, load_tokenizer, read_json, read_jsonl, write_jsonl
+from common import models, training
+from common.data import encode_chat, load_tokenizer, read_json, read_jsonl, write_jsonl
+from common.parallel import Problem
 from variants import bsr, ensemble, ocrm, rrm, seam, warm
 
 TRAIN = dict(lr=1e-3, batch=8, micro_batch=4, max_length=64)

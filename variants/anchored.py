@@ -12,8 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import mt
-import run
-from data import Problem
+from common import run
+from common.parallel import Problem
 
 mutual_taught = mt.mutual_taught
 

@@ -10,8 +10,7 @@ step begins with a forward pass, so an M-step takes a third longer.
 import torch
 
 import mt
-import run
-import training
+from common import run, training
 
 LAMBDA = 1e-3
 optimise = training.optimise

@@ -11,7 +11,7 @@ from functools import partial
 
 import dpo
 import mt
-import run
+from common import run
 
 train, train_policy = dpo.train, mt.train_policy
 

@@ -15,14 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-import manifest
-import models
 import mt
 import reward
-import run
-import toy
-from data import Problem, read_json, read_jsonl, read_pairs
-from parallel import rank
+from common import models, run, toy
+from common.data import read_json, read_jsonl, read_pairs
+from common.parallel import Problem, rank
 
 K = 3         # members, in the embedded task
 LAMBDA = 1.0  # None: the lowest reward

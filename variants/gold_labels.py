@@ -6,11 +6,9 @@ What an M-step could gain by labels without errors, on the comparisons that the 
 E-step's pairs. Pairs of equal gold are left out.
 """
 import filter
-import manifest
 import mt
-import run
-import toy
-from data import read_jsonl
+from common import run, toy
+from common.data import read_jsonl
 
 
 def by_gold(row, one, other, source):

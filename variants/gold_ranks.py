@@ -7,8 +7,7 @@ What the policy could gain by a reward model without errors: gold ranks samples 
 from functools import partial
 
 import mt
-import run
-import toy
+from common import run, toy
 
 
 def judge(rm, samples, path, score_batch):

@@ -12,7 +12,7 @@ import torch
 
 import dpo
 import mt
-import run
+from common import run
 
 
 def ipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, pairs):

@@ -12,12 +12,10 @@ from itertools import permutations
 import numpy as np
 
 import filter
-import manifest
 import mt
-import run
-import toy
-from data import by_prompt, read_jsonl
-from parallel import say
+from common import run, toy
+from common.data import by_prompt, read_jsonl
+from common.parallel import say
 from variants import self_rewarding, toy_judge
 from variants.self_rewarding import ask, judgements_of, question
 

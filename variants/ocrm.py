@@ -12,13 +12,12 @@ import numpy as np
 import torch
 
 import filter
-import manifest
-import models
 import mt
-import run
-from data import load_tokenizer, read_jsonl, read_pairs
-from packing import ResponseLogps, collate, pair_rows
-from parallel import device, replicate
+from common import models, run
+from common.data import load_tokenizer, read_jsonl, read_pairs
+from common.packing import collate, pair_rows
+from common.parallel import device, replicate
+from dpo import ResponseLogps
 from variants import anchored
 
 ALPHA, ETA = 0.1, 0.01

@@ -11,7 +11,7 @@ import numpy as np
 
 import filter
 import mt
-import run
+from common import run
 
 
 def best_and_worst(scores, lengths):

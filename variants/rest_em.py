@@ -17,11 +17,10 @@ import numpy as np
 import dpo
 import filter
 import mt
-import run
-import training
-from data import Problem, by_prompt, encode_chat, load_tokenizer
-from packing import collate, pack
-from parallel import device, say
+from common import run, training
+from common.data import by_prompt, encode_chat, load_tokenizer
+from common.packing import collate, pack
+from common.parallel import Problem, device, say
 
 THRESHOLD = None     # the lowest reward that is kept; None: above the prompt's mean
 MOST = 10            # kept responses of a prompt

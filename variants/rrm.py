@@ -11,11 +11,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import manifest
 import mt
 import reward
-import run
-from data import prompt_id, read_jsonl, seed_of
+from common import run
+from common.data import prompt_id, read_jsonl, seed_of
 
 mix = mt.mix
 

@@ -9,11 +9,10 @@ here it is what `eval.py agreement` counts on the E-step's pairs, taken on the M
 """
 import numpy as np
 
-import manifest
 import mt
-import run
-from data import read_jsonl
-from parallel import say
+from common import run
+from common.data import read_jsonl
+from common.parallel import say
 from variants.ocrm import write_logps
 
 mix = mt.mix

@@ -15,13 +15,10 @@ from collections import defaultdict
 import numpy as np
 
 import filter
-import manifest
-import models
 import mt
-import run
-import toy
-from data import as_messages, by_prompt, encode_chat, load_tokenizer, read_jsonl
-from parallel import say
+from common import models, run, toy
+from common.data import as_messages, by_prompt, encode_chat, load_tokenizer, read_jsonl
+from common.parallel import say
 from sampler import sample
 from variants import toy_judge
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import dpo
 import mt
-import run
+from common import run
 
 GAMMA = 1.0
 

@@ -17,7 +17,7 @@ import torch
 import dpo
 import filter
 import mt
-import run
+from common import run
 from variants.online_dpo import best_and_worst
 
 pair_of = filter.pair_of

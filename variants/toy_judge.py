@@ -14,9 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-import run
-import toy
-from data import read_jsonl
+from common import run, toy
+from common.data import read_jsonl
 
 JUDGE = "judge {prompt} answer {response}"
 META_JUDGE = "compare {task} 1 {first} 2 {second}"

@@ -12,7 +12,7 @@ import torch
 
 import mt
 import reward
-import run
+from common import run
 
 K = 3
 train = reward.train
