@@ -91,7 +91,7 @@ def e_step(o, policy, rm, prompts, folder, judge=None):
     chosen = read_json(selection)["chosen"]
     kept = keep_checkpoint(o, selection, folder / "policy", checkpoint=chosen) if chosen else None
     run.remove(folder / "checkpoints")  # the others
-    link_last(o)
+    link_last(o, kept or policy, rm)
     return kept
 
 
@@ -102,15 +102,14 @@ def m_step(o, old_policy, new_policy, rm, prompts, folder, ranked, judge=None):
     comparisons = make_comparisons(o, new, old, folder / "comparisons.jsonl")
     preferences = mix(o, comparisons, ranked, old_policy, folder / "preferences.jsonl")
     new_rm = train_reward(o, preferences, folder / "rm")
-    link_last(o)
+    link_last(o, new_policy, new_rm)
     return new_rm
 
 
-def link_last(o):
-    """OUT/policy and OUT/rm lead to the last models of the run."""
-    for kind, base in (("policy", o.policy), ("rm", o.rm)):
-        made = [step / kind for step in run.steps(o.out) if (step / kind).exists()]
-        run.link(Path(o.out) / kind, [base, *made][-1])
+def link_last(o, policy, rm):
+    """OUT/policy and OUT/rm lead to the run's last models."""
+    run.on_rank0(run.link, Path(o.out) / "policy", policy)
+    run.on_rank0(run.link, Path(o.out) / "rm", rm)
 
 
 # ---------------------------------------------------------------- phases: each makes the file or folder `path`

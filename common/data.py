@@ -102,14 +102,16 @@ def read_jsonl(path):
     return [row for _, row in _read_json(Path(path))]
 
 
-def write_jsonl(path, rows):
-    """Write under a temporary name and rename: a file that exists is whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8", errors="replace") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+def write_text(path, text):
+    """Write under a temporary name and rename: a file that exists is whole. For one process."""
+    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    temporary.write_text(text, encoding="utf-8", errors="replace")
     os.replace(temporary, path)
+
+
+def write_jsonl(path, rows):
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def first_line(error):
@@ -219,13 +221,13 @@ def read_pairs(source):
                 check_field(where, row, name)
         answers = {side: _answer(where, row, side, prompt) for side in ("chosen", "rejected")}
         pairs.append({**row, "prompt": prompt, **answers})
-    for what, holds in (("equal answers", lambda prompt, one, other: one == other),
-                        ("an empty answer", lambda prompt, one, other: not (one.strip() and other.strip())),
-                        ("the prompt in front of both answers", lambda prompt, one, other: isinstance(
-                            prompt, str) and one.startswith(prompt) and other.startswith(prompt))):
-        found = sum(holds(pair["prompt"], pair["chosen"], pair["rejected"]) for pair in pairs)
+    for what, found in (
+            ("equal answers, or an empty one", [p for p in pairs if p["chosen"] == p["rejected"] or not (
+                p["chosen"].strip() and p["rejected"].strip())]),
+            ("the prompt in front of both answers", [p for p in pairs if isinstance(p["prompt"], str) and all(
+                p[side].startswith(p["prompt"]) for side in ("chosen", "rejected"))])):
         if found:
-            say(f"WARNING: {source}: {found} of {len(pairs)} pairs have {what}")
+            say(f"WARNING: {source}: {len(found)} of {len(pairs)} pairs have {what}")
     return pairs
 
 

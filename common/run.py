@@ -28,7 +28,7 @@ import transformers
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from common.data import first_line, write_jsonl
+from common.data import first_line, write_jsonl, write_text
 from common.parallel import Problem, barrier, device, from_rank0, quiet, rank, say, start, world
 
 HOME = Path(__file__).resolve().parents[1]
@@ -52,7 +52,7 @@ def launch(main, **arguments):
         text = str(error) if isinstance(error, Problem) else first_line(error)
         if isinstance(error, torch.cuda.OutOfMemoryError):
             text += "; run the same command with a smaller --sample_batch, --score_batch or --micro_batch"
-        if "o space left" in text or "quota exceeded" in text:
+        elif "o space left" in text or "quota exceeded" in text:
             text += "; make room and run the same command again: what is finished stays"
         print(f"{name}: {text}", file=sys.stderr, flush=True)
         os._exit(2)  # no waiting for processes that are inside a collective
@@ -82,15 +82,15 @@ def parse(options, words=None, **defaults):
             group = parser.add_argument_group(f.metadata["group"])
         default = defaults.get(f.name, f.default)
         shown = "" if default in (MISSING, None, "") else f" (default: {default})"
-        more = {bool: dict(nargs="?", const=True), list[str]: dict(nargs="+")}.get(f.type, {})
-        group.add_argument(f"--{f.name}", type=KINDS.get(f.type, f.type), required=default is MISSING,
-                           default=default, metavar="VALUE",
-                           help=(f.metadata.get("help", "") + shown).replace("%", "%%"), **more)
+        group.add_argument(f"--{f.name}", required=default is MISSING, default=default, metavar="VALUE",
+                           help=(f.metadata.get("help", "") + shown).replace("%", "%%"),
+                           **KINDS.get(f.type, dict(type=f.type)))
     words = [re.sub("^--[^=]*", lambda flag: "--" + flag[0][2:].replace("-", "_"), str(word))
              for word in (sys.argv[1:] if words is None else words)]
     chosen = options(**vars(parser.parse_args(words)))
     for name, value in vars(chosen).items():
-        check_number(name, value)
+        if type(value) in (int, float):
+            check_number(name, value)
     return chosen
 
 
@@ -98,24 +98,35 @@ def true_or_false(word):
     return ("false", "true").index(word.lower()) == 1
 
 
-KINDS = {bool: true_or_false, list[str]: str, float | None: float}
-FROM_ZERO = "seed tau temperature select_prompts prior".split()  # flags whose number may be 0
+KINDS = {bool: dict(type=true_or_false, nargs="?", const=True), list[str]: dict(type=str, nargs="+"),
+         float | None: dict(type=float)}
 
 
 def check_number(name, value):
-    """Numbers are finite, and counts can be waited for."""
-    if type(value) in (int, float):
-        most = {"seed": 2**63 - 1, "top_p": 1, "prior": 100}.get(name, 10**6 if type(value) is int else 1e99)
-        least = 1e-3 if name == "temperature" else 0
-        if not (0 < value <= most and least <= value or value == 0 and name in FROM_ZERO):
-            raise Problem(f"--{name} {value:.9g} makes no sense: above {least}, to {most}"
-                          + " (or 0)" * (name in FROM_ZERO))
+    """Flags are finite, and counts can be waited for."""
+    most = {"seed": 2**63 - 1, "top_p": 1, "prior": 100}.get(name, 10**6 if type(value) is int else 1e99)
+    least = 1e-3 if name == "temperature" else 0
+    or_zero = name in ("seed", "tau", "temperature", "select_prompts", "prior")
+    if not (0 < value <= most and least <= value or or_zero and value == 0):
+        raise Problem(f"--{name} {value:.9g} makes no sense: above {least}, to {most}{', or 0' * or_zero}")
 
 
 # ---------------------------------------------------------------- files
+def on_rank0(work, *arguments):
+    """work(*arguments) by rank 0 alone; its result, or its Problem, reaches every process."""
+    try:
+        answer = work(*arguments) if rank() == 0 else None
+    except Problem as problem:
+        answer = problem
+    answer = from_rank0(answer)
+    if isinstance(answer, Problem):
+        raise answer
+    return answer
+
+
 def exists(path):
     """Whether rank 0 sees it, so that no process decides otherwise."""
-    return from_rank0(Path(path).exists())
+    return on_rank0(Path(path).exists)
 
 
 @contextmanager
@@ -126,41 +137,24 @@ def writing(path):
     remove(temporary)
     yield temporary
     barrier()
-    if rank() == 0:
-        os.replace(temporary, path)
-    barrier()
-
-
-def write_text(path, text):
-    """Write under a temporary name and rename. For one process."""
-    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    on_rank0(os.replace, temporary, path)
 
 
 def write_json(path, value):
-    if rank() == 0:
-        write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-    barrier()
+    on_rank0(write_text, path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_rows(path, rows):
-    if rank() == 0:
-        write_jsonl(path, rows)
-    barrier()
+    on_rank0(write_jsonl, path, rows)
 
 
 def link(path, target):
-    """A symbolic link, relative if it leads to a place in the same folder."""
+    """A symbolic link, relative if it leads to a place in the same folder. For one process."""
     path, target = Path(path), Path(target).resolve()
-    if rank() == 0:
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.unlink(missing_ok=True)
-        inside = target.is_relative_to(path.parent.resolve())
-        temporary.symlink_to(os.path.relpath(target, path.parent.resolve()) if inside else target)
-        os.replace(temporary, path)
-    barrier()
+    temporary, inside = path.with_name(f".{path.name}.tmp"), target.is_relative_to(path.parent.resolve())
+    delete(temporary)
+    temporary.symlink_to(os.path.relpath(target, path.parent.resolve()) if inside else target)
+    os.replace(temporary, path)
 
 
 def delete(*paths):
@@ -171,14 +165,11 @@ def delete(*paths):
 
 def remove(*paths):
     """`delete`, for all processes together."""
-    if rank() == 0:
-        delete(*paths)
-    barrier()
+    on_rank0(delete, *paths)
 
 
-# ---------------------------------------------------------------- run.json: whose a result is
+# ---------------------------------------------------------------- run.json
 ROUNDING = "sample_batch score_batch micro_batch recompute".split()  # flags that change rounding at most
-LOGS = ("run.json", "metrics.jsonl", "timings.jsonl")
 LOCKS = {}  # path -> open file
 
 
@@ -199,7 +190,7 @@ def claim(path, options, file=False, **more):
     """Note down the settings, input files and code that `path` belongs to; others are refused by their names.
 
     file: whether `path` is a JSONL file; else it is a folder. A run may go on with other batch sizes per
-    process and with more rounds. With options.overwrite what is there is removed first, if it is ours.
+    process and with more rounds. With options.overwrite what is there is deleted first, if it is ours.
     """
     if str(path).endswith(".jsonl") != file:
         raise Problem(f"--out {path}: the name of a file must end in .jsonl, and that of a folder must not")
@@ -214,12 +205,12 @@ def _claim(path, options, more):
     new = dict(settings=settings, sources=sources(), versions=versions(), results={}, **more, inputs={
         f"file of --{k}": digest(v) for k, v in settings.items() if isinstance(v, str) and os.path.isfile(v)})
     found = [p for p in ([path, parts_of(path)] if path.suffix == ".jsonl" else path.glob("*")) if p.exists()]
-    if found and not note_of(path).exists():
+    if not note_of(path).exists() and found:
         raise Problem(f"{path} exists and was not written by this command; choose another --out")
-    if found and getattr(options, "overwrite", False):
-        delete(*found * bool(read_note(path)))
-    elif any(p.name not in LOGS for p in found):  # else an earlier start failed before it made anything
-        old = read_note(path)
+    old = read_note(path) if note_of(path).exists() else new
+    if getattr(options, "overwrite", False):
+        delete(*found)
+    else:
         changed = [f"{key}: {old[part].get(key)!r} there, {new[part].get(key)!r} now"
                    for part in ("settings", "inputs", "sources") for key in {**old[part], **new[part]}
                    if old[part].get(key) != new[part].get(key) and key not in ROUNDING
@@ -259,12 +250,11 @@ def sources():
 
 
 def versions():
-    git = shutil.which("git") and subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"], cwd=HOME, text=True,
-        capture_output=True).stdout.strip()
+    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    git = shutil.which("git") and subprocess.run(describe, cwd=HOME, text=True, capture_output=True).stdout
     return {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
             "transformers": transformers.__version__, "processes": world(), "device": str(device()),
-            "commit": git or None}
+            "commit": (git or "").strip() or None}
 
 
 @functools.cache  # until the next `claim`
@@ -303,18 +293,6 @@ def phase(work):
             on_rank0(_end, o, path, facts, seconds, begun)
         return str(path)
     return once
-
-
-def on_rank0(work, *arguments):
-    """work(*arguments) by rank 0 alone; its result, or its Problem, reaches every process."""
-    try:
-        answer = work(*arguments) if rank() == 0 else None
-    except Problem as problem:
-        answer = problem
-    answer = from_rank0(answer)
-    if isinstance(answer, Problem):
-        raise answer
-    return answer
 
 
 @contextmanager
@@ -375,13 +353,6 @@ def to_delete(out, results, name):
 def name_of(o, path):
     """A phase's name: its result's path in the run folder. It is part of its seed and of its log lines."""
     return str(Path(path).relative_to(o.out).with_suffix(""))
-
-
-def steps(out):
-    """The folders of a run's E- and M-steps that are there, in order."""
-    rounds = [path for path in Path(out).glob("round*") if path.name.removeprefix("round").isdigit()]
-    rounds.sort(key=lambda path: int(path.name.removeprefix("round")))
-    return [path / step for path in rounds for step in ("e1", "m", "e2") if (path / step).exists()]
 
 
 def log_of(o, path):

@@ -15,7 +15,7 @@ from common.run import log_lines
 from evals.stats import wilson
 
 TEXTS = ("response", "new", "old", "reason")  # the last words of the names of fields that hold text
-NUMBERS = ("score", "tokens", "margin", "epsilon", "index", "gold", "r0", "se", "n", "rate", "seconds")
+NUMBERS = ("score", "tokens", "margin", "epsilon", "index", "gold", "r0", "se", "n", "rate")
 BASE = ("policy", "n", "win_rate", "reward_r0", "reward_r0_se", "tokens", "finished")
 GOLD = (*BASE, "rm", "gold", "gold_se", "accuracy_base", "accuracy_current", "length_slope")
 RESULTS = {"e1": "selection.json", "m": "rm", "e2": "selection.json"}  # what each step of a round ends with

@@ -119,7 +119,6 @@ def num(value, digits=3):
     return "–" if value is None or value != value else f"{value:.{digits}f}"
 
 
-# ---------------------------------------------------------------- figures
 def comparison_table(runs):
     rows = []
     for run in runs:
@@ -199,7 +198,6 @@ def settings_table(runs, part):
                  [[key, *(run[part].get(key, "–") for run in runs)] for key in keys], "long")
 
 
-# ---------------------------------------------------------------- texts
 def texts(run, size):
     """Return the texts of each step as at most `size` bytes of HTML; the first step of each kind is open."""
     kinds, parts = [s["kind"] for s in run["steps"]], []
