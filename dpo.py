@@ -17,17 +17,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from common import models, run, training
+from common import models, packing, run, training
 from common.data import load_tokenizer, read_pairs
-from common.packing import (
-    TokenLogps,
-    check_context,
-    collate,
-    hidden_states,
-    how_many,
-    pair_rows,
-    response_logits,
-)
+from common.packing import TokenLogps, collate, how_many
 from common.parallel import device, quiet, say, world
 from common.probe import verify
 from common.run import option
@@ -55,11 +47,11 @@ class ResponseLogps(torch.nn.Module):
     def forward(self, packed):
         verify(self.model)
         if self.model.plain_head:
-            hidden = hidden_states(self.model, packed)[packed["sources"]]  # (N, H), of what predicts a token
+            hidden = packing.hidden_states(self.model, packed)[packed["sources"]]  # (N, H)
             head = self.model.get_output_embeddings().weight
             logps = TokenLogps.apply(hidden, head, packed["targets"])  # (N,)
         else:  # slower, and the logits of all tokens exist at once
-            logits = response_logits(self.model, packed).float()
+            logits = packing.response_logits(self.model, packed).float()
             logps = -F.cross_entropy(logits, packed["targets"], reduction="none")
         return torch.zeros(len(packed["last"]), device=logps.device).index_add(0, packed["owners"], logps)
 
@@ -69,7 +61,7 @@ def train(folder, pairs, *, beta, lr, batch, micro_batch, max_length, epochs=1, 
     """DPO from the policy in `folder`; `pairs` as read_pairs gives them, perhaps with a `weight`. reference:
     the folder of another policy with the same tokenizer, to be the reference.
     After each step yields its number, how many there are, and the policy, to be saved or not."""
-    rows, kept = pair_rows(load_tokenizer(folder), pairs, max_length, unfinished=True)
+    rows, kept = packing.pair_rows(load_tokenizer(folder), pairs, max_length, unfinished=True)
     steps = training.steps_of([len(row) for row in rows], batch, micro_batch, seed, epochs)
     weights = torch.tensor([pair.get("weight", 1.0) for pair in kept], device=device())
     say(f"DPO: {how_many(len(kept), len(pairs))}, {len(steps)} steps of {batch}")
@@ -82,8 +74,7 @@ def train(folder, pairs, *, beta, lr, batch, micro_batch, max_length, epochs=1, 
     start = all_logps(policy, rows, epoch[:1] if reference else epoch)
     ref_logps = all_logps(load(reference, rows), rows, epoch) if reference else start
 
-    def pair_loss(numbers, logps):
-        """Of the pairs with these numbers, from log-probabilities (B, 2) of their chosen and rejected answers."""
+    def pair_loss(numbers, logps):  # the pairs' numbers; log π of their chosen and rejected answers (B, 2)
         losses, chosen, rejected = dpo_loss(*logps.T, *ref_logps[numbers].T, beta, [kept[i] for i in numbers])
         return losses * weights[numbers], chosen, rejected
 
@@ -105,7 +96,7 @@ def train(folder, pairs, *, beta, lr, batch, micro_batch, max_length, epochs=1, 
 def load(folder, rows, recompute=False):
     """The policy in `folder` as a function from packed rows to log-probabilities, sharded over all processes."""
     policy = models.load_policy(folder, training=True)
-    check_context(rows, policy, folder)
+    packing.check_context(rows, policy, folder)
     return training.shard(ResponseLogps(policy), recompute)
 
 
@@ -149,10 +140,9 @@ def main():
     folder, pairs, out = models.local_folder(o.model), read_pairs(o.pairs), Path(o.out)
     run.claim(out, o)
     if not run.exists(out / "config.json"):
+        settings = {k: v for k, v in vars(o).items() if k not in ("model", "pairs", "out", "overwrite")}
         for step, steps, policy in train(
-                folder, pairs, beta=o.beta, lr=o.lr, batch=o.batch, micro_batch=o.micro_batch,
-                max_length=o.max_length, epochs=o.epochs, seed=o.seed, recompute=o.recompute,
-                log=run.open_log(out / "metrics.jsonl", "dpo")):
+                folder, pairs, **settings, log=run.open_log(out / "metrics.jsonl", "dpo")):
             if step == steps:
                 models.save(policy, folder, out)
     say(f"{out} is complete")

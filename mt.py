@@ -13,6 +13,7 @@ interruption. To vary a step replace the function in the module that defines it 
 do. Without --policy the task of common/toy.py is run, whose SETTINGS are then the defaults.
 """
 import os
+import shutil
 import sys
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -25,8 +26,8 @@ import dpo
 import filter
 import reward
 from common import models, run, toy
-from common.data import Problem, load_tokenizer, read_json, read_jsonl, read_prompts
-from common.parallel import barrier, rank, say
+from common.data import load_tokenizer, read_json, read_jsonl, read_prompts
+from common.parallel import Problem, say
 from common.run import option, phase
 from eval import report
 from evals import gold
@@ -74,12 +75,9 @@ def mutual_taught(o):
             break
         if o.update_rm:
             rm = m_step(o, policy, new_policy, rm, b, folder / "m", folder / "e1" / "pairs.jsonl")
-        policy = new_policy
-
-        new_policy = e_step(o, policy, rm, c, folder / "e2")
-        if not new_policy:
+        policy = e_step(o, new_policy, rm, c, folder / "e2")
+        if not policy:
             break
-        policy = new_policy
 
 
 def e_step(o, policy, rm, prompts, folder, judge=None):
@@ -116,9 +114,8 @@ def link_last(o, policy, rm):
 @phase
 def split(o, path):
     """Shuffle the prompts once; D_MS first (select.jsonl), the rest in three equal subsets."""
-    for model, trained in ((o.policy, True), (o.rm, o.update_rm)):
-        for training in {False, trained}:
-            models.check_fits(model, training)
+    for model, training in (o.policy, False), (o.policy, True), (o.rm, False), (o.rm, o.update_rm):
+        models.check_fits(model, training)
     prompts, repeats = read_prompts(o.prompts)
     prompts, _ = models.prompts_that_fit(o.rm, prompts, o.max_new_tokens)
     prompts, _ = models.prompts_that_fit(o.policy, prompts)
@@ -126,16 +123,17 @@ def split(o, path):
     if third < 1:
         raise Problem(f"{o.prompts}: {len(prompts)} different prompts; --select_prompts {o.select_prompts} and "
                       f"three subsets need at least {o.select_prompts + 3}")
-    models.say_disk(o, -(-third // o.policy_batch))
-    order = np.random.default_rng(o.seed).permutation(len(prompts))
-    shuffled = [{"prompt": prompts[i]} for i in order]
+    need = models.disk_needed(o, *map(models.bytes_of, (o.policy, o.rm)), -(-third // o.policy_batch))
+    free = shutil.disk_usage(o.out).free
+    say(f"models: up to {need / 1e9:.2f} GB will be written; {free / 1e9:.2f} GB are free"
+        + "; THAT IS TOO LITTLE" * (need > free))
+    shuffled = [{"prompt": prompts[i]} for i in np.random.default_rng(o.seed).permutation(len(prompts))]
     with run.writing(path) as temporary:
         run.write_rows(temporary / "select.jsonl", shuffled[:o.select_prompts])
         for i in range(3):
-            start = o.select_prompts + i * third
-            run.write_rows(temporary / f"s{i}.jsonl", shuffled[start:start + third])
-    return (f"{len(prompts)} prompts ({repeats} repeated ones left out): {o.select_prompts} for model selection, "
-            f"three subsets of {third}")
+            run.write_rows(temporary / f"s{i}.jsonl", shuffled[o.select_prompts:][i * third:(i + 1) * third])
+    return (f"{len(prompts)} prompts ({repeats} repeated ones left out): {o.select_prompts} for model "
+            f"selection, three subsets of {third}")
 
 
 @phase
@@ -144,10 +142,9 @@ def scored_samples(o, policy, rm, prompts, path, samples=1, judge=None):
     reward.sample_and_score(o, policy, rm, [row["prompt"] for row in read_jsonl(prompts)], samples,
                             f"{o.seed}/{run.name_of(o, path)}", path, judge)
     rows = read_jsonl(path)
-    score, tokens, finished = means(rows, "score", "tokens", "finished")
-    run.log_of(o, path)(responses=len(rows), score=score, tokens=tokens, finished=finished,
-                        num_tokens=sum(row["tokens"] for row in rows))
-    return f"{len(rows)} responses, reward {score:.3f}, {tokens:.1f} tokens, {finished:.1%} finished"
+    found = means(rows, "score", "tokens", "finished")
+    run.log_of(o, path)(responses=len(rows), **found, num_tokens=sum(row["tokens"] for row in rows))
+    return "{} responses, reward {score:.3f}, {tokens:.1f} tokens, {finished:.1%} finished".format(len(rows), **found)
 
 
 @phase
@@ -157,8 +154,8 @@ def make_pairs(o, samples, path):
     pairs, without = filter.preference_pairs(rows)
     if not pairs:
         raise Problem(f"{samples}: not one prompt gives a pair: all rewards or texts are equal")
-    names = ("chosen_score", "rejected_score", "chosen_tokens", "rejected_tokens")
-    run.log_of(o, path)(prompts_without_pair=without, **dict(zip(names, means(pairs, *names))))
+    run.log_of(o, path)(prompts_without_pair=without, **means(
+        pairs, "chosen_score", "rejected_score", "chosen_tokens", "rejected_tokens"))
     run.write_rows(path, pairs)
     show(pairs[0], "chosen", "rejected")
     return f"{len(pairs)} pairs, {without} prompts give none"
@@ -192,13 +189,12 @@ def train_and_select(o, policy, rm, pairs, path, judge=None):
         win_rates = {name: filter.win_rate(scores(folder / name, name), before) for name in checkpoints}
         best = max(win_rates, key=win_rates.get)
     chosen = best if not o.select or win_rates[best] >= o.tau else None
-    log = run.log_of(o, path)
-    for name, rate in win_rates.items():
-        log(checkpoint=name, win_rate=rate, chosen=name == chosen)
-    run.write_json(path, dict(chosen=chosen, win_rates=win_rates, tau=o.tau, policy_before=str(policy), rm=str(rm)))
+    run.log_of(o, path)(chosen=chosen, win_rates=win_rates)
+    run.write_json(path, dict(chosen=chosen, win_rates=win_rates, tau=o.tau, policy_before=str(policy),
+                              rm=str(rm)))
     rates = ", ".join(f"{name} {rate:.3f}" for name, rate in win_rates.items())
-    return f"win rates: {rates}; " * bool(rates) + (f"{chosen} is kept" if chosen else
-        f"no checkpoint reaches {o.tau}: {policy} stays and the run stops")
+    return f"win rates {rates or 'not asked for'}; " + (
+        f"{chosen} is kept" if chosen else f"none reaches {o.tau}: {policy} stays and the run stops")
 
 
 @phase
@@ -206,19 +202,17 @@ def keep_checkpoint(o, selection, path, checkpoint):
     """Move the checkpoint to where the step's policy is."""
     source = path.with_name("checkpoints") / checkpoint
     if not run.exists(source):
-        raise Problem(f"{path} is gone; put it back, or delete {selection} and {path.with_name('select')} to train "
-                      "it anew")
-    if rank() == 0:
-        os.replace(source, path)
-    barrier()
+        raise Problem(f"{path} is gone; put it back, or delete {selection} and {path.with_name('select')} to "
+                      "train it anew")
+    run.on_rank0(os.replace, source, path)
 
 
 @phase
 def make_comparisons(o, new, old, path):
     """The new policy's response against the old one's to every prompt, kept or dropped (filter.py)."""
     rows = filter.compare(read_jsonl(new), read_jsonl(old), o.filter)
-    names = ("kept", "margin", "new_score", "old_score", "new_tokens", "old_tokens")
-    run.log_of(o, path)(comparisons=len(rows), epsilon=rows[0]["epsilon"], **dict(zip(names, means(rows, *names))))
+    run.log_of(o, path)(comparisons=len(rows), epsilon=rows[0]["epsilon"], **means(
+        rows, "kept", "margin", "new_score", "old_score", "new_tokens", "old_tokens"))
     run.write_rows(path, rows)
     show(rows[0], "new", "old")
     reasons = ", ".join(f"{n} {why}" for why, n in sorted(Counter(row["reason"] for row in rows).items()))
@@ -253,8 +247,8 @@ def train_reward(o, preferences, path):
 
 # ---------------------------------------------------------------- what phases share
 def means(rows, *names):
-    """The mean of each of these fields over the rows."""
-    return [float(np.mean([row[name] for row in rows])) for name in names]
+    """{field: its mean over the rows}"""
+    return {name: float(np.mean([row[name] for row in rows])) for name in names}
 
 
 def weight_of(row):
@@ -264,9 +258,8 @@ def weight_of(row):
 
 def show(row, *sides):
     """Print a row's prompt and two of its texts, with their scores."""
-    say(f"  prompt: {str(row['prompt'])[:300]!r}")
-    for side in sides:
-        say(f"  {side} [{row[f'{side}_score']:.3f}]: {row[side][:300]!r}")
+    say(f"  prompt: {str(row['prompt'])[:300]!r}", *(
+        f"\n  {side} [{row[f'{side}_score']:.3f}]: {row[side][:300]!r}" for side in sides))
 
 
 def main(options=Options, **defaults):  # for variants: a subclass with flags of its own, other defaults

@@ -181,10 +181,10 @@ def main():
     test = pairs_that_fit(folder, read_pairs(o.test), o.max_length) if o.test else []
     run.claim(out, o)
     if not run.exists(out / "config.json"):
-        models.save(train(
-            folder, pairs, lr=o.lr, batch=o.batch, micro_batch=o.micro_batch, max_length=o.max_length,
-            epochs=o.epochs, seed=o.seed, recompute=o.recompute, fresh_head=True,
-            log=run.open_log(out / "metrics.jsonl", "reward")), folder, out)
+        log, apart = run.open_log(out / "metrics.jsonl", "reward"), ("model", "out", "pairs", "test", "samples",
+                                                                     "overwrite")
+        settings = {k: v for k, v in vars(o).items() if k not in apart}
+        models.save(train(folder, pairs, **settings, fresh_head=True, log=log), folder, out)
     if test:
         right = orders_correctly(str(out), test, o.micro_batch)
         say(f"accuracy on {o.test}: {np.mean(right):.4f} of {len(test)} pairs")

@@ -41,16 +41,13 @@ PREFILL = 8   # prompts prefilled together
 def uniform(keys, counter):
     """int64 keys and counters of one shape -> float32 in (0, 1], by the splitmix64 hash
     (doi.org/10.1145/2714064.2660195). Products wrap around; torch has no unsigned ones."""
-    def xored(x, bits):  # with its own higher bits
-        return x ^ shifted(x, bits)
-
     def shifted(x, bits):  # filled up with zeros
         return (x >> bits) & (2**(64 - bits) - 1)
 
     x = keys + counter * (0x9E3779B97F4A7C15 - 2**64)
-    x = xored(x, 30) * (0xBF58476D1CE4E5B9 - 2**64)
-    x = xored(x, 27) * (0x94D049BB133111EB - 2**64)
-    return (shifted(xored(x, 31), 40) + 1).float() * 2.0**-24
+    x = (x ^ shifted(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    x = (x ^ shifted(x, 27)) * (0x94D049BB133111EB - 2**64)
+    return (shifted(x ^ shifted(x, 31), 40) + 1).float() * 2.0**-24
 
 
 def draw(logits, keys, drawn, temperature, top_p):
@@ -90,10 +87,8 @@ def throw(probs, keys, counter, times, top_p):
 
 
 def mass_above(probs, token):
-    """(R, V), (R, 1) -> (R,): probability of everything likelier than `token`;
-    among equals the lower id comes first."""
-    mine = probs.gather(1, token)
-    ids = torch.arange(probs.shape[1], device=probs.device)
+    """(R, V), (R, 1) -> (R,): probability of all that is likelier than `token`; of equals the lower id is."""
+    mine, ids = probs.gather(1, token), torch.arange(probs.shape[1], device=probs.device)
     return (probs * ((probs > mine) | (probs == mine) & (ids < token))).sum(-1)
 
 
@@ -193,10 +188,9 @@ def prefill(model, prompts):
     """Token lists -> per prompt ({layer: keys and values}, logits of its first response token)."""
     packed, kept = collate([alone(prompt) for prompt in prompts], model.device), {}
     logits = model(**packed["inputs"], kept=kept, logits_to_keep=packed["last"], use_cache=False).logits[0]
-    lengths = [len(prompt) for prompt in prompts]
-    layers = {layer: list(zip(keys.split(lengths, 1), values.split(lengths, 1)))
-              for layer, (keys, values) in kept.items()}
-    return [({layer: split[p] for layer, split in layers.items()}, logits[p]) for p in range(len(prompts))]
+    split = [len(prompt) for prompt in prompts]
+    layers = {layer: [*zip(keys.split(split, 1), values.split(split, 1))] for layer, (keys, values) in kept.items()}
+    return [({layer: own[p] for layer, own in layers.items()}, logits[p]) for p in range(len(prompts))]
 
 
 @torch.no_grad()
@@ -317,17 +311,13 @@ def sample(folder, prompts, path, *, samples, temperature, top_p, max_new_tokens
     model = replicate(models.load_policy(folder))
     check_context([alone(ids + ids[:1]) for ids in encoded], model, folder)  # with room for an answer
     longest = min(model.context, max(map(len, encoded)) + max_new_tokens)
-    fit = cache_tokens(model) // longest
-    if not fit:
+    if longest > cache_tokens(model):
         raise Problem(f"{folder}: no room for a response of {longest} tokens beside the model; set a smaller "
                       "--max_new_tokens or leave long prompts out")
-    if fit < min(rows, samples * len(prompts)):
-        say(f"memory has room for {fit} responses of {longest} tokens, the longest, at a time, not {rows}")
 
     def work(block):
         prompts, encoded = zip(*block)
-        keys = np.array([[seed_of(seed, prompt_id(p), m) for m in range(samples)] for p in prompts],
-                        np.uint64)
+        keys = np.array([[seed_of(seed, prompt_id(p), m) for m in range(samples)] for p in prompts], np.uint64)
         responses = generate(model, encoded, keys, stop_ids=stop_ids, temperature=temperature, top_p=top_p,
                              max_new_tokens=max_new_tokens, rows=rows)
         for prompt, tokens in zip(prompts, responses):

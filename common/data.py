@@ -23,14 +23,13 @@ from transformers import AutoTokenizer
 
 from common.parallel import Problem, say
 
-LONGEST = 10**6  # characters of a prompt or an answer: more than any context that is trained here
 WANTED = "a field `prompt` with text, or a list of messages with role and content"
 UNREAD = ("history", "tools", "conversations", "instruction", "input")  # they change what a prompt says
 
 
 # ---------------------------------------------------------------- files
 def read_rows(source):
-    """[(where, row)] of a JSONL, JSON or parquet file, or of a hub id; `where` is 'file:line', for messages."""
+    """[(where, row)] of a JSONL, JSON or parquet file or a hub id; `where` is 'file:line', for messages."""
     path, source = Path(source), str(source)
     if path.suffix in (".jsonl", ".json", ".parquet") and not path.is_file():
         raise Problem(f"{source}: no such file")
@@ -128,8 +127,7 @@ def is_number(value):
     return type(value) in (int, float) and abs(value) <= 1e100
 
 
-TEXT = (f"text of at most {LONGEST:,} characters",
-        lambda value: isinstance(value, str) and len(value) <= LONGEST)
+TEXT = ("text", lambda value: isinstance(value, str))
 FIELDS = {"response": TEXT, "chosen": TEXT, "rejected": TEXT, "subset": TEXT,
           "tokens": ("a whole number from 0", lambda value: type(value) is int and 0 <= value < 2**31),
           "finished": ("true or false", lambda value: type(value) is bool),
@@ -194,9 +192,6 @@ def check_prompt(where, prompt):
         raise Problem(f"{where}: no prompt; wanted is {WANTED}")
     if messages[-1]["role"] == "assistant":
         raise Problem(f"{where}: the prompt ends with an assistant turn; it must end where the answer begins")
-    if len(prompt_id(prompt)) > LONGEST:
-        raise Problem(f"{where}: a prompt of {len(prompt_id(prompt)):,} characters; leave out what is longer "
-                      f"than {LONGEST:,}")
     return prompt
 
 
@@ -210,28 +205,25 @@ def read_prompts(source):
 
 
 def read_pairs(source):
-    """Preference pairs: rows with `prompt`, and `chosen` and `rejected` as text. In the file answers are text, or
+    """Preference pairs: rows with `prompt`, and `chosen` and `rejected` as text. In the file these are text, or
     messages with or without the prompt's in front (UltraFeedback, TRL)."""
-    pairs = []
+    pairs, equal, in_front = [], 0, 0
     for where, row in read_rows(source):
         row = {name: value for name, value in row.items() if value is not None}  # parquet fills up with null
         prompt = prompt_of(where, row)
-        for name in ("weight", "subset", "chosen_finished", "rejected_finished"):
-            if name in row:
-                check_field(where, row, name)
-        answers = {side: _answer(where, row, side, prompt) for side in ("chosen", "rejected")}
+        for name in {"weight", "subset", "chosen_finished", "rejected_finished"} & row.keys():
+            check_field(where, row, name)
+        answers = {side: answer_of(where, row, side, prompt) for side in ("chosen", "rejected")}
         pairs.append({**row, "prompt": prompt, **answers})
-    for what, found in (
-            ("equal answers, or an empty one", [p for p in pairs if p["chosen"] == p["rejected"] or not (
-                p["chosen"].strip() and p["rejected"].strip())]),
-            ("the prompt in front of both answers", [p for p in pairs if isinstance(p["prompt"], str) and all(
-                p[side].startswith(p["prompt"]) for side in ("chosen", "rejected"))])):
-        if found:
-            say(f"WARNING: {source}: {len(found)} of {len(pairs)} pairs have {what}")
+        equal += answers["chosen"] == answers["rejected"] or not all(map(str.strip, answers.values()))
+        in_front += isinstance(prompt, str) and all(text.startswith(prompt) for text in answers.values())
+    for count, what in (equal, "equal answers, or an empty one"), (in_front, "the prompt in both answers' front"):
+        if count:
+            say(f"WARNING: {source}: {count} of {len(pairs)} pairs have {what}")
     return pairs
 
 
-def _answer(where, row, side, prompt):
+def answer_of(where, row, side, prompt):
     def turns(chat):
         return [(m["role"], m["content"].strip()) for m in as_messages(chat)]
     value = row.get(side)
@@ -241,7 +233,7 @@ def _answer(where, row, side, prompt):
         value = value[-1]["content"]
     if not isinstance(value, str):
         raise Problem(f"{where}: no answer in `{side}` (text, or messages that end with the assistant's)")
-    return check_field(where, {side: value}, side)
+    return value
 
 
 def read_samples(source, *fields):
@@ -267,16 +259,17 @@ def load_tokenizer(folder):
     except Exception as error:
         raise Problem(f"{folder}: no tokenizer could be loaded ({first_line(error)})") from None
     if not tokenizer.chat_template:
-        raise Problem(f"{folder}: the tokenizer has no chat template "
-                      "(add a chat_template.jinja to the folder)")
+        raise Problem(f"{folder}: the tokenizer has no chat template; add a chat_template.jinja to the folder")
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise Problem(f"{folder}: a fast tokenizer (tokenizer.json) with an EOS token is needed")
+    tokenizer.backend_tokenizer.no_truncation()  # a saved limit would cut chats in silence
+    tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
 
 class Chat(NamedTuple):
-    ids: list    # tokens of prompt and response
-    start: int   # index of the response's first token
+    ids: list   # tokens of prompt and response
+    start: int  # index of the response's first token
 
 
 def encode_chat(tokenizer, prompt, response=None, finished=True, whole=False):
@@ -287,14 +280,14 @@ def encode_chat(tokenizer, prompt, response=None, finished=True, whole=False):
     its last word. whole: with all that the template writes after the stop token, as reward models were
     trained to read it.
     """
-    messages = as_messages(prompt)
+    messages, special = as_messages(prompt), Special(tokenizer)
     said = [str(value) for message in messages for value in message.values()] + [response or ""]
-    literal = Literal(tokenizer) if any(map(special_texts(tokenizer).search, said)) else None
-    head = text = _render(tokenizer, messages, literal, add_generation_prompt=True)
+    literal = any(map(special.texts.search, said))
+    head = text = render(tokenizer, messages, literal, add_generation_prompt=True)
     if response is not None:
         # The template gets a stand-in for the response: templates trim and rewrite what they are given, and
         # training is on what was really said.
-        answered = _render(tokenizer, [*messages, {"role": "assistant", "content": "\u241f"}], literal)
+        answered = render(tokenizer, [*messages, {"role": "assistant", "content": "\u241f"}], literal)
         before, _, tail = answered.rpartition("\u241f")
         if not before.startswith(head):
             raise Problem(f"{tokenizer.name_or_path}: this chat template's generation prompt is not "
@@ -302,18 +295,15 @@ def encode_chat(tokenizer, prompt, response=None, finished=True, whole=False):
         between = before[len(head):]  # a space belongs to the answer; words would be put into its mouth
         text = head + (between if between.isspace() else "") + response
         content_end, text = len(text), text + tail
-    if literal:
-        ids, offsets = literal.encode(text)
-    else:
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    if _adds_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id]:
-        ids, offsets = [tokenizer.bos_token_id, *ids], [(0, 0), *offsets]
+    encoded = (special.twin if literal else tokenizer.backend_tokenizer).encode(text, add_special_tokens=False)
+    ids, offsets = encoded.ids, encoded.offsets
+    if ids[:1] != special.bos:
+        ids, offsets = special.bos + ids, [(0, 0)] * len(special.bos) + offsets
     if response is None:
         return Chat(ids, len(ids))
     start = next((i for i, (_, end) in enumerate(offsets) if end > len(head)), len(ids))
     last = next((i for i, (begin, _) in enumerate(offsets) if i >= start and begin >= content_end), len(ids))
-    stop = next((i for i in range(last, len(ids)) if ids[i] in _special_ids(tokenizer)), None)
+    stop = next((i for i in range(last, len(ids)) if ids[i] in special.ids), None)
     if not finished:
         ids = ids[:last]
     elif stop is None:
@@ -323,72 +313,54 @@ def encode_chat(tokenizer, prompt, response=None, finished=True, whole=False):
     return Chat(ids, min(start, last))
 
 
-def _render(tokenizer, messages, literal, **options):
+def render(tokenizer, messages, literal, **options):
+    special = Special(tokenizer)
     try:
-        shown = literal.hide(messages) if literal else messages
+        shown = special.hide(messages) if literal else messages
         text = tokenizer.apply_chat_template(shown, tokenize=False, **options)
         if not text.strip():
             raise ValueError("it writes nothing")
-        return literal.reveal(text) if literal else text
+        return special.reveal(text) if literal else text
     except Exception as error:  # a template may refuse a role or an order of roles, in words of its own
         raise Problem(f"{tokenizer.name_or_path}: its chat template refuses {str(messages)[:80]}… "
                       f"({first_line(error)})") from None
 
 
 @functools.lru_cache(4)  # each phase loads a tokenizer of its own
-def _special_tokens(tokenizer):
-    """{id: text}"""
-    return {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+class Special:
+    """A tokenizer's special tokens: their ids, a pattern that finds their texts, and [BOS] if it begins with it.
 
-
-@functools.lru_cache(4)
-def _special_ids(tokenizer):
-    return {*tokenizer.all_special_ids, *_special_tokens(tokenizer)}
-
-
-@functools.lru_cache(4)
-def _adds_bos(tokenizer):
-    bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("")["input_ids"][:1] == [bos]
-
-
-@functools.lru_cache(4)
-def special_texts(tokenizer):
-    """A pattern that finds the texts of a tokenizer's special tokens."""
-    texts = sorted(_special_tokens(tokenizer).values(), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, texts)) or "(?!)")
-
-
-@functools.lru_cache(4)
-class Literal:
-    """For a chat in which somebody spells a special token ("</s>" in a user's text): that is text like any
-    other, and ends no turn. So the special tokens that the template writes get secret names, and a copy of
-    the tokenizer knows them by these names alone. `hide` what is said before the template sees it, `reveal`
-    it in what the template wrote, then `encode` that."""
+    One that somebody spells in a chat ("</s>" in a user's text) is text like any other, and ends no turn. For
+    such chats those that the template writes get secret names, and the tokenizer has a twin which knows them
+    by these names alone: `hide` what is said from the template, `reveal` it in what the template wrote, and
+    let the twin encode that.
+    """
     def __init__(self, tokenizer):
-        self.special, self.secret = special_texts(tokenizer), os.urandom(8).hex()
-        state = tokenizer.backend_tokenizer.to_str()
-        for text in _special_tokens(tokenizer).values():  # in its vocabulary and wherever else it stands
-            state = state.replace(*(json.dumps(t, ensure_ascii=False) for t in (text, self._name(text))))
-        try:
-            self.backend = Tokenizer.from_str(state)
-        except Exception as error:
-            raise Problem(f"{tokenizer.name_or_path}: a chat spells a special token, which this tokenizer "
-                          f"can't tell from a real one ({first_line(error)})") from None
-        self.backend.no_padding()
-        self.backend.no_truncation()
+        tokens = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.tokenizer, self.ids = tokenizer, {*tokenizer.all_special_ids, *tokens}
+        self.spelled = sorted(tokens.values(), key=len, reverse=True)
+        self.texts = re.compile("|".join(map(re.escape, self.spelled)) or "(?!)")
+        self.bos = [i for i in tokenizer("")["input_ids"][:1] if i == tokenizer.bos_token_id]
+        self.secret = os.urandom(8).hex()
 
-    def _name(self, text, kind="special"):
-        return self.special.sub(lambda found: f"\ue000{self.secret}{kind}{found[0].encode().hex()}\ue001", text)
+    @functools.cached_property
+    def twin(self):
+        state = self.tokenizer.backend_tokenizer.to_str()
+        for text in self.spelled:  # in its vocabulary, and wherever else it stands
+            state = state.replace(*(json.dumps(t, ensure_ascii=False) for t in (text, self.name(text))))
+        try:
+            return Tokenizer.from_str(state)
+        except Exception as error:
+            raise Problem(f"{self.tokenizer.name_or_path}: a chat spells a special token, which this tokenizer "
+                          f"can't tell from a real one ({first_line(error)})") from None
+
+    def name(self, text, kind="real"):
+        return self.texts.sub(lambda it: f"\ue000{self.secret}{kind}{it[0].encode().hex()}\ue001", text)
 
     def hide(self, messages):
-        return [{key: self._name(value, "said") if isinstance(value, str) else value
+        return [{key: self.name(value, "said") if isinstance(value, str) else value
                  for key, value in message.items()} for message in messages]
 
     def reveal(self, text):
-        return re.sub(f"\ue000{self.secret}said(.*?)\ue001", lambda found: bytes.fromhex(found[1]).decode(),
-                      self._name(text))
-
-    def encode(self, text):
-        encoded = self.backend.encode(text, add_special_tokens=False)
-        return encoded.ids, encoded.offsets
+        said = f"\ue000{self.secret}said(.*?)\ue001"
+        return re.sub(said, lambda it: bytes.fromhex(it[1]).decode(), self.name(text))

@@ -103,12 +103,6 @@ def disk_needed(o, policy, rm, steps):
     return o.rounds * (2 * policy + o.update_rm * rm) + checkpoints * policy
 
 
-def say_disk(o, steps):
-    need, free = disk_needed(o, bytes_of(o.policy), bytes_of(o.rm), steps), shutil.disk_usage(o.out).free
-    say(f"models: up to {need / 1e9:.2f} GB will be written; {free / 1e9:.2f} GB are free"
-        + "; THAT IS TOO LITTLE" * (need > free))
-
-
 def check_fits(folder, training=False):
     """Refuse a model that is too large for the memory. Sampling and scoring have the whole of it in every
     process; in training the processes share 16 bytes a parameter (training.kept_whole)."""

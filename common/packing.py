@@ -39,8 +39,7 @@ def pack(chats):
     chats = [chat._replace(ids=array("i", chat.ids)) for chat in chats]  # a tenth of a list's memory
     trunk = chats[0].ids[:min(chat.start for chat in chats)]
     for chat in chats[1:]:
-        same = next((i for i, (a, b) in enumerate(zip(trunk, chat.ids)) if a != b), len(trunk))
-        trunk = trunk[:same]
+        trunk = trunk[:next((i for i, (a, b) in enumerate(zip(trunk, chat.ids)) if a != b), len(trunk))]
     cut = len(trunk)
     return Row(trunk, [chat.ids[cut:] for chat in chats], [chat.start - cut for chat in chats])
 

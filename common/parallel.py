@@ -1,8 +1,6 @@
 """Processes: the same code runs under plain `python`, under `torchrun` on CPUs (gloo) and under `torchrun` on
-GPUs (nccl), also over several nodes that share a file system.
-
-Sampling and scoring hold a whole copy of the model in every process (`replicate`); training shards it over
-the processes (common/training.py).
+GPUs (nccl), also over several nodes that share a file system. Sampling and scoring hold a whole copy of the
+model in every process (`replicate`); training shards it (common/training.py).
 
 Left out on purpose: tensor, pipeline and context parallelism.
 """
@@ -49,8 +47,7 @@ def say(*words):
 
 
 def quiet():
-    """What tqdm's `disable` should be: True where another process shows the bars, and None, which shows them
-    in a terminal only, in rank 0."""
+    """tqdm's `disable`: None, which shows a bar in terminals only, in rank 0, and True in other processes."""
     return rank() > 0 or None
 
 

@@ -1,5 +1,5 @@
-"""What every script and every phase of a run needs: a command line, errors in one line, files that are whole
-or not there, run.json, a log, and work in blocks.
+"""What every script needs: a command line, errors in one line, files that are whole or not there, run.json,
+phases, a log, and work in blocks.
 
 A phase is a function that makes one file or folder of the run folder from others. run.json holds, for each
 such result, its digest and the digests of what it was made from. So a run that was interrupted goes on by the
@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from dataclasses import MISSING, asdict, field, fields
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
@@ -94,12 +93,8 @@ def parse(options, words=None, **defaults):
     return chosen
 
 
-def true_or_false(word):
-    return ("false", "true").index(word.lower()) == 1
-
-
-KINDS = {bool: dict(type=true_or_false, nargs="?", const=True), list[str]: dict(type=str, nargs="+"),
-         float | None: dict(type=float)}
+KINDS = {bool: dict(type=lambda word: bool(("false", "true").index(word.lower())), nargs="?", const=True),
+         list[str]: dict(type=str, nargs="+"), float | None: dict(type=float)}  # what argparse is told
 
 
 def check_number(name, value):
@@ -234,27 +229,26 @@ def lock(path):
 
 
 def sources():
-    """{file: digest of its code} of the script and of the project's modules in use, without those that only
-    look. In such a digest comments, docstrings and layout don't count."""
+    """{file: digest} of the script and of the project's modules in use, without those that only look."""
     files = {Path(m.__file__).resolve() for m in [*sys.modules.values()] if getattr(m, "__file__", None)}
-    found = {}
-    for file in sorted(files - {HOME / "eval.py"}):
-        if file.parent in (HOME, HOME / "common", HOME / "variants") or file == Path(sys.argv[0]).resolve():
-            tree = ast.parse(file.read_text(encoding="utf-8"))
-            for node in ast.walk(tree):
-                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
-                    node.body = node.body[1:] or [ast.Pass()]
-            code = hashlib.sha256(ast.unparse(tree).encode())
-            found[os.path.relpath(file, HOME)] = code.hexdigest()[:16]
-    return found
+    return {os.path.relpath(file, HOME): code_digest(file) for file in sorted(files - {HOME / "eval.py"})
+            if file.parent in (HOME, HOME / "common", HOME / "variants") or file == Path(sys.argv[0]).resolve()}
+
+
+def code_digest(file):
+    """A digest of a Python file in which comments, docstrings and layout don't count."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
 
 
 def versions():
     describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     git = shutil.which("git") and subprocess.run(describe, cwd=HOME, text=True, capture_output=True).stdout
-    return {"python": sys.version.split()[0], "torch": torch.__version__, "numpy": np.__version__,
-            "transformers": transformers.__version__, "processes": world(), "device": str(device()),
-            "commit": (git or "").strip() or None}
+    return {"python": sys.version.split()[0], "torch": torch.__version__, "processes": world(),
+            "transformers": transformers.__version__, "device": str(device()), "commit": (git or "").strip()}
 
 
 @functools.cache  # until the next `claim`
@@ -326,26 +320,22 @@ def _begin(out, made_from, path):
 
 
 def _end(o, path, facts, seconds, begun):
-    name, line = name_of(o, path), {"phase": name_of(o, path), "seconds": round(seconds, 3)}
-    with results_of(o.out) as results:
-        results[os.path.relpath(path, o.out)]["sha256"] = digest(path)
-    tokens = [row["num_tokens"] for row in log_lines(Path(o.out) / "metrics.jsonl")
-              if row["phase"] == name and "num_tokens" in row][-1:]
-    if tokens and begun == "now":  # else an earlier attempt has made some of them
-        line |= {"tokens": tokens[0], "tokens_per_second": round(tokens[0] / seconds, 1)}
-    with open(Path(o.out) / "timings.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
-    speed = f", {line['tokens_per_second']:.0f} tokens a second" if "tokens" in line else ""
-    say(f"{name}: {f'{facts}; ' * bool(facts)}{seconds:.1f} s{speed}")
+    out, name, speed = Path(o.out), name_of(o, path), {}
+    with results_of(out) as results:
+        results[os.path.relpath(path, out)]["sha256"] = digest(path)
+    for row in log_lines(out / "metrics.jsonl") if begun == "now" else ():  # else some tokens are of before
+        if row["phase"] == name and "num_tokens" in row:
+            speed = dict(tokens=row["num_tokens"], tokens_per_second=round(row["num_tokens"] / seconds, 1))
+    with open(out / "timings.jsonl", "a") as file:
+        file.write(json.dumps(dict(phase=name, seconds=round(seconds, 3), **speed)) + "\n")
+    rate = ", {tokens_per_second:.0f} tokens a second".format(**speed) if speed else ""
+    say(f"{name}: {f'{facts}; ' if facts else ''}{seconds:.1f} s{rate}")
 
 
 def to_delete(out, results, name):
-    """What to delete so that a result and what was made from it are made anew; elsewhere, whole steps."""
-    found = [name]
-    for other, entry in results.items():  # a result stands behind what it was made from
-        if any(Path(source).is_relative_to(old) for source in entry["made_from"] for old in found):
-            found.append(other)
-    paths = {p if p.parent == Path(name).parent else Path(*p.parts[:2]) for p in map(Path, found)}
+    """What to delete so that a result and all that was made after it is made anew, in later steps as a whole."""
+    later = map(Path, [*results][[*results].index(name):])  # a result stands behind what it was made from
+    paths = {p if p.parent == Path(name).parent else Path(*p.parts[:2]) for p in later}
     return f"to make it again delete {' '.join(sorted(str(out / p) for p in paths if (out / p).exists()))}"
 
 
