@@ -18,23 +18,22 @@ agreement: how often a run's reward models agree with gold, or with each other, 
 report: a run's tables, its picture and its page. `import eval` hides a builtin: write `from eval import …`.
 """
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-import reward
 from common.data import read_jsonl, read_pairs, read_prompts
 from common.models import check_policy, check_reward, local_folder, prompts_that_fit
 from common.parallel import Problem, rank, say
-from common.run import claim, exists, launch, parse
+from common.run import claim, exists, launch, option, parse
 from evals import figures
 from evals.agreement import Agreement, agreement
 from evals.alpaca import Alpaca, AlpacaGenerate, alpaca, alpaca_generate
 from evals.arena import Arena, ArenaGenerate, arena, arena_generate
 from evals.plots import can_plot, draw_picture
 from evals.report import SHOWN, write_page
-from evals.rewardbench import RewardBench, rewardbench
+from evals.rewardbench import RewardBench, judge_pairs, rewardbench
 from evals.stats import JSON, publish, shares, standard_error
 from filter import wins
 from reward import sample_and_score
@@ -42,18 +41,18 @@ from reward import sample_and_score
 
 @dataclass
 class WinRate:
-    policy: str = field(metadata={"help": "folder or hub id"})
-    baseline: str = field(metadata={"help": "folder or hub id"})
-    rm: str = field(metadata={"help": "the judge: folder or hub id"})
-    prompts: str = field(metadata={"help": "JSONL, JSON, parquet or hub id with a field `prompt`"})
-    out: str = field(default="runs/winrate", metadata={"help": "folder for the scored responses"})
-    json: str = field(**JSON)
-    temperature: float = 0.8
-    top_p: float = 0.95
-    max_new_tokens: int = 1024
-    seed: int = 0
-    sample_batch: int = 64
-    score_batch: int = 8
+    policy: str = option(help="folder or hub id")
+    baseline: str = option(help="folder or hub id")
+    rm: str = option(help="the judge: folder or hub id")
+    prompts: str = option(help="JSONL, JSON, parquet or hub id with a field `prompt`")
+    out: str = option("runs/winrate", "folder for the scored responses")
+    json: str = option("", JSON)
+    temperature: float = option(0.8)
+    top_p: float = option(0.95)
+    max_new_tokens: int = option(1024)
+    seed: int = option(0)
+    sample_batch: int = option(64)
+    score_batch: int = option(8)
 
 
 def winrate(o):
@@ -65,42 +64,35 @@ def winrate(o):
         check_policy(policy)
         prompts, _ = prompts_that_fit(policy, prompts)
     claim(out, replace(o, json=""))
+    rows = {}
     for side, folder in sides.items():
-        if not exists(out / f"{side}.jsonl"):
-            sample_and_score(o, folder, judge, prompts, 1, f"{o.seed}/{side}", out / f"{side}.jsonl")
-    policy, baseline = (columns(read_jsonl(out / f"{side}.jsonl")) for side in sides)
-    won = wins(policy["reward"], baseline["reward"])
+        path = out / f"{side}.jsonl"
+        if not exists(path):
+            sample_and_score(o, folder, judge, prompts, 1, f"{o.seed}/{side}", path)
+        rows[side] = [row | {"reward": row["score"], "characters": len(row["response"])} for row in read_jsonl(path)]
+    # Tokens are each policy's own, so two policies are compared by characters.
+    rewards, characters = ([[row[name] for row in some] for some in rows.values()] for name in ("reward", "characters"))
+    won = wins(*rewards)
     say(f"{len(prompts)} prompts, win rate {won.mean():.4f}")
-    figures = shares(won, "win_rate", policy["characters"], baseline["characters"])
-    for side, values in (("policy", policy), ("baseline", baseline)):
-        say(f"{side:9} reward {values['reward'].mean():8.4f} ± {standard_error(values['reward']):.4f}")
-        figures[side] = {name: float(value.mean()) for name, value in values.items()}
-    publish(figures, o.json)
-
-
-def columns(rows):
-    """Scored responses -> (N,) each; tokens are the policy's own, so only characters compare two policies."""
-    return {"reward": np.array([row["score"] for row in rows]),
-            "tokens": np.array([row["tokens"] for row in rows]),
-            "characters": np.array([len(row["response"]) for row in rows]),
-            "finished": np.array([row["finished"] for row in rows])}
+    found = shares(won, "win_rate", *map(np.array, characters))
+    for side, some in rows.items():
+        found[side] = means(some, "reward", "tokens", "characters", "finished")
+        say(f"{side:9} reward {found[side]['reward']:8.4f} ± {standard_error([row['reward'] for row in some]):.4f}")
+    publish(found, o.json)
 
 
 @dataclass
 class Accuracy:
-    rm: str = field(metadata={"help": "folder or hub id"})
-    pairs: str = field(metadata={"help": "preference pairs: prompt, chosen, rejected, perhaps subset"})
-    json: str = field(**JSON)
-    score_batch: int = 8
-    max_length: int = field(default=10**6, metadata={
-        "help": "tokens of prompt and answer; pairs that are longer, or than the RM's context, are left out"})
+    rm: str = option(help="folder or hub id")
+    pairs: str = option(help="preference pairs: prompt, chosen, rejected, perhaps subset")
+    json: str = option("", JSON)
+    score_batch: int = option(8)
+    max_length: int = option(10**6, "longer pairs, in tokens, and those beyond the RM's context are left out")
 
 
 def pair_accuracy(o):
-    folder = local_folder(o.rm)
-    pairs = reward.pairs_that_fit(folder, read_pairs(o.pairs), o.max_length)
-    right = reward.orders_correctly(folder, pairs, o.score_batch)
-    say(f"accuracy {np.mean(right):.4f} on {len(pairs)} pairs")
+    pairs, right = judge_pairs(local_folder(o.rm), read_pairs(o.pairs), o.score_batch, o.max_length)
+    say(f"accuracy {right.mean():.4f} on {len(pairs)} pairs")
     characters = [np.array([len(pair[side]) for pair in pairs]) for side in ("chosen", "rejected")]
     subsets = [pair.get("subset") or "-" for pair in pairs] if any("subset" in pair for pair in pairs) else ()
     publish(shares(right, "accuracy", *characters, subsets), o.json)
@@ -108,8 +100,8 @@ def pair_accuracy(o):
 
 @dataclass
 class Report:
-    runs: list[str] = field(metadata={"help": "run folders"})
-    out: str = field(default="", metadata={"help": "the page, or the folder for it; none: the first run's"})
+    runs: list[str] = option(help="run folders")
+    out: str = option("", "the page, or the folder for it; none: the first run's")
 
 
 def report(*folders, out=""):

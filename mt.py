@@ -31,6 +31,7 @@ from common.parallel import Problem, say
 from common.run import option, phase
 from eval import report
 from evals import gold
+from evals.stats import means
 
 
 @dataclass
@@ -157,7 +158,6 @@ def make_pairs(o, samples, path):
     run.log_of(o, path)(prompts_without_pair=without, **means(
         pairs, "chosen_score", "rejected_score", "chosen_tokens", "rejected_tokens"))
     run.write_rows(path, pairs)
-    show(pairs[0], "chosen", "rejected")
     return f"{len(pairs)} pairs, {without} prompts give none"
 
 
@@ -214,7 +214,6 @@ def make_comparisons(o, new, old, path):
     run.log_of(o, path)(comparisons=len(rows), epsilon=rows[0]["epsilon"], **means(
         rows, "kept", "margin", "new_score", "old_score", "new_tokens", "old_tokens"))
     run.write_rows(path, rows)
-    show(rows[0], "new", "old")
     reasons = ", ".join(f"{n} {why}" for why, n in sorted(Counter(row["reason"] for row in rows).items()))
     return (f"{sum(row['kept'] for row in rows)} of {len(rows)} comparisons kept, epsilon "
             f"{rows[0]['epsilon']:.4f}: {reasons}")
@@ -246,20 +245,9 @@ def train_reward(o, preferences, path):
 
 
 # ---------------------------------------------------------------- what phases share
-def means(rows, *names):
-    """{field: its mean over the rows}"""
-    return {name: float(np.mean([row[name] for row in rows])) for name in names}
-
-
 def weight_of(row):
     """A pair's weight in the loss, if it has one."""
     return {"weight": row["weight"]} if "weight" in row else {}
-
-
-def show(row, *sides):
-    """Print a row's prompt and two of its texts, with their scores."""
-    say(f"  prompt: {str(row['prompt'])[:300]!r}", *(
-        f"\n  {side} [{row[f'{side}_score']:.3f}]: {row[side][:300]!r}" for side in sides))
 
 
 def main(options=Options, **defaults):  # for variants: a subclass with flags of its own, other defaults

@@ -1,6 +1,6 @@
 """Train a reward model on preference pairs by Bradley-Terry, or score samples with one.
 
-    python reward.py --model MODEL --pairs train.jsonl --test test.jsonl --out runs/rm
+    python reward.py --model MODEL --pairs train.jsonl --out runs/rm
     python reward.py --model runs/rm --samples samples.jsonl --out scored.jsonl
 
 The reward is the raw logit at the last token of the chat. A causal LM is taken too and gets a fresh head.
@@ -15,12 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from common import models, run, training
 from common.data import Problem, by_prompt, encode_chat, load_tokenizer, read_jsonl, read_pairs, read_samples
 from common.packing import check_context, collate, hidden_states, how_many, pack, pair_rows
-from common.parallel import device, quiet, replicate, say
+from common.parallel import device, replicate, say
 from common.probe import verify
 from common.run import option
 from sampler import sample
@@ -127,34 +126,11 @@ def sample_and_score(o, policy, rm, prompts, samples, seed, path, judge=None):
     run.remove(raw)
 
 
-def orders_correctly(folder, pairs, score_batch):
-    """Per pair, whether its chosen answer gets the higher reward; equal rewards are wrong
-    (RewardBench's rule, arXiv 2403.13787)."""
-    model, tokenizer = load(folder)
-    right, size = [], 32 * score_batch
-    for at in tqdm(range(0, len(pairs), size), desc="scoring pairs", leave=False, disable=quiet()):
-        some = [(pair["prompt"], [pair["chosen"], pair["rejected"]]) for pair in pairs[at:at + size]]
-        rewards = score_answers(model, tokenizer, some, score_batch)
-        right += [chosen > rejected for chosen, rejected in rewards]
-    return right
-
-
-def pairs_that_fit(folder, pairs, max_length):
-    """The pairs that fit into the context of the model in `folder` and into `max_length`; how many are left
-    out is said, and if all are, that is a Problem."""
-    limit = min(max_length, models.context_of(folder))
-    _, kept = pair_rows(load_tokenizer(folder), pairs, limit)
-    if len(kept) < len(pairs):
-        say(how_many(len(kept), len(pairs)))
-    return kept
-
-
 @dataclass
 class Options:
     model: str = option(help="reward model, or a causal LM to give a head to: a folder or hub id")
     out: str = option(help="folder of the trained reward model, or the scored samples.jsonl")
     pairs: str = option("", "to train: preference pairs (prompt, chosen, rejected, perhaps weight)")
-    test: str = option("", "pairs to report the accuracy on")
     samples: str = option("", "to score: rows with prompt and response")
     lr: float = option(2e-6)
     batch: int = option(512, "pairs per optimiser step, over all processes")
@@ -171,23 +147,14 @@ def main():
     if bool(o.pairs) == bool(o.samples):
         raise Problem("give --pairs to train or --samples to score")
     folder, out = models.local_folder(o.model), Path(o.out)
-    if o.samples:
-        rows = read_samples(o.samples, "response")
-        run.claim(out, o, file=True)
-        if not run.exists(out):
-            score(folder, rows, out, o.micro_batch)
-        return say(f"{out} is complete")
-    pairs = read_pairs(o.pairs)
-    test = pairs_that_fit(folder, read_pairs(o.test), o.max_length) if o.test else []
-    run.claim(out, o)
-    if not run.exists(out / "config.json"):
-        log, apart = run.open_log(out / "metrics.jsonl", "reward"), ("model", "out", "pairs", "test", "samples",
-                                                                     "overwrite")
-        settings = {k: v for k, v in vars(o).items() if k not in apart}
-        models.save(train(folder, pairs, **settings, fresh_head=True, log=log), folder, out)
-    if test:
-        right = orders_correctly(str(out), test, o.micro_batch)
-        say(f"accuracy on {o.test}: {np.mean(right):.4f} of {len(test)} pairs")
+    rows = read_samples(o.samples, "response") if o.samples else read_pairs(o.pairs)
+    run.claim(out, o, file=bool(o.samples))
+    if o.samples and not run.exists(out):
+        score(folder, rows, out, o.micro_batch)
+    elif o.pairs and not run.exists(out / "config.json"):
+        settings = {k: v for k, v in vars(o).items() if k not in ("model", "out", "pairs", "samples", "overwrite")}
+        log = run.open_log(out / "metrics.jsonl", "reward")
+        models.save(train(folder, rows, **settings, fresh_head=True, log=log), folder, out)
     say(f"{out} is complete")
 
 

@@ -144,11 +144,10 @@ def write_rows(path, rows):
 
 
 def link(path, target):
-    """A symbolic link, relative if it leads to a place in the same folder. For one process."""
-    path, target = Path(path), Path(target).resolve()
-    temporary, inside = path.with_name(f".{path.name}.tmp"), target.is_relative_to(path.parent.resolve())
+    """A relative symbolic link, so that a folder can be moved with what its links lead to. For one process."""
+    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
     delete(temporary)
-    temporary.symlink_to(os.path.relpath(target, path.parent.resolve()) if inside else target)
+    temporary.symlink_to(os.path.relpath(Path(target).resolve(), temporary.parent.resolve()))
     os.replace(temporary, path)
 
 
@@ -264,27 +263,22 @@ def digest(path):
 
 
 # ---------------------------------------------------------------- phases
-SPENT = [0.0]  # seconds in phases so far
-
-
 def phase(work):
     """Make work(o, *sources, path, **more) a phase: it makes the result `path` in the run folder o.out from
     `sources`, and does nothing where that is done already. Returns `path` as text.
 
     sources: other results or parts of them; models from outside count as settings. A result that is not what
     was written, or whose sources have changed since, is a Problem that names what to delete. What `work`
-    returns is said beside the phase's seconds, which leave out phases within it.
+    returns is said beside the phase's seconds.
     """
     @functools.wraps(work)
     def once(o, *arguments, **more):
         *made_from, path = map(Path, arguments)
         begun = on_rank0(_begin, Path(o.out), made_from, path)
         if begun:
-            start, spent = time.time(), SPENT[0]
+            start = time.time()
             facts = work(o, *made_from, path, **more)
-            seconds = time.time() - start - (SPENT[0] - spent)
-            SPENT[0] += seconds
-            on_rank0(_end, o, path, facts, seconds, begun)
+            on_rank0(_end, o, path, facts, time.time() - start, begun)
         return str(path)
     return once
 

@@ -2,7 +2,7 @@
 
     python eval.py agreement --run runs/mt
 """
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -11,7 +11,7 @@ import reward
 from common.data import by_prompt
 from common.models import local_folder
 from common.parallel import Problem, say
-from common.run import write_json
+from common.run import option, write_json
 from common.toy import gold_of
 from evals import figures
 from evals.stats import JSON, ordered_alike
@@ -19,10 +19,10 @@ from evals.stats import JSON, ordered_alike
 
 @dataclass
 class Agreement:
-    run: str = field(metadata={"help": "run folder"})
-    prompts: int = field(default=200, metadata={"help": "without gold: the first prompts of each E-step"})
+    run: str = option(help="run folder")
+    prompts: int = option(200, "without gold: the first prompts of each E-step")
     score_batch: int = 8
-    json: str = field(**JSON)
+    json: str = option("", JSON)
 
 
 def agreement(o):

@@ -10,7 +10,7 @@ Left out on purpose: asking a judge (it needs a network and a key), the cross-va
 official fit (it moves the result by about 0.1; the most seen is 0.14).
 """
 import csv
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy as np
 from common.data import check_prompt, read_jsonl, read_rows
 from common.models import local_folder
 from common.parallel import Problem, say
-from common.run import claim, exists, write_json
+from common.run import claim, exists, option, write_json
 from evals.stats import JSON, bootstrap, need, publish, standard_error
 from sampler import sample
 
@@ -150,11 +150,11 @@ def read_gamed(path):
 # ---------------------------------------------------------------- commands
 @dataclass
 class AlpacaGenerate:
-    policy: str = field(metadata={"help": "folder or hub id"})
-    prompts: str = field(metadata={"help": "JSON or JSONL with a field `instruction` or `prompt`"})
-    out: str = field(default="runs/alpaca", metadata={"help": "folder for model_outputs.json"})
-    name: str = field(default="", metadata={"help": "the generator's; default: its folder, or its run"})
-    temperature: float = field(default=0.0, metadata={"help": "0: greedy"})
+    policy: str = option(help="folder or hub id")
+    prompts: str = option(help="JSON or JSONL with a field `instruction` or `prompt`")
+    out: str = option("runs/alpaca", "folder for model_outputs.json")
+    name: str = option("", "the generator's; default: its folder, or its run")
+    temperature: float = option(0.0, "0: greedy")
     top_p: float = 0.95
     max_new_tokens: int = 2048
     seed: int = 0
@@ -191,9 +191,9 @@ def name_of(policy):
 
 @dataclass
 class Alpaca:
-    annotations: str = field(metadata={"help": "annotations.json of one model, or its columns as one object"})
-    gamed: str = field(metadata={"help": "df_gamed.csv: difficulty of instructions, the gamed baselines"})
-    json: str = field(**JSON)
+    annotations: str = option(help="annotations.json of one model, or its columns as one object")
+    gamed: str = option(help="df_gamed.csv: difficulty of instructions, the gamed baselines")
+    json: str = option("", JSON)
 
 
 def alpaca(o):

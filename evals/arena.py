@@ -11,14 +11,14 @@ Left out on purpose: asking a judge (it needs a network and a key), style contro
 """
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from common.data import check_prompt, read_rows, seed_of
 from common.parallel import Problem, say
-from common.run import write_rows
+from common.run import option, write_rows
 from evals.alpaca import AlpacaGenerate, answer, name_of
 from evals.stats import JSON, bootstrap, need, publish
 
@@ -56,8 +56,8 @@ def arena_figures(verdicts):
 # ---------------------------------------------------------------- commands
 @dataclass
 class ArenaGenerate(AlpacaGenerate):
-    prompts: str = field(metadata={"help": "Arena-Hard v0.1's question.jsonl"})
-    out: str = field(default="runs/arena", metadata={"help": "folder for NAME.jsonl, the answers"})
+    prompts: str = option(help="Arena-Hard v0.1's question.jsonl")
+    out: str = option("runs/arena", "folder for NAME.jsonl, the answers")
     max_new_tokens: int = 4096
 
 
@@ -94,8 +94,8 @@ def new_answer(name, id, reply):
 
 @dataclass
 class Arena:
-    judgments: str = field(metadata={"help": "JSONL of one model: two `games` per question, with `score`"})
-    json: str = field(**JSON)
+    judgments: str = option(help="JSONL of one model: two `games` per question, with `score`")
+    json: str = option("", JSON)
 
 
 def arena(o):

@@ -2,14 +2,17 @@
 
     python eval.py rewardbench --rm runs/mt/rm --data filtered.parquet --json rewardbench.json
 """
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
+from tqdm import tqdm
 
 import reward
-from common.data import read_pairs
-from common.models import local_folder
-from common.parallel import Problem, say
+from common.data import load_tokenizer, read_pairs
+from common.models import context_of, local_folder
+from common.packing import how_many, pair_rows
+from common.parallel import Problem, quiet, say
+from common.run import option
 from evals.stats import JSON, need, publish
 
 # where the file is published
@@ -52,16 +55,30 @@ def rewardbench_figures(accuracies, old_xstest=False, prior=None):
 
 @dataclass
 class RewardBench:
-    rm: str = field(metadata={"help": "folder or hub id"})
-    data: str = field(metadata={"help": "RewardBench v1: prompt, chosen, rejected, subset"})
-    prior: float | None = field(default=None, metadata={
-        "help": "percent on the prior test sets, for the published score with them"})
-    old_xstest: bool = field(default=False, metadata={
-        "help": "the two xstest weights exchanged, as in tables of before September 2024"})
-    json: str = field(**JSON)
+    rm: str = option(help="folder or hub id")
+    data: str = option(help="RewardBench v1: prompt, chosen, rejected, subset")
+    prior: float | None = option(None, "percent on the prior test sets, for the published score with them")
+    old_xstest: bool = option(False, "the two xstest weights exchanged, as in tables of before September 2024")
+    json: str = option("", JSON)
     score_batch: int = 8
-    max_length: int = field(default=10**6, metadata={
-        "help": "tokens of prompt and answer; pairs that are longer, or than the RM's context, are left out"})
+    max_length: int = option(10**6, "longer pairs, in tokens, and those beyond the RM's context are left out")
+
+
+def judge_pairs(folder, pairs, score_batch, max_length):
+    """The pairs that fit into the context of the reward model in `folder` and into `max_length` tokens; and for
+    each whether its chosen answer gets the higher reward: (pairs, (N,) bool). Equal rewards are wrong
+    (RewardBench's rule, arXiv 2403.13787). How many pairs are left out is said."""
+    count, limit = len(pairs), min(max_length, context_of(folder))
+    _, pairs = pair_rows(load_tokenizer(folder), pairs, limit)
+    if len(pairs) < count:
+        say(how_many(len(pairs), count))
+    model, tokenizer = reward.load(folder)
+    right, size = [], 32 * score_batch
+    for at in tqdm(range(0, len(pairs), size), desc="scoring pairs", leave=False, disable=quiet()):
+        some = [(pair["prompt"], [pair["chosen"], pair["rejected"]]) for pair in pairs[at:at + size]]
+        right += [chosen > rejected for chosen, rejected in
+                  reward.score_answers(model, tokenizer, some, score_batch)]
+    return pairs, np.array(right)
 
 
 def rewardbench(o):
@@ -70,9 +87,7 @@ def rewardbench(o):
     if unknown:
         raise Problem(f"{o.data}: not a subset of RewardBench v1: {', '.join(sorted(unknown)[:3])} "
                       "(other pairs: eval.py accuracy)")
-    folder = local_folder(o.rm)
-    pairs = reward.readable(folder, pairs, o.max_length)
-    right = np.array(reward.ordered(folder, pairs, o.score_batch))
+    pairs, right = judge_pairs(local_folder(o.rm), pairs, o.score_batch, o.max_length)
     subsets = np.array([pair["subset"] for pair in pairs])
     accuracies = {s: 100 * float(right[subsets == s].mean()) for s in SUBSETS if s in subsets}
     missing = [s for s in SUBSETS if s not in accuracies]

@@ -14,7 +14,7 @@ from common.parallel import Problem, say
 from common.run import write_json
 
 SIMILAR = 0.9  # two lengths are similar if the shorter is at least this share of the longer
-JSON = dict(default="", metadata={"help": "also write the figures to this file"})
+JSON = "also write the figures to this file"  # help of --json
 
 
 # ---------------------------------------------------------------- shares and intervals
@@ -57,6 +57,11 @@ def shares(hits, name, lengths, others, subsets=()):
     if len(subsets):
         figures["subsets"] = {str(s): share(hits[subsets == s], name) for s in np.unique(subsets)}
     return figures
+
+
+def means(rows, *names):
+    """{field: its mean over the rows}"""
+    return {name: float(np.mean([row[name] for row in rows])) for name in names}
 
 
 def standard_error(values):

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import Unigram
 from transformers import PreTrainedTokenizerFast
-from common.data import Literal
 
 import dpo
 import eval as eval_script

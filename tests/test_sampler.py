@@ -9,14 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
-from sampler import Slots
 
 import sampler
 from common import attention, models
 from common.data import encode_chat, load_tokenizer, prompt_id, read_jsonl, seed_of
 from common.models import load_policy
 from common.parallel import Problem
-from sampler import TRIES, block_size, draw, generate, mass_above, nucleus, stop_tokens, uniform
+from sampler import TRIES, Slots, block_size, draw, generate, mass_above, nucleus, stop_tokens, uniform
 
 STOPS = [2, *range(30, 38)]  # about one token in twelve ends a response: rows leave and enter all the time
 

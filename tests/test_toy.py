@@ -6,12 +6,11 @@ import random
 
 import numpy as np
 import pytest
-from common.toy import GOLD_MAX, tokenizer
 
 import mt
 from common import toy
 from common.data import encode_chat
-from common.toy import demonstration, gold
+from common.toy import GOLD_MAX, demonstration, gold, tokenizer
 
 SEA = "a sad poem about the sea in three lines for my sister with dogs"
 FARM = "two happy lines about the farm"
