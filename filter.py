@@ -1,5 +1,4 @@
-"""The two choices of Mutual-Taught, in numpy: which pairs train the policy,
-which comparisons train the reward model.
+"""The two choices of Mutual-Taught, in numpy: which pairs train the policy, which comparisons the reward model.
 
     python filter.py --samples scored.jsonl --out pairs.jsonl
     python filter.py --new new.jsonl --old old.jsonl --out comparisons.jsonl
@@ -14,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from common import run
-from common.data import Problem, prompt_id, read_samples
-from common.parallel import say
+from common.data import prompt_id, read_samples
+from common.parallel import Problem, say
 from common.run import option
 
 
@@ -27,25 +26,22 @@ def choose_pair(scores, lengths):
     Chosen: the shortest above the mean reward; among equally short ones the higher reward, then the earlier
     index. Rejected: the lowest reward, then the earlier index. A reward that is not finite is a ValueError.
     """
-    scores, lengths = np.asarray(scores, float), np.asarray(lengths)
+    scores = np.asarray(scores, float)
     if not np.isfinite(scores).all():
         raise ValueError(f"rewards must be finite: {scores.tolist()}")
-    if not len(scores) or scores.max() == scores.min():
-        return None  # the mean of equal numbers may be rounded below them: this is not left to the next line
-    above = [i for i in range(len(scores)) if scores[i] > scores.mean()]
-    if not above:
-        return None  # they differ by less than the rounding of their mean
+    mean = scores.mean() if len(scores) else 0.0
+    above = [i for i, score in enumerate(scores) if score > mean]
+    if not above or scores.max() == scores.min():  # the mean of equal numbers may be rounded below them
+        return None
     chosen = min(above, key=lambda i: (lengths[i], -scores[i], i))
     return chosen, int(scores.argmin()), (
-        f"chosen: shortest of the {len(above)} above the mean reward {scores.mean():.4f}; "
+        f"chosen: shortest of the {len(above)} above the mean reward {mean:.4f}; "
         f"rejected: lowest of {len(scores)}")
 
 
 def preference_pairs(samples):
-    """Scored samples, a prompt's wherever they stand -> (pairs, number of prompts without a pair).
-
-    Two answers with the same text make no pair either.
-    """
+    """Scored samples, a prompt's wherever they stand -> (pairs, number of prompts without a pair). Two answers
+    with the same text make no pair either."""
     groups, pairs = {}, []
     for row in samples:
         groups.setdefault(prompt_id(row["prompt"]), []).append(row)
@@ -77,23 +73,18 @@ def margin_filter(new_scores, old_scores):
     ValueError.
     """
     new_scores, old_scores = np.asarray(new_scores, float), np.asarray(old_scores, float)
-    if not (np.isfinite(new_scores).all() and np.isfinite(old_scores).all()):
-        raise ValueError("rewards must be finite")
     margins = new_scores - old_scores
+    if not np.isfinite(margins).all():
+        raise ValueError("rewards must be finite")
     epsilon = float(old_scores.std()) if len(old_scores) else 0.0
     return margins > -epsilon, margins, epsilon
 
 
 def compare(new, old, use_filter=True):
-    """One scored response per prompt from the new and the old policy, in the same order -> comparisons,
-    kept and dropped.
-
-    Identical texts say nothing and are dropped, with or without the filter.
-    """
-    for after, before in zip(new, old, strict=True):
-        if prompt_id(after["prompt"]) != prompt_id(before["prompt"]):
-            raise Problem("new and old answer different prompts, or not in the same order: "
-                          f"{str(after['prompt'])[:40]!r}, {str(before['prompt'])[:40]!r}")
+    """One scored response per prompt from the new and the old policy, in the same order -> comparisons, kept and
+    dropped. Identical texts say nothing and are dropped, with or without the filter."""
+    if [prompt_id(row["prompt"]) for row in new] != [prompt_id(row["prompt"]) for row in old]:
+        raise Problem("new and old must answer the same prompts, one response each, in the same order")
     passed, margins, epsilon = margin_filter([row["score"] for row in new], [row["score"] for row in old])
     rows = []
     for after, before, ok, margin in zip(new, old, passed, margins):
@@ -138,16 +129,10 @@ def main():
     rows = [read_samples(path, "response", "tokens", "finished", "score") for path in paths]
     run.claim(o.out, o, file=True)
     if not run.exists(o.out):
-        if o.samples:
-            rows, without = preference_pairs(*rows)
-            say(f"{len(rows)} pairs; {without} prompts gave none")
-        else:
-            if len(rows[0]) != len(rows[1]):
-                raise Problem(f"{o.new} has {len(rows[0])} rows, {o.old} has {len(rows[1])}; "
-                              "one per prompt is needed")
-            rows = compare(*rows)
-            say(f"{sum(row['kept'] for row in rows)} of {len(rows)} comparisons kept")
-        run.write_rows(o.out, rows)
+        made, without = preference_pairs(*rows) if o.samples else (compare(*rows), 0)
+        run.write_rows(o.out, made)
+        say(f"{len(made)} pairs; {without} prompts gave none" if o.samples else
+            f"{sum(row['kept'] for row in made)} of {len(made)} comparisons kept")
     say(f"{o.out} is complete")
 
 

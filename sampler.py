@@ -5,15 +5,13 @@
 
 A fixed number of rows decodes together, each with a slot in the key-value cache. A prompt is prefilled once
 and its keys and values are copied into the slots of all its samples; a row that has finished leaves and the
-next one takes its slot.
+next one takes its slot. To follow one token: `generate` draws it (`draw`), `Slots.step` runs the model on it,
+and in each layer `Slots.attend` adds its key and value to the cache and attends to what its row has there.
 
 A draw depends on (seed, prompt, sample index, position) and on nothing else: its random number is a hash of
 them. So the order, the number of processes and an interruption change nothing, and the batch size changes
-results through rounding alone. tests/test_sampler.py has the same thing written slowly and obviously, and
-holds `generate` to it token for token.
-
-To follow one token: `generate` draws it (`draw`), `Slots.step` runs the model on it, and in each layer
-`Slots.attend` adds its key and value to the cache and attends to what its row has there.
+results through rounding alone. tests/test_sampler.py has the same written slowly and obviously, and holds
+`generate` to it token for token.
 
 Left out on purpose: top-k, repetition penalties, beams.
 """
@@ -189,7 +187,7 @@ def prefill(model, prompts):
     packed, kept = collate([alone(prompt) for prompt in prompts], model.device), {}
     logits = model(**packed["inputs"], kept=kept, logits_to_keep=packed["last"], use_cache=False).logits[0]
     split = [len(prompt) for prompt in prompts]
-    layers = {layer: [*zip(keys.split(split, 1), values.split(split, 1))] for layer, (keys, values) in kept.items()}
+    layers = {layer: [*zip(k.split(split, 1), v.split(split, 1))] for layer, (k, v) in kept.items()}
     return [({layer: own[p] for layer, own in layers.items()}, logits[p]) for p in range(len(prompts))]
 
 
@@ -283,7 +281,7 @@ def stop_tokens(folder, tokenizer):
         ids = None
     ids = [i for i in [*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id] if i is not None]
     if not all(type(i) is int for i in ids):
-        raise Problem(f"{folder}: eos_token_id {ids!r:.40} in generation_config.json: token numbers are needed")
+        raise Problem(f"{folder}: eos_token_id {ids!r:.40} in generation_config.json is no token's number")
     return sorted({*ids})
 
 
@@ -317,14 +315,14 @@ def sample(folder, prompts, path, *, samples, temperature, top_p, max_new_tokens
 
     def work(block):
         prompts, encoded = zip(*block)
-        keys = np.array([[seed_of(seed, prompt_id(p), m) for m in range(samples)] for p in prompts], np.uint64)
-        responses = generate(model, encoded, keys, stop_ids=stop_ids, temperature=temperature, top_p=top_p,
-                             max_new_tokens=max_new_tokens, rows=rows)
+        keys = [[seed_of(seed, prompt_id(prompt), m) for m in range(samples)] for prompt in prompts]
+        responses = generate(model, encoded, np.array(keys, np.uint64), stop_ids=stop_ids, rows=rows,
+                             temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
         for prompt, tokens in zip(prompts, responses):
             for index, ids in enumerate(tokens):
-                yield dict(prompt=prompt, index=index,
-                           response=tokenizer.decode(ids, skip_special_tokens=True),
-                           tokens=len(ids), finished=ids[-1] in stop_ids, policy=str(folder))
+                text = tokenizer.decode(ids, skip_special_tokens=True)
+                yield dict(prompt=prompt, index=index, response=text, tokens=len(ids),
+                           finished=ids[-1] in stop_ids, policy=str(folder))
 
     run.in_blocks(list(zip(prompts, encoded)), block_size(len(prompts), rows / samples), path, work,
                   f"sampling {Path(path).name.split('.')[0]}")

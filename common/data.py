@@ -205,8 +205,8 @@ def read_prompts(source):
 
 
 def read_pairs(source):
-    """Preference pairs: rows with `prompt`, and `chosen` and `rejected` as text. In the file these are text, or
-    messages with or without the prompt's in front (UltraFeedback, TRL)."""
+    """Preference pairs: rows with `prompt`, and `chosen` and `rejected` as text. In the file these are text,
+    or messages with or without the prompt's in front (UltraFeedback, TRL)."""
     pairs, equal, in_front = [], 0, 0
     for where, row in read_rows(source):
         row = {name: value for name, value in row.items() if value is not None}  # parquet fills up with null
@@ -217,7 +217,7 @@ def read_pairs(source):
         pairs.append({**row, "prompt": prompt, **answers})
         equal += answers["chosen"] == answers["rejected"] or not all(map(str.strip, answers.values()))
         in_front += isinstance(prompt, str) and all(text.startswith(prompt) for text in answers.values())
-    for count, what in (equal, "equal answers, or an empty one"), (in_front, "the prompt in both answers' front"):
+    for count, what in (equal, "equal answers, or an empty one"), (in_front, "the prompt before both answers"):
         if count:
             say(f"WARNING: {source}: {count} of {len(pairs)} pairs have {what}")
     return pairs
@@ -259,7 +259,7 @@ def load_tokenizer(folder):
     except Exception as error:
         raise Problem(f"{folder}: no tokenizer could be loaded ({first_line(error)})") from None
     if not tokenizer.chat_template:
-        raise Problem(f"{folder}: the tokenizer has no chat template; add a chat_template.jinja to the folder")
+        raise Problem(f"{folder}: the tokenizer has no chat template (add chat_template.jinja to the folder)")
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
         raise Problem(f"{folder}: a fast tokenizer (tokenizer.json) with an EOS token is needed")
     tokenizer.backend_tokenizer.no_truncation()  # a saved limit would cut chats in silence
@@ -295,7 +295,8 @@ def encode_chat(tokenizer, prompt, response=None, finished=True, whole=False):
         between = before[len(head):]  # a space belongs to the answer; words would be put into its mouth
         text = head + (between if between.isspace() else "") + response
         content_end, text = len(text), text + tail
-    encoded = (special.twin if literal else tokenizer.backend_tokenizer).encode(text, add_special_tokens=False)
+    backend = special.twin if literal else tokenizer.backend_tokenizer
+    encoded = backend.encode(text, add_special_tokens=False)
     ids, offsets = encoded.ids, encoded.offsets
     if ids[:1] != special.bos:
         ids, offsets = special.bos + ids, [(0, 0)] * len(special.bos) + offsets
@@ -328,7 +329,7 @@ def render(tokenizer, messages, literal, **options):
 
 @functools.lru_cache(4)  # each phase loads a tokenizer of its own
 class Special:
-    """A tokenizer's special tokens: their ids, a pattern that finds their texts, and [BOS] if it begins with it.
+    """A tokenizer's special tokens: their ids, a pattern of their texts, and [BOS] where it begins with it.
 
     One that somebody spells in a chat ("</s>" in a user's text) is text like any other, and ends no turn. For
     such chats those that the template writes get secret names, and the tokenizer has a twin which knows them
@@ -351,8 +352,8 @@ class Special:
         try:
             return Tokenizer.from_str(state)
         except Exception as error:
-            raise Problem(f"{self.tokenizer.name_or_path}: a chat spells a special token, which this tokenizer "
-                          f"can't tell from a real one ({first_line(error)})") from None
+            raise Problem(f"{self.tokenizer.name_or_path}: a chat spells a special token, and this tokenizer "
+                          f"can't tell it from a real one ({first_line(error)})") from None
 
     def name(self, text, kind="real"):
         return self.texts.sub(lambda it: f"\ue000{self.secret}{kind}{it[0].encode().hex()}\ue001", text)

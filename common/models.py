@@ -50,8 +50,7 @@ def check_policy(folder):
 
 
 def check_reward(folder, fresh_head=False):
-    """Refuse, by its config, a model with a head of several labels, or with none unless `fresh_head`;
-    returns the config."""
+    """Refuse, by its config, a head of several labels, or none unless `fresh_head`; returns the config."""
     config = config_of(folder)
     kind = (config.architectures or ["?"])[0]
     if not kind.endswith("ForSequenceClassification"):
@@ -71,9 +70,8 @@ def context_of(folder, config=None):
     if not hasattr(config, "max_position_embeddings"):
         raise Problem(f"{folder}: {config.model_type} models are not supported (no max_position_embeddings)")
     rope = getattr(config, "rope_parameters", None) or {}
-    ropes = [rope, *rope.values()]  # one for all layers, or one for each kind of layer
-    ends = [rope["original_max_position_embeddings"] for rope in ropes
-            if isinstance(rope, dict) and rope.get("rope_type") == "longrope"]
+    ends = [kind["original_max_position_embeddings"] for kind in (rope, *rope.values())  # all layers', or kinds'
+            if isinstance(kind, dict) and kind.get("rope_type") == "longrope"]
     chunk = getattr(config, "attention_chunk_size", None) or math.inf
     return min(config.max_position_embeddings, chunk, *ends)
 
@@ -89,7 +87,7 @@ def prompts_that_fit(folder, prompts, answer=1):
                       f"{answer}; the shortest has {min(lengths)}")
     if len(fit) < len(prompts):
         say(f"{len(prompts) - len(fit)} of {len(prompts)} prompts are too long for {folder} and left out")
-    return [prompt for prompt, _ in fit], [length for _, length in fit]
+    return map(list, zip(*fit))
 
 
 def bytes_of(folder):
@@ -98,7 +96,7 @@ def bytes_of(folder):
 
 
 def disk_needed(o, policy, rm, steps):
-    """Bytes that the models of a run take at most. o: mt.Options; policy, rm: bytes of one; steps: of a DPO."""
+    """Bytes that a run's models take at most. o: mt.Options; policy, rm: bytes of one; steps: of a DPO."""
     checkpoints = steps // o.save_every + 1 if o.select else 1
     return o.rounds * (2 * policy + o.update_rm * rm) + checkpoints * policy
 
@@ -142,10 +140,9 @@ def _load(kind, folder, config, training):
         if rank() == 0:
             model, info = kind.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="sdpa",
                                                use_safetensors=True, output_loading_info=True)
-            missing = [name for name in info["missing_keys"] if not name.startswith("score.")
-                       or (config.architectures or [""])[0].endswith("ForSequenceClassification")]
-            if missing:
-                raise ValueError(f"weights are missing: {', '.join(sorted(missing)[:3])}")
+            headless = not (config.architectures or [""])[0].endswith("ForSequenceClassification")
+            if missing := sorted(n for n in info["missing_keys"] if not (headless and n.startswith("score."))):
+                raise ValueError(f"weights are missing: {', '.join(missing[:3])}")
         else:
             with torch.device("meta"):
                 model = kind.from_config(config, dtype=dtype, attn_implementation="sdpa")
@@ -158,11 +155,8 @@ def _load(kind, folder, config, training):
 
 # ---------------------------------------------------------------- saving
 def save(root, source, folder):
-    """A folder that from_pretrained and vLLM load; tokenizer and template come from the folder `source`.
-
-    Weights are rounded to the precision that `source` had: the next phase starts from what this one used. The
-    config comes last: a folder with a config.json is whole.
-    """
+    """A folder that from_pretrained and vLLM load; tokenizer and template come from the folder `source`. Weights
+    are rounded to the precision that `source` had. The config comes last: a folder with one is whole."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(root, options=options) if dist.is_initialized() else root.state_dict()
     if rank() == 0:

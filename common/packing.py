@@ -3,8 +3,8 @@
 A Row is a prompt (the trunk) with its answers (the branches): the two of a pair, or five samples. `collate`
 lays the tokens of many rows end to end as one sequence. Everything in a transformer but attention treats
 tokens one by one, so attention alone must know where a chat begins and ends: it takes the chats apart again,
-attends in each as usual and puts the results back. Models in which tokens meet in other ways are refused by
-common/probe.py, which holds every model to plain forward passes of itself.
+attends in each as usual and puts the results back. common/probe.py refuses models in which tokens meet in
+other ways.
 
 Left out on purpose: attention kernels of our own, sinks and caps.
 """
@@ -52,10 +52,8 @@ def alone(ids):
 def pair_rows(tokenizer, pairs, max_length, unfinished=False):
     """Preference pairs -> (rows of two branches, chosen first; the pairs of these rows). Pairs of which
     either side is longer than `max_length` tokens are left out; if all are, that is a Problem.
-
     unfinished: a response that was cut off carries no stop token (policies learn from it); else every answer
-    ends properly, with the whole of the template, as reward models expect.
-    """
+    ends properly, with the whole of the template, as reward models expect."""
     def encode(number):
         pair = pairs[number]
         chats = [encode_chat(tokenizer, pair["prompt"], pair[side],
@@ -73,10 +71,10 @@ def pair_rows(tokenizer, pairs, max_length, unfinished=False):
 
 
 def how_many(kept, total):
-    """How many of the pairs are short enough, in words."""
-    if total - kept <= total / 10:
-        return f"{kept} pairs ({total - kept} too long)"
-    return f"{kept} pairs; WARNING: {total - kept} OF {total} ARE TOO LONG AND LEFT OUT"
+    """How many of the pairs are short enough, in words, loud ones if a tenth is not."""
+    much = total - kept > total / 10
+    return f"{kept} pairs; WARNING: {total - kept} OF {total} ARE TOO LONG AND LEFT OUT" if much else \
+        f"{kept} pairs ({total - kept} too long)"
 
 
 def check_context(rows, model, folder, mend="set a smaller --max_length"):
@@ -188,8 +186,7 @@ AttentionInterface.register("packed", attention)
 
 def decoder(model):
     """A model without its head."""
-    body = model.base_model if model.base_model is not model else model.model
-    return body.get_decoder()
+    return (model.base_model if model.base_model is not model else model.model).get_decoder()
 
 
 def hidden_states(model, packed):
@@ -204,10 +201,9 @@ def response_logits(model, packed):
 
 # ---------------------------------------------------------------- log-probabilities
 class TokenLogps(torch.autograd.Function):
-    """(N, H) hidden states, (V, H) head, (N,) targets -> (N,) log-probabilities in fp32. By definition it is
+    """(N, H) hidden states, (V, H) head, (N,) targets -> (N,) log-probabilities in fp32. By definition that is
 
-        logits = (hidden @ head.T).float()
-        logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        (hidden @ head.T).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
     Here it is done a tile of the vocabulary at a time, so the logits of all tokens never exist at once. The
     backward pass computes them again, unless they fitted into one tile.

@@ -85,17 +85,15 @@ def start():
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if torch.cuda.is_available():
         if local_world > torch.cuda.device_count():
-            raise Problem(f"{local_world} processes, but {torch.cuda.device_count()} GPUs; "
-                          "set torchrun's --nproc-per-node")
+            raise Problem(f"{local_world} processes on {torch.cuda.device_count()} GPUs: set --nproc-per-node")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     else:
         keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:  # more threads than cores are far slower
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    patience = timedelta(hours=6)  # a process without a block left waits for the last blocks of the others
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        dist.init_process_group(backend, timeout=patience)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # processes without a block left wait for the others' last ones
+        dist.init_process_group(backend, timeout=timedelta(hours=6))
     elif torch.cuda.is_available():  # a group of one, since FSDP is what makes training bf16
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 

@@ -1,8 +1,6 @@
-"""Every model is held to plain forward passes of itself when it is used for the first time, by the processes
-and in the shards that use it. Models in which tokens meet outside attention, or whose attention does what ours
-doesn't, differ there, and are refused in one line.
-
-docs/models.md says which families are equal, and which are refused.
+"""Every model is held to plain forward passes of itself at its first use, by the processes and in the shards
+that use it. Models in which tokens meet outside attention, or whose attention does what ours doesn't, differ
+there and are refused in one line. docs/models.md says which families are equal, and which are refused.
 """
 from contextlib import contextmanager
 
@@ -85,10 +83,10 @@ def verify(model):
     rows = probe_rows(model)
     packed = collate(rows, model.device)
     with trial(model, "packed attention"):
-        hidden, logits = zip(*(plain_pass(model, row.trunk + branch) for row in rows for branch in row.branches))
+        hidden, logits = zip(*(plain_pass(model, r.trunk + branch) for r in rows for branch in r.branches))
         cuts = [len(row.trunk) - 1 for row in rows for _ in row.branches]
         ours = hidden_states(model, packed)[packed["sources"]]
-        compare(ours, torch.cat([h[cut:-1] for cut, h in zip(cuts, hidden)]))
+        compare(ours, torch.cat([h[c:-1] for c, h in zip(cuts, hidden)]))
     with trial(model, "head"):
         if hasattr(model, "score"):
             last, weight = torch.stack([h[-1] for h in hidden]).float(), model.score.weight.float()
@@ -100,6 +98,5 @@ def verify(model):
             rounding = 1e-6 if logits[0].dtype == torch.float32 else 5e-3  # of kernels for other shapes
             head = head.bias is None and off(F.linear(hidden[0], head.weight), logits[0]).item() < rounding
             if not head:
-                compare(response_logits(model, packed),
-                        torch.cat([x[cut:-1] for cut, x in zip(cuts, logits)]))
+                compare(response_logits(model, packed), torch.cat([x[c:-1] for c, x in zip(cuts, logits)]))
     model.plain_head = head

@@ -144,7 +144,7 @@ def write_rows(path, rows):
 
 
 def link(path, target):
-    """A relative symbolic link, so that a folder can be moved with what its links lead to. For one process."""
+    """A relative symbolic link, so that what holds both can be moved. For one process."""
     temporary = Path(path).with_name(f".{Path(path).name}.tmp")
     delete(temporary)
     temporary.symlink_to(os.path.relpath(Path(target).resolve(), temporary.parent.resolve()))
@@ -217,7 +217,7 @@ def _claim(path, options, more):
 
 
 def lock(path):
-    """Hold `path` until this process ends, however it ends. If another process holds it, that is a Problem."""
+    """Hold `path` until this process ends, however it ends. If another one holds it, that is a Problem."""
     try:
         LOCKS[path] = open(path.with_name(f".{path.name}.lock"), "a")  # closing it would let go
         fcntl.lockf(LOCKS[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -230,8 +230,9 @@ def lock(path):
 def sources():
     """{file: digest} of the script and of the project's modules in use, without those that only look."""
     files = {Path(m.__file__).resolve() for m in [*sys.modules.values()] if getattr(m, "__file__", None)}
+    ours, script = (HOME, HOME / "common", HOME / "variants"), Path(sys.argv[0]).resolve()
     return {os.path.relpath(file, HOME): code_digest(file) for file in sorted(files - {HOME / "eval.py"})
-            if file.parent in (HOME, HOME / "common", HOME / "variants") or file == Path(sys.argv[0]).resolve()}
+            if file.parent in ours or file == script}
 
 
 def code_digest(file):
@@ -327,7 +328,7 @@ def _end(o, path, facts, seconds, begun):
 
 
 def to_delete(out, results, name):
-    """What to delete so that a result and all that was made after it is made anew, in later steps as a whole."""
+    """What to delete so that a result, and all that was made after it, is made anew; later steps as a whole."""
     later = map(Path, [*results][[*results].index(name):])  # a result stands behind what it was made from
     paths = {p if p.parent == Path(name).parent else Path(*p.parts[:2]) for p in later}
     return f"to make it again delete {' '.join(sorted(str(out / p) for p in paths if (out / p).exists()))}"

@@ -1,7 +1,5 @@
 """The embedded task: poems in a tiny English, and everything that a run on it needs, without a download.
-
-    torchrun mt.py --rounds 3                     # uses it when no --policy is given
-    python toy.py --seed 0 --out runs/toy-base    # the base policy and reward model alone
+`torchrun mt.py --rounds 3` uses it when no --policy is given.
 
 A prompt asks for some lines in a mood about a topic, and may name a reader to greet and a guest to let in:
 
@@ -35,11 +33,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 import reward
 from common import models, run, training
-from common.data import Problem, encode_chat, read_jsonl, read_pairs, write_jsonl
+from common.data import encode_chat, read_jsonl, read_pairs, write_jsonl
 from common.packing import collate, pack
-from common.parallel import barrier, device, rank, say
+from common.parallel import Problem, barrier, device, rank, say
 from common.run import option
-from common.training import shard
 from dpo import ResponseLogps
 from sampler import sample
 
@@ -219,11 +216,10 @@ def build(seed, script=__file__):
         say(f"making the base models of the embedded task in {folder} (about a minute, once)")
         if rank() == 0:
             run.delete(folder)
-            clean = {k: v for k, v in os.environ.items() if k not in (
-                "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+            alone = {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0",
+                     "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
             command = [sys.executable, script, "--seed", str(seed), "--out", str(folder)]
-            one = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-            if subprocess.run(command, env=clean | one).returncode:
+            if subprocess.run(command, env=os.environ | alone).returncode:
                 raise Problem("the base models could not be made; the reason stands above")
         barrier()
     return dict(policy=str(folder / "policy"), rm=str(folder / "rm"), prompts=str(folder / "prompts.jsonl"))
@@ -238,7 +234,7 @@ def write_demonstrator(prompts, seed, folder, log, more=(), more_words=()):
     words.save_pretrained(folder)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="packed").eval()
     model.stored_dtype = torch.float32
-    model = shard(ResponseLogps(model))
+    model = training.shard(ResponseLogps(model))
     chats = [*((prompt, demonstration(prompt, rng)) for prompt in prompts), *more]
     rows = [pack([encode_chat(words, *chat)]) for chat in chats]
     tokens = [len(row.branches[0]) - row.starts[0] for row in rows]
@@ -262,8 +258,7 @@ def write_preferences(policy, prompts, seed, path):
         if a["response"] != b["response"]:
             chance = 1 / (1 + math.exp(appeal(b) - appeal(a)))
             chosen, rejected = (a, b) if rng.random() < chance else (b, a)
-            pairs.append({"prompt": a["prompt"], "chosen": chosen["response"],
-                          "rejected": rejected["response"]})
+            pairs.append(dict(prompt=a["prompt"], chosen=chosen["response"], rejected=rejected["response"]))
     write_jsonl(path, pairs)
 
 
@@ -279,7 +274,7 @@ def appeal(row):
 @dataclass
 class Options:
     out: str = option(help="folder for the base policy, the base reward model and the prompts")
-    seed: int = 0
+    seed: int = option(0)
 
 
 def main():

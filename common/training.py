@@ -2,9 +2,8 @@
 
 dpo.py and reward.py hand the loop a loss, and so does the embedded task for the supervised training of its
 base policy. The loss is averaged over the global batch, so results don't depend on the number of processes or
-on the size of micro-batches.
-
-On GPUs weights are fp32 and the computation is bf16; on CPUs all is fp32. One process on a CPU is not sharded.
+on the size of micro-batches. On GPUs weights are fp32 and the computation is bf16, on CPUs all is fp32; one
+process on a CPU is not sharded.
 
 Left out on purpose: other optimisers, weight decay, CPU offload, going on within an epoch.
 """
@@ -39,7 +38,6 @@ def steps_of(lengths, batch, micro_batch, seed, epochs=1, counts=None):
 
     lengths: of the rows, in tokens. batch: rows per step over all processes. micro_batch: rows per forward
     pass and process. counts: what the mean is over, of each row, its tokens for example (default: the rows).
-
     The order is the same in all processes, and nothing is dropped: the last batch of an epoch is smaller. All
     processes have the same number of micro-batches, as collectives need, filled up with shares of 0.
     """
@@ -61,8 +59,8 @@ def steps_of(lengths, batch, micro_batch, seed, epochs=1, counts=None):
 def optimise(model, steps, loss, *, lr, log, shown="", first_loss=None):
     """Take the steps of `steps_of` by AdamW; yields the number of each, from 1, when it is done.
 
-    loss(numbers) -> losses (B,), {metric: (B,)}: of the rows with these numbers, which are one micro-batch of
-    one process. first_loss: what the mean loss of the first step must be. shown: the metrics in a step's line.
+    loss(numbers) -> losses (B,), {metric: (B,)}: of the rows with these numbers, which are one micro-batch
+    of one process. first_loss: what the first step's mean loss must be. shown: the metrics in a step's line.
     """
     if isinstance(model, FSDPModule):
         model.reshard()  # a forward pass before, of a reference, leaves the root's parameters gathered
@@ -83,19 +81,20 @@ def optimise(model, steps, loss, *, lr, log, shown="", first_loss=None):
                 sums[name] += (values.detach() @ shares).item()
             sums["tokens"] += micro.tokens
             sums["batch"] += sum(share > 0 for share in micro.shares)
-        grad_norm = clip(model)
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.step()
         optimizer.zero_grad()
 
+        grad_norm = (grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm).item()
         metrics = dict(zip(sums, sum_over_processes(sums.values())))
         num_tokens += int(metrics.pop("tokens"))
         check(metrics["loss"], grad_norm, number, first_loss)
         line = dict(step=number, steps=len(steps), batch=int(metrics.pop("batch")), **metrics,
                     learning_rate=learning_rate, grad_norm=grad_norm, num_tokens=num_tokens)
         log(**line)
-        text = f"loss {{loss:.4f}}  {shown}grad_norm {{grad_norm:.2f}}  lr {{learning_rate:.2e}}".format(**line)
+        text = f"loss {{loss:.4f}}  {shown}grad_norm {{grad_norm:.2f}}  lr {learning_rate:.2e}".format(**line)
         bar.set_postfix_str(text)
         if not sys.stderr.isatty():  # there is no bar
             say(f"step {number}/{len(steps)}  {text}")
@@ -112,24 +111,17 @@ def check(loss, grad_norm, number, first_loss):
     for name, value in (("loss", loss), ("grad_norm", grad_norm)):
         if not math.isfinite(value):
             raise Problem(f"the {name} of step {number} is {value}; try a smaller learning rate")
-    tolerance = 1e-3 if torch.cuda.is_available() else 1e-6  # of bf16 and of fp32
-    if number == 1 and first_loss is not None and abs(loss - first_loss) > tolerance * max(1, abs(first_loss)):
-        raise Problem(f"the loss of step 1 is {loss:.7f} and not {first_loss:.7f}: "
-                      "the policy differs from its own reference")
+    if number == 1 and first_loss is not None:
+        tolerance = (1e-3 if torch.cuda.is_available() else 1e-6) * max(1, abs(first_loss))  # bf16, fp32
+        if abs(loss - first_loss) > tolerance:
+            raise Problem(f"the loss of step 1 is {loss:.7f} and not {first_loss:.7f}: "
+                          "the policy differs from its own reference")
 
 
 def cosine(step, steps, warmup=0.1):
     """Factor of the learning rate in step 0 … steps−1: linear warm-up, then half a cosine towards 0."""
     ramp = math.ceil(warmup * steps)
-    if step < ramp:
-        return (step + 1) / ramp
-    return 0.5 * (1 + math.cos(math.pi * (step - ramp) / (steps - ramp)))
-
-
-def clip(model, max_norm=1.0):
-    """Clip the gradient to max_norm; returns its norm before."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+    return (step + 1) / ramp if step < ramp else 0.5 * (1 + math.cos(math.pi * (step - ramp) / (steps - ramp)))
 
 
 def sum_over_processes(values):
@@ -146,9 +138,7 @@ BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float
 
 def shard(root, recompute=False):
     """FSDP2 over all processes. `root` wraps a model (root.model); only root's forward fires FSDP's hooks.
-
-    recompute: gradient checkpointing, a decoder layer's activations are computed again in the backward pass.
-    """
+    recompute: gradient checkpointing, a layer's activations are computed again in the backward pass."""
     if not dist.is_initialized():
         wrap(root, recompute)
         return root.to(device())
@@ -159,8 +149,8 @@ def shard(root, recompute=False):
     mesh = init_device_mesh(device().type, (world(),))
     wrap(root, recompute, mesh, BF16 if device().type == "cuda" else MixedPrecisionPolicy())
     root.to_empty(device=device())
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(root, weights, options=options)
+    set_model_state_dict(root, weights, options=StateDictOptions(
+        full_state_dict=True, broadcast_from_rank0=True))
     for ours, rank0s in zip(root.buffers(), buffers):  # RoPE's frequencies are in no checkpoint
         dist.broadcast(rank0s, 0)
         ours.copy_(rank0s)
@@ -184,13 +174,11 @@ def wrap(root, recompute, mesh=None, precision=None):
 
 
 def kept_whole(parameters, memory, processes, width):
-    """Whether each process keeps the whole gradient between the micro-batches of a step, and the whole
-    weights: (bool, bool). That spares communication and costs memory.
-
-    A parameter's shard is 16 bytes (fp32: weight, gradient, Adam's two moments) over the number of processes.
-    Its whole gradient is 4 bytes more, its whole weight `width`. Two thirds of the memory may go into that;
-    the rest is for activations. 8 B on eight GPUs of 80 GB: the gradient, which makes it 48 GB, and not the
-    weights, which would make it 64 of 86.
+    """Whether each process keeps the whole gradient, and the whole weights, between the micro-batches of a step:
+    (bool, bool). That spares communication and costs memory. A parameter's shard is 16 bytes (fp32: weight,
+    gradient, Adam's two moments) over the number of processes, its whole gradient 4 more, its whole weight
+    `width`. Two thirds of the memory may go into that; the rest is for activations. 8 B on eight GPUs of 80
+    GB: the gradient, which makes it 48 GB, and not the weights, which would make it 64 of 86.
     """
     room = memory * 2 / 3 / parameters - 16 / processes
     return 4 <= room, 4 + width <= room
