@@ -38,8 +38,8 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
 
 
 class ResponseLogps(torch.nn.Module):
-    """A causal LM as a function from packed rows (packing.collate) to log π(y|x) of each answer (answers,), in
-    fp32: the sum over its tokens."""
+    """A causal LM as a function from packed rows (packing.collate) to log π(y|x), the sum over an answer's tokens
+    in fp32, of each answer (answers,)."""
     def __init__(self, model):
         super().__init__()
         self.model = model

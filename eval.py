@@ -1,4 +1,4 @@
-"""Look at models and runs.
+"""Look at models and runs. `import eval` hides a builtin: write `from eval import …`.
 
     python eval.py winrate --policy runs/mt/policy --baseline MODEL --rm RM --prompts prompts.jsonl
     python eval.py accuracy --rm RM --pairs pairs.jsonl
@@ -11,11 +11,10 @@
     python eval.py report runs/mt                      # or several: RUN RUN --out page.html
 
 winrate: a response of each policy to every prompt, judged by a reward model. accuracy: of a reward model on
-labelled pairs; both also where the two answers are of similar length. rewardbench: a reward model on the file
-of RewardBench. alpaca-generate, arena-generate: a policy's answers as AlpacaEval's model_outputs.json and as
-Arena-Hard v0.1's answer file, for a judge that is not ours; alpaca, arena: the scores from what it said.
-agreement: how often a run's reward models agree with gold, or with each other, on answers of its policies.
-report: a run's tables, its picture and its page. `import eval` hides a builtin: write `from eval import …`.
+labelled pairs; both also where the two answers are of similar length. rewardbench: a reward model on that
+benchmark's file. alpaca-generate, arena-generate: a policy's answers as AlpacaEval and Arena-Hard v0.1 read
+them, for a judge that is not ours; alpaca, arena: the scores from what it said. agreement: how often a run's
+reward models agree with gold, or with each other. report: a run's tables, its picture and its page.
 """
 import sys
 from dataclasses import dataclass, replace
@@ -34,7 +33,7 @@ from evals.arena import Arena, ArenaGenerate, arena, arena_generate
 from evals.plots import can_plot, draw_picture
 from evals.report import SHOWN, write_page
 from evals.rewardbench import RewardBench, judge_pairs, rewardbench
-from evals.stats import JSON, publish, shares, standard_error
+from evals.stats import JSON, means, publish, shares, standard_error
 from filter import wins
 from reward import sample_and_score
 
@@ -69,15 +68,17 @@ def winrate(o):
         path = out / f"{side}.jsonl"
         if not exists(path):
             sample_and_score(o, folder, judge, prompts, 1, f"{o.seed}/{side}", path)
-        rows[side] = [row | {"reward": row["score"], "characters": len(row["response"])} for row in read_jsonl(path)]
+        rows[side] = [row | {"reward": row["score"], "characters": len(row["response"])}
+                      for row in read_jsonl(path)]
     # Tokens are each policy's own, so two policies are compared by characters.
-    rewards, characters = ([[row[name] for row in some] for some in rows.values()] for name in ("reward", "characters"))
-    won = wins(*rewards)
+    column = {name: [np.array([row[name] for row in some]) for some in rows.values()]
+              for name in ("reward", "characters")}
+    won = wins(*column["reward"])
     say(f"{len(prompts)} prompts, win rate {won.mean():.4f}")
-    found = shares(won, "win_rate", *map(np.array, characters))
-    for side, some in rows.items():
+    found = shares(won, "win_rate", *column["characters"])
+    for (side, some), rewards in zip(rows.items(), column["reward"]):
         found[side] = means(some, "reward", "tokens", "characters", "finished")
-        say(f"{side:9} reward {found[side]['reward']:8.4f} ± {standard_error([row['reward'] for row in some]):.4f}")
+        say(f"{side:9} reward {rewards.mean():8.4f} ± {standard_error(rewards):.4f}")
     publish(found, o.json)
 
 

@@ -111,7 +111,7 @@ def link_last(o, policy, rm):
     run.on_rank0(run.link, Path(o.out) / "rm", rm)
 
 
-# ---------------------------------------------------------------- phases: each makes the file or folder `path`
+# ---------------------------------------------------------------- phases: each makes the result `path`
 @phase
 def split(o, path):
     """Shuffle the prompts once; D_MS first (select.jsonl), the rest in three equal subsets."""
@@ -122,8 +122,8 @@ def split(o, path):
     prompts, _ = models.prompts_that_fit(o.policy, prompts)
     third = (len(prompts) - o.select_prompts) // 3
     if third < 1:
-        raise Problem(f"{o.prompts}: {len(prompts)} different prompts; --select_prompts {o.select_prompts} and "
-                      f"three subsets need at least {o.select_prompts + 3}")
+        raise Problem(f"{o.prompts}: {len(prompts)} different prompts; --select_prompts {o.select_prompts} "
+                      f"and three subsets need at least {o.select_prompts + 3}")
     need = models.disk_needed(o, *map(models.bytes_of, (o.policy, o.rm)), -(-third // o.policy_batch))
     free = shutil.disk_usage(o.out).free
     say(f"models: up to {need / 1e9:.2f} GB will be written; {free / 1e9:.2f} GB are free"
@@ -143,9 +143,8 @@ def scored_samples(o, policy, rm, prompts, path, samples=1, judge=None):
     reward.sample_and_score(o, policy, rm, [row["prompt"] for row in read_jsonl(prompts)], samples,
                             f"{o.seed}/{run.name_of(o, path)}", path, judge)
     rows = read_jsonl(path)
-    found = means(rows, "score", "tokens", "finished")
-    run.log_of(o, path)(responses=len(rows), **found, num_tokens=sum(row["tokens"] for row in rows))
-    return "{} responses, reward {score:.3f}, {tokens:.1f} tokens, {finished:.1%} finished".format(len(rows), **found)
+    return "{} responses, reward {score:.3f}, {tokens:.1f} tokens, {finished:.1%} finished".format(
+        len(rows), **means(rows, "score", "tokens", "finished")), sum(row["tokens"] for row in rows)
 
 
 @phase
@@ -155,7 +154,7 @@ def make_pairs(o, samples, path):
     pairs, without = filter.preference_pairs(rows)
     if not pairs:
         raise Problem(f"{samples}: not one prompt gives a pair: all rewards or texts are equal")
-    run.log_of(o, path)(prompts_without_pair=without, **means(
+    run.log_of(o, path)(prompts_without_pair=without, **means(rows, "score", "tokens", "finished"), **means(
         pairs, "chosen_score", "rejected_score", "chosen_tokens", "rejected_tokens"))
     run.write_rows(path, pairs)
     return f"{len(pairs)} pairs, {without} prompts give none"

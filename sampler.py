@@ -106,22 +106,21 @@ class Slots:
     Row r's tokens lie at 0 … at[r] − 1, whatever the others' lengths: no padding, positions are indices. Its
     last one, token[r], is drawn but not yet in the cache. key[r] and drawn[r] are for drawing: the response's
     key and how many tokens it has. All that changes with every token stays on the device.
-    layers: {a layer's layer_idx in the model: its keys and values}. rows: the numbers of all rows.
+    layers: keys and values, in the order in which a model calls for attention. rows: the numbers of all rows.
     """
     def __init__(self, rows, capacity, device):
-        self.rows, self.capacity, self.layers = torch.arange(rows, device=device), capacity, {}
+        self.rows, self.capacity, self.layers = torch.arange(rows, device=device), capacity, []
         self.token, self.at, self.key, self.drawn = torch.zeros(4, rows, dtype=torch.long, device=device)
 
     def fill(self, rows, prompts, key=0):
         """Copy prefilled prompts, per layer keys and values (kv_heads, length, D), one into each row."""
-        for layer, (k, v) in prompts[0].items() if not self.layers else ():
-            self.layers[layer] = (k.new_zeros(len(self.rows), len(k), k.shape[2], self.capacity),
-                                  v.new_zeros(len(self.rows), len(v), self.capacity, v.shape[2]))
+        for k, v in prompts[0] if not self.layers else ():
+            self.layers.append((k.new_zeros(len(self.rows), len(k), k.shape[2], self.capacity),
+                                v.new_zeros(len(self.rows), len(v), self.capacity, v.shape[2])))
         for _, group in groupby(zip(rows, prompts), key=lambda pair: id(pair[1])):  # samples of one prompt
             some, (prompt, *_) = zip(*group)
             some = torch.tensor(some, device=self.at.device)
-            for layer, (k, v) in prompt.items():
-                keys, values = self.layers[layer]
+            for (keys, values), (k, v) in zip(self.layers, prompt):
                 keys[some, :, :, :k.shape[1]] = k.transpose(1, 2)
                 values[some, :, :v.shape[1]] = v
                 self.at[some] = k.shape[1]
@@ -131,7 +130,7 @@ class Slots:
     def keep(self, rows):
         """Close the gaps: from now on there are only these rows."""
         rows = torch.as_tensor(rows, device=self.at.device)
-        for layer, (keys, values) in self.layers.items():  # one by one: two caches never exist at once
+        for layer, (keys, values) in enumerate(self.layers):  # one by one: two caches never exist at once
             self.layers[layer] = keys[rows], values[rows]
         self.rows = self.rows[:len(rows)]
         self.token, self.at, self.key, self.drawn = (
@@ -147,15 +146,16 @@ class Slots:
             unseen = age < 0 if window is None else (age < 0) | (age >= window)
             return torch.zeros_like(age, dtype=torch.float32).masked_fill_(unseen, -torch.inf)[:, None, None]
 
-        logits = model(input_ids=self.token[:, None], position_ids=self.at[:, None],
-                       attend=partial(self.attend, width, bias), use_cache=False).logits[:, -1]
+        attend = partial(self.attend, width, bias, iter(self.layers))
+        logits = model(input_ids=self.token[:, None], position_ids=self.at[:, None], attend=attend,
+                       use_cache=False).logits[:, -1]
         self.at = (self.at + 1).clamp(max=self.capacity - 1)  # of free rows it means nothing
         return logits
 
-    def attend(self, width, bias, layer, query, key, value, scaling, window):
+    def attend(self, width, bias, layers, query, key, value, scaling, window):
         """Attention of this step's tokens (R, heads, 1, D) to their rows so far -> (R, 1, heads, D). The model
-        calls it in every layer, by way of packing.attention."""
-        keys, values = self.layers[layer]
+        calls it in every layer, by way of packing.attention; some models do so twice."""
+        keys, values = next(layers)
         keys[self.rows, :, :, self.at], values[self.rows, :, self.at] = key[:, :, 0], value[:, :, 0]
         grouped = query.reshape(len(query), keys.shape[1], -1, query.shape[-1])  # heads that share keys
         scaling = scaling or query.shape[-1]**-0.5
@@ -183,12 +183,12 @@ def cache_tokens(model):
 
 
 def prefill(model, prompts):
-    """Token lists -> per prompt ({layer: keys and values}, logits of its first response token)."""
-    packed, kept = collate([alone(prompt) for prompt in prompts], model.device), {}
+    """Token lists -> per prompt (keys and values per layer, logits of its first response token)."""
+    packed, kept = collate([alone(prompt) for prompt in prompts], model.device), []
     logits = model(**packed["inputs"], kept=kept, logits_to_keep=packed["last"], use_cache=False).logits[0]
-    split = [len(prompt) for prompt in prompts]
-    layers = {layer: [*zip(k.split(split, 1), v.split(split, 1))] for layer, (k, v) in kept.items()}
-    return [({layer: own[p] for layer, own in layers.items()}, logits[p]) for p in range(len(prompts))]
+    lengths = [len(prompt) for prompt in prompts]
+    layers = [zip(keys.split(lengths, 1), values.split(lengths, 1)) for keys, values in kept]
+    return list(zip(zip(*layers), logits))
 
 
 @torch.no_grad()
@@ -223,8 +223,7 @@ def beginnings(model, prompts, samples):
 
 
 def enter(slots, jobs, free, entering, keys):
-    """Put responses that wait (`beginnings`) into free rows; returns these rows and the logits (rows, V) of
-    their first tokens."""
+    """Put responses that wait (`beginnings`) into free rows: (these rows, logits (rows, V) of first tokens)."""
     new_jobs, starts, logits = zip(*entering)
     rows = free[:len(entering)]
     slots.fill(rows, starts, np.array([keys[job] for job in new_jobs], np.uint64).view(np.int64))
@@ -275,14 +274,13 @@ def generate(model, prompts, keys, *, stop_ids, temperature, top_p, max_new_toke
 # ---------------------------------------------------------------- the phase
 def stop_tokens(folder, tokenizer):
     """All EOS ids of the generation config, and the tokenizer's."""
-    try:
+    ids = None
+    if (Path(folder) / "generation_config.json").exists():
         ids = GenerationConfig.from_pretrained(folder).eos_token_id
-    except OSError:
-        ids = None
-    ids = [i for i in [*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id] if i is not None]
+    ids = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
     if not all(type(i) is int for i in ids):
-        raise Problem(f"{folder}: eos_token_id {ids!r:.40} in generation_config.json is no token's number")
-    return sorted({*ids})
+        raise Problem(f"{folder}: eos_token_id in generation_config.json is no token's number")
+    return ids
 
 
 def block_size(prompts, filling):
@@ -299,10 +297,7 @@ def block_size(prompts, filling):
 
 def sample(folder, prompts, path, *, samples, temperature, top_p, max_new_tokens, seed, rows):
     """One JSON line per response in the file `path`: prompt, index, response, tokens, finished, policy.
-
-    prompts: a list (text or messages). seed: a number or text; every phase of a run has its own.
-    rows: responses decoded at a time.
-    """
+    seed: a number or text; every phase of a run has its own. rows: responses decoded at a time."""
     tokenizer = load_tokenizer(folder)
     encoded = share_work(len(prompts), lambda i: array("i", encode_chat(tokenizer, prompts[i]).ids), "tokens")
     stop_ids = stop_tokens(folder, tokenizer)

@@ -45,7 +45,7 @@ def pack(chats):
 
 
 def alone(ids):
-    """A chat without siblings as a Row."""
+    """A chat without siblings, as a Row."""
     return Row(ids, [ids[:0]], [0])
 
 
@@ -64,17 +64,15 @@ def pair_rows(tokenizer, pairs, max_length, unfinished=False):
             return pack(chats)
 
     rows = share_work(len(pairs), encode, "tokens")
-    kept = [pair for pair, row in zip(pairs, rows) if row]
-    if not kept:
+    if not any(rows):
         raise Problem(f"none of {len(pairs)} pairs is short enough for --max_length {max_length}")
-    return [row for row in rows if row], kept
+    return [row for row in rows if row], [pair for pair, row in zip(pairs, rows) if row]
 
 
 def how_many(kept, total):
-    """How many of the pairs are short enough, in words, loud ones if a tenth is not."""
-    much = total - kept > total / 10
-    return f"{kept} pairs; WARNING: {total - kept} OF {total} ARE TOO LONG AND LEFT OUT" if much else \
-        f"{kept} pairs ({total - kept} too long)"
+    """How many of the pairs are short enough, in words, and in loud ones if a tenth is not."""
+    return f"{kept} pairs ({total - kept} too long)" if total - kept <= total / 10 else (
+        f"{kept} pairs; WARNING: {total - kept} OF {total} ARE TOO LONG AND LEFT OUT")
 
 
 def check_context(rows, model, folder, mend="set a smaller --max_length"):
@@ -84,18 +82,17 @@ def check_context(rows, model, folder, mend="set a smaller --max_length"):
         raise Problem(f"{folder}: a chat of {longest} tokens does not fit into its context of "
                       f"{model.context}; leave it out or {mend}")
     vocabulary = model.config.get_text_config().vocab_size
-    if max(max(tokens) for row in rows for tokens in (row.trunk, *row.branches) if len(tokens)) >= vocabulary:
+    if max(max(ids) for row in rows for ids in (row.trunk, *row.branches) if len(ids)) >= vocabulary:
         raise Problem(f"{folder}: the tokenizer has more tokens than the model's {vocabulary}")
 
 
 def collate(rows, device="cpu"):
     """Rows to one sequence of T tokens, as a dict.
 
-    inputs: for the model. input_ids, position_ids (1, T): positions go on from the trunk in every branch;
-    chats, places: see `attention`.
-    targets, sources, owners (N,): the responses' tokens, the index into T of the token that predicts each,
-    and the number of the answer that each belongs to.
-    last (answers,): index of each answer's last token.
+    inputs: for the model. input_ids, position_ids (1, T), where positions go on from the trunk in every branch,
+    and chats, places: see `attention`. targets, sources, owners (N,): the responses' tokens, the index into T
+    of the token that predicts each, and the number of the answer that each belongs to. last (answers,): the
+    index of each answer's last token.
     """
     ids, positions, chats, targets, sources, owners = [], [], [], [], [], []
     for trunk, branches, starts in rows:
@@ -150,10 +147,9 @@ def attention(module, query, key, value, attention_mask, scaling=None, sliding_w
     """Causal attention within each chat of a packed sequence: what models call in every layer under the name
     "packed", which models.py gives them. (1, heads, T, D), twice (1, kv_heads, T, D) -> (1, T, heads, D).
 
-    chats, places: the groups and places of `group_chats`, as tensors.
-    sliding_window: how many tokens each one sees, itself included.
-    kept: a dict, for the sampler; it gets each layer's keys and values.
-    attend: the sampler's attention to its cache, in the place of all this (sampler.py).
+    chats, places: of `group_chats`, as tensors. sliding_window: how many tokens each one sees, with itself.
+    kept: a list that gets the keys and values of each call, for the sampler's prefill. attend: the sampler's
+    attention to its cache, in the place of all this (sampler.py).
     """
     for name, option in options.items():
         if name not in HARMLESS and option is not None:
@@ -161,11 +157,11 @@ def attention(module, query, key, value, attention_mask, scaling=None, sliding_w
     if attention_mask is not None:
         raise Problem("attention has a mask of its own")
     if attend is not None:
-        return attend(module.layer_idx, query, key, value, scaling, sliding_window), None
+        return attend(query, key, value, scaling, sliding_window), None
     if chats is None:
         raise Problem("attention is told nothing of who shares a sequence")
     if kept is not None:
-        kept[module.layer_idx] = key[0], value[0]
+        kept.append((key[0], value[0]))
     results = []
     for chat in chats:
         q, k, v = (x[0].transpose(0, 1)[chat].transpose(1, 2) for x in (query, key, value))  # (C, …, L, D)

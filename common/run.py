@@ -164,7 +164,7 @@ def remove(*paths):
 
 # ---------------------------------------------------------------- run.json
 ROUNDING = "sample_batch score_batch micro_batch recompute".split()  # flags that change rounding at most
-LOCKS = {}  # path -> open file
+LOCKS = []  # open files, which hold the results that this process makes
 
 
 def note_of(path):
@@ -192,12 +192,13 @@ def claim(path, options, file=False, **more):
 
 
 def _claim(path, options, more):
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock(path.resolve())
     digest.cache_clear()
     settings = {k: v for k, v in asdict(options).items() if k not in ("out", "overwrite")}
-    new = dict(settings=settings, sources=sources(), versions=versions(), results={}, **more, inputs={
-        f"file of --{k}": digest(v) for k, v in settings.items() if isinstance(v, str) and os.path.isfile(v)})
+    inputs = {f"file of --{k}": digest(v) for k, v in settings.items() if os.path.isfile(str(v))}
+    new = dict(settings=settings, inputs=inputs, sources=sources(), **more, results={}, versions={
+        "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
+        "processes": world(), "device": str(device()), "commit": commit()})
     found = [p for p in ([path, parts_of(path)] if path.suffix == ".jsonl" else path.glob("*")) if p.exists()]
     if not note_of(path).exists() and found:
         raise Problem(f"{path} exists and was not written by this command; choose another --out")
@@ -218,37 +219,34 @@ def _claim(path, options, more):
 
 def lock(path):
     """Hold `path` until this process ends, however it ends. If another one holds it, that is a Problem."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    LOCKS.append(open(path.with_name(f".{path.name}.lock"), "a"))
     try:
-        LOCKS[path] = open(path.with_name(f".{path.name}.lock"), "a")  # closing it would let go
-        fcntl.lockf(LOCKS[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise Problem(f"{path} is in use by another process; wait, or choose another --out") from None
     except OSError:
-        pass  # a file system without locks; if it can't be written, the next line says so
+        pass  # a file system without locks
 
 
 def sources():
-    """{file: digest} of the script and of the project's modules in use, without those that only look."""
+    """{file: digest of its code} of the script and of the project's modules in use, without those that only
+    look. In a digest comments, docstrings and layout don't count."""
     files = {Path(m.__file__).resolve() for m in [*sys.modules.values()] if getattr(m, "__file__", None)}
-    ours, script = (HOME, HOME / "common", HOME / "variants"), Path(sys.argv[0]).resolve()
-    return {os.path.relpath(file, HOME): code_digest(file) for file in sorted(files - {HOME / "eval.py"})
-            if file.parent in ours or file == script}
+    ours, found = (HOME, HOME / "common", HOME / "variants"), {}
+    for file in sorted(f for f in files if (f.parent in ours or f == Path(sys.argv[0]).resolve()) and f.is_file()):
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+                node.body = node.body[1:] or [ast.Pass()]
+        found[os.path.relpath(file, HOME)] = hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
+    return {name: code for name, code in found.items() if name != "eval.py"}
 
 
-def code_digest(file):
-    """A digest of a Python file in which comments, docstrings and layout don't count."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
-            node.body = node.body[1:] or [ast.Pass()]
-    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
-
-
-def versions():
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    git = shutil.which("git") and subprocess.run(describe, cwd=HOME, text=True, capture_output=True).stdout
-    return {"python": sys.version.split()[0], "torch": torch.__version__, "processes": world(),
-            "transformers": transformers.__version__, "device": str(device()), "commit": (git or "").strip()}
+def commit():
+    if shutil.which("git"):
+        return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+                              cwd=HOME, text=True, capture_output=True).stdout.strip()
 
 
 @functools.cache  # until the next `claim`
@@ -270,7 +268,7 @@ def phase(work):
 
     sources: other results or parts of them; models from outside count as settings. A result that is not what
     was written, or whose sources have changed since, is a Problem that names what to delete. What `work`
-    returns is said beside the phase's seconds.
+    returns is said beside the phase's seconds; for a rate it may return (what to say, number of tokens).
     """
     @functools.wraps(work)
     def once(o, *arguments, **more):
@@ -297,11 +295,12 @@ def _begin(out, made_from, path):
     name = os.path.relpath(path, out)
     inside = [source for source in made_from if source.resolve().is_relative_to(out.resolve())]
     made_from = {os.path.relpath(source, out): digest(source) for source in inside}
+    leftovers = {*path.parent.glob(f"*{path.stem}.*")} - {path, *inside}  # of an attempt that was broken off
     with results_of(out) as results:
         entry = results.get(name)
         if not path.exists():
-            if entry and entry["made_from"] != made_from:  # what an attempt left was made from something else
-                delete(*{*path.parent.glob(f"*{path.stem}.*")} - {*inside})
+            if entry and entry["made_from"] != made_from:
+                delete(*leftovers)
             results[name] = {"made_from": made_from}
             return "again" if entry else "now"
         if not entry:
@@ -309,21 +308,24 @@ def _begin(out, made_from, path):
         changed = [source for source in made_from if entry["made_from"].get(source) != made_from[source]]
         if changed:
             raise Problem(f"{path} was made from another {out / changed[0]}; {to_delete(out, results, name)}")
-        if entry.setdefault("sha256", digest(path)) != digest(path):  # it has none if a kill came between
+        if "sha256" not in entry:  # a kill came between the result and this note
+            delete(*leftovers)
+        if entry.setdefault("sha256", digest(path)) != digest(path):
             raise Problem(f"{path} is not what was written; {to_delete(out, results, name)}")
     return ""
 
 
 def _end(o, path, facts, seconds, begun):
-    out, name, speed = Path(o.out), name_of(o, path), {}
+    out, name, line = Path(o.out), name_of(o, path), {"seconds": round(seconds, 3)}
     with results_of(out) as results:
         results[os.path.relpath(path, out)]["sha256"] = digest(path)
-    for row in log_lines(out / "metrics.jsonl") if begun == "now" else ():  # else some tokens are of before
-        if row["phase"] == name and "num_tokens" in row:
-            speed = dict(tokens=row["num_tokens"], tokens_per_second=round(row["num_tokens"] / seconds, 1))
+    facts, tokens = facts if isinstance(facts, tuple) else (facts, max(
+        (row.get("num_tokens", 0) for row in log_lines(out / "metrics.jsonl") if row["phase"] == name), default=0))
+    if tokens and begun == "now":  # else an earlier attempt has made a part of them
+        line |= dict(tokens=tokens, tokens_per_second=round(tokens / seconds, 1))
     with open(out / "timings.jsonl", "a") as file:
-        file.write(json.dumps(dict(phase=name, seconds=round(seconds, 3), **speed)) + "\n")
-    rate = ", {tokens_per_second:.0f} tokens a second".format(**speed) if speed else ""
+        file.write(json.dumps({"phase": name, **line}) + "\n")
+    rate = ", {tokens_per_second:.0f} tokens a second".format(**line) if "tokens" in line else ""
     say(f"{name}: {f'{facts}; ' if facts else ''}{seconds:.1f} s{rate}")
 
 
