@@ -38,8 +38,8 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
 
 
 class ResponseLogps(torch.nn.Module):
-    """A causal LM as a function from packed rows (packing.collate) to log π(y|x), the sum over an answer's tokens
-    in fp32, of each answer (answers,)."""
+    """A causal LM as a function from packed rows (packing.collate) to log π(y|x) of each answer (answers,),
+    the sum over its tokens, in fp32."""
     def __init__(self, model):
         super().__init__()
         self.model = model
@@ -94,7 +94,7 @@ def train(folder, pairs, *, beta, lr, batch, micro_batch, max_length, epochs=1, 
 
 
 def load(folder, rows, recompute=False):
-    """The policy in `folder` as a function from packed rows to log-probabilities, sharded over all processes."""
+    """The policy in `folder` as a function from packed rows to log-probabilities, over all processes."""
     policy = models.load_policy(folder, training=True)
     packing.check_context(rows, policy, folder)
     return training.shard(ResponseLogps(policy), recompute)

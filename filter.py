@@ -1,4 +1,4 @@
-"""The two choices of Mutual-Taught, in numpy: which pairs train the policy, which comparisons the reward model.
+"""The two choices of Mutual-Taught: which pairs train the policy, which comparisons the reward model.
 
     python filter.py --samples scored.jsonl --out pairs.jsonl
     python filter.py --new new.jsonl --old old.jsonl --out comparisons.jsonl
@@ -40,8 +40,8 @@ def choose_pair(scores, lengths):
 
 
 def preference_pairs(samples):
-    """Scored samples, a prompt's wherever they stand -> (pairs, number of prompts without a pair). Two answers
-    with the same text make no pair either."""
+    """Scored samples, a prompt's wherever they stand -> (pairs, number of prompts without a pair). Two
+    answers with the same text make no pair either."""
     groups, pairs = {}, []
     for row in samples:
         groups.setdefault(prompt_id(row["prompt"]), []).append(row)
@@ -81,8 +81,8 @@ def margin_filter(new_scores, old_scores):
 
 
 def compare(new, old, use_filter=True):
-    """One scored response per prompt from the new and the old policy, in the same order -> comparisons, kept and
-    dropped. Identical texts say nothing and are dropped, with or without the filter."""
+    """One scored response per prompt from the new and the old policy, in the same order -> comparisons, kept
+    and dropped. Identical texts say nothing and are dropped, with or without the filter."""
     if [prompt_id(row["prompt"]) for row in new] != [prompt_id(row["prompt"]) for row in old]:
         raise Problem("new and old must answer the same prompts, one response each, in the same order")
     passed, margins, epsilon = margin_filter([row["score"] for row in new], [row["score"] for row in old])

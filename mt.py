@@ -59,7 +59,7 @@ class Options:
     update_rm: bool = option(True, "false: no M-step, which is iterative DPO", group="the paper's ablations")
     select: bool = option(True, "false: keep the last checkpoint, never stop")
     filter: bool = option(True, "false: train the RM on all comparisons")
-    sample_batch: int = option(64, "responses decoded at a time in each process", group="what fits into memory")
+    sample_batch: int = option(64, "responses decoded at a time in each process", "what fits into memory")
     score_batch: int = option(8, "prompts scored at a time in each process")
     micro_batch: int = option(2, "pairs per forward pass and process in training")
     recompute: bool = option(torch.cuda.is_available(), "recompute activations: slower, less memory")
@@ -174,7 +174,7 @@ def train_policy(o, policy, pairs, path):
 
 @phase
 def train_and_select(o, policy, rm, pairs, path, judge=None):
-    """DPO, then model selection: the win rate of each checkpoint against π_{t−1} on D_MS, by the current RM."""
+    """DPO, then model selection: each checkpoint's win rate against π_{t−1} on D_MS, by the current RM."""
     folder = Path(train_policy(o, policy, pairs, path.with_name("checkpoints")))
     checkpoints = sorted((p.name for p in folder.iterdir()), key=lambda name: int(name.removeprefix("step-")))
     win_rates, best = {}, checkpoints[-1]
@@ -238,8 +238,8 @@ def train_reward(o, preferences, path):
     if not pairs:
         raise Problem(f"{preferences}: every comparison was dropped and there are no ranked pairs")
     with run.writing(path) as temporary:
-        model = reward.train(o.rm, pairs, lr=o.rm_lr, batch=o.rm_batch, seed=o.seed, micro_batch=o.micro_batch,
-                             max_length=o.max_length, recompute=o.recompute, log=run.log_of(o, path))
+        model = reward.train(o.rm, pairs, lr=o.rm_lr, batch=o.rm_batch, seed=o.seed, log=run.log_of(o, path),
+                             micro_batch=o.micro_batch, max_length=o.max_length, recompute=o.recompute)
         models.save(model, o.rm, temporary)
 
 

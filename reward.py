@@ -152,7 +152,8 @@ def main():
     if o.samples and not run.exists(out):
         score(folder, rows, out, o.micro_batch)
     elif o.pairs and not run.exists(out / "config.json"):
-        settings = {k: v for k, v in vars(o).items() if k not in ("model", "out", "pairs", "samples", "overwrite")}
+        settings = {k: v for k, v in vars(o).items() if k not in (
+            "model", "out", "pairs", "samples", "overwrite")}
         log = run.open_log(out / "metrics.jsonl", "reward")
         models.save(train(folder, rows, **settings, fresh_head=True, log=log), folder, out)
     say(f"{out} is complete")

@@ -85,7 +85,7 @@ def throw(probs, keys, counter, times, top_p):
 
 
 def mass_above(probs, token):
-    """(R, V), (R, 1) -> (R,): probability of all that is likelier than `token`; of equals the lower id is."""
+    """(R, V), (R, 1) -> (R,): probability of all that is likelier than `token`; of equals a lower id is."""
     mine, ids = probs.gather(1, token), torch.arange(probs.shape[1], device=probs.device)
     return (probs * ((probs > mine) | (probs == mine) & (ids < token))).sum(-1)
 
@@ -100,13 +100,13 @@ def nucleus(probs, top_p):
 
 # ---------------------------------------------------------------- the key-value cache
 class Slots:
-    """The keys (R, kv_heads, D, capacity) and values (R, kv_heads, capacity, D) of R rows in flight, per layer;
-    these are the layouts in which the two products of attention run fastest.
+    """The key-value cache of R rows in flight. layers: per call of attention keys (R, kv_heads, D, capacity)
+    and values (R, kv_heads, capacity, D), the layouts in which its two products run fastest.
 
     Row r's tokens lie at 0 … at[r] − 1, whatever the others' lengths: no padding, positions are indices. Its
     last one, token[r], is drawn but not yet in the cache. key[r] and drawn[r] are for drawing: the response's
-    key and how many tokens it has. All that changes with every token stays on the device.
-    layers: keys and values, in the order in which a model calls for attention. rows: the numbers of all rows.
+    key and how many tokens it has. rows: the rows' numbers. All that changes with every token stays on the
+    device.
     """
     def __init__(self, rows, capacity, device):
         self.rows, self.capacity, self.layers = torch.arange(rows, device=device), capacity, []
@@ -153,8 +153,8 @@ class Slots:
         return logits
 
     def attend(self, width, bias, layers, query, key, value, scaling, window):
-        """Attention of this step's tokens (R, heads, 1, D) to their rows so far -> (R, 1, heads, D). The model
-        calls it in every layer, by way of packing.attention; some models do so twice."""
+        """Attention of this step's tokens (R, heads, 1, D) to their rows so far -> (R, 1, heads, D). Models
+        call it in every layer, by way of packing.attention; some do so twice."""
         keys, values = next(layers)
         keys[self.rows, :, :, self.at], values[self.rows, :, self.at] = key[:, :, 0], value[:, :, 0]
         grouped = query.reshape(len(query), keys.shape[1], -1, query.shape[-1])  # heads that share keys
@@ -223,7 +223,7 @@ def beginnings(model, prompts, samples):
 
 
 def enter(slots, jobs, free, entering, keys):
-    """Put responses that wait (`beginnings`) into free rows: (these rows, logits (rows, V) of first tokens)."""
+    """Put responses that wait (`beginnings`) into free rows: (these rows, logits (rows, V))."""
     new_jobs, starts, logits = zip(*entering)
     rows = free[:len(entering)]
     slots.fill(rows, starts, np.array([keys[job] for job in new_jobs], np.uint64).view(np.int64))

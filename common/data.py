@@ -83,9 +83,8 @@ def from_json(text, path, line=1):
             json.dumps(value, ensure_ascii=False).encode()  # fails where it could not be written again
         return value
     except (ValueError, RecursionError) as error:
-        why = {RecursionError: "nested too deeply", UnicodeEncodeError: "half a surrogate pair in a text",
-               ValueError: "a number of too many digits"}.get(type(error)) or f"not JSON ({error.msg})"
-        raise Problem(f"{path}:{line + getattr(error, 'lineno', 1) - 1}: {why}") from None
+        where = f"{path}:{line + getattr(error, 'lineno', 1) - 1}"
+        raise Problem(f"{where}: not JSON that can be read ({first_line(error)})") from None
 
 
 def read_json(path):
@@ -217,7 +216,7 @@ def read_pairs(source):
         pairs.append({**row, "prompt": prompt, **answers})
         equal += answers["chosen"] == answers["rejected"] or not all(map(str.strip, answers.values()))
         in_front += isinstance(prompt, str) and all(text.startswith(prompt) for text in answers.values())
-    for count, what in (equal, "equal answers, or an empty one"), (in_front, "the prompt before both answers"):
+    for count, what in (equal, "equal or empty answers"), (in_front, "the prompt in front of both answers"):
         if count:
             say(f"WARNING: {source}: {count} of {len(pairs)} pairs have {what}")
     return pairs

@@ -70,7 +70,7 @@ def context_of(folder, config=None):
     if not hasattr(config, "max_position_embeddings"):
         raise Problem(f"{folder}: {config.model_type} models are not supported (no max_position_embeddings)")
     rope = getattr(config, "rope_parameters", None) or {}
-    ends = [kind["original_max_position_embeddings"] for kind in (rope, *rope.values())  # all layers', or kinds'
+    ends = [kind["original_max_position_embeddings"] for kind in (rope, *rope.values())  # one, or one a kind
             if isinstance(kind, dict) and kind.get("rope_type") == "longrope"]
     chunk = getattr(config, "attention_chunk_size", None) or math.inf
     return min(config.max_position_embeddings, chunk, *ends)
@@ -141,7 +141,8 @@ def _load(kind, folder, config, training):
             model, info = kind.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="sdpa",
                                                use_safetensors=True, output_loading_info=True)
             headless = not (config.architectures or [""])[0].endswith("ForSequenceClassification")
-            if missing := sorted(n for n in info["missing_keys"] if not (headless and n.startswith("score."))):
+            missing = sorted(n for n in info["missing_keys"] if not (headless and n.startswith("score.")))
+            if missing:
                 raise ValueError(f"weights are missing: {', '.join(missing[:3])}")
         else:
             with torch.device("meta"):
@@ -155,8 +156,8 @@ def _load(kind, folder, config, training):
 
 # ---------------------------------------------------------------- saving
 def save(root, source, folder):
-    """A folder that from_pretrained and vLLM load; tokenizer and template come from the folder `source`. Weights
-    are rounded to the precision that `source` had. The config comes last: a folder with one is whole."""
+    """A folder that from_pretrained and vLLM load; tokenizer and template come from the folder `source`.
+    Weights are rounded to its precision. The config comes last: a folder with one is whole."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(root, options=options) if dist.is_initialized() else root.state_dict()
     if rank() == 0:

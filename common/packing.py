@@ -89,10 +89,10 @@ def check_context(rows, model, folder, mend="set a smaller --max_length"):
 def collate(rows, device="cpu"):
     """Rows to one sequence of T tokens, as a dict.
 
-    inputs: for the model. input_ids, position_ids (1, T), where positions go on from the trunk in every branch,
-    and chats, places: see `attention`. targets, sources, owners (N,): the responses' tokens, the index into T
-    of the token that predicts each, and the number of the answer that each belongs to. last (answers,): the
-    index of each answer's last token.
+    inputs: for the model. input_ids, position_ids (1, T), where positions go on from the trunk in every
+    branch; chats, places: see `attention`. targets, sources, owners (N,): the responses' tokens, the index
+    into T of the token that predicts each, and the number of the answer that each belongs to. last
+    (answers,): the index of each answer's last token.
     """
     ids, positions, chats, targets, sources, owners = [], [], [], [], [], []
     for trunk, branches, starts in rows:
@@ -197,7 +197,7 @@ def response_logits(model, packed):
 
 # ---------------------------------------------------------------- log-probabilities
 class TokenLogps(torch.autograd.Function):
-    """(N, H) hidden states, (V, H) head, (N,) targets -> (N,) log-probabilities in fp32. By definition that is
+    """(N, H) hidden states, (V, H) head, (N,) targets -> (N,) log-probabilities in fp32, by definition
 
         (hidden @ head.T).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
 

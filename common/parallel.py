@@ -56,17 +56,23 @@ def barrier():
         dist.barrier()
 
 
-def from_rank0(value):
-    """The value that rank 0 has, in every process."""
-    box = [value]
+def on_rank0(work, *arguments):
+    """work(*arguments) by rank 0 alone; its result, or its Problem, reaches every process."""
+    box = [None]
+    try:
+        box[0] = work(*arguments) if rank() == 0 else None
+    except Problem as problem:
+        box[0] = problem
     if world() > 1:
         dist.broadcast_object_list(box)
+    if isinstance(box[0], Problem):
+        raise box[0]
     return box[0]
 
 
 def share_work(count, work, what):
-    """[work(0), …, work(count − 1)]: each is done by one process, and then all processes know all results.
-    It is for work of the CPU, during which accelerators wait. what: the name on the progress bar."""
+    """[work(0), …, work(count − 1)]: each is done by one process, and then all processes know all results. It
+    is for work of the CPU, during which accelerators wait. what: the name on the progress bar."""
     done, size = [], 4096  # results are exchanged in pieces, since an exchange takes several times their size
     for start in tqdm(range(0, count, size), desc=what, leave=False, disable=quiet()):
         end = min(start + size, count)
@@ -85,14 +91,14 @@ def start():
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if torch.cuda.is_available():
         if local_world > torch.cuda.device_count():
-            raise Problem(f"{local_world} processes on {torch.cuda.device_count()} GPUs: set --nproc-per-node")
+            raise Problem(f"{local_world} processes, {torch.cuda.device_count()} GPUs: set --nproc-per-node")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     else:
         keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:  # more threads than cores are far slower
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # processes without a block left wait for the others' last ones
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # one without a block left waits for the others' last ones
         dist.init_process_group(backend, timeout=timedelta(hours=6))
     elif torch.cuda.is_available():  # a group of one, since FSDP is what makes training bf16
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

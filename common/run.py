@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 
 from common.data import first_line, write_jsonl, write_text
-from common.parallel import Problem, barrier, device, from_rank0, quiet, rank, say, start, world
+from common.parallel import Problem, barrier, device, on_rank0, quiet, rank, say, start, world
 
 HOME = Path(__file__).resolve().parents[1]
 
@@ -107,18 +107,6 @@ def check_number(name, value):
 
 
 # ---------------------------------------------------------------- files
-def on_rank0(work, *arguments):
-    """work(*arguments) by rank 0 alone; its result, or its Problem, reaches every process."""
-    try:
-        answer = work(*arguments) if rank() == 0 else None
-    except Problem as problem:
-        answer = problem
-    answer = from_rank0(answer)
-    if isinstance(answer, Problem):
-        raise answer
-    return answer
-
-
 def exists(path):
     """Whether rank 0 sees it, so that no process decides otherwise."""
     return on_rank0(Path(path).exists)
@@ -196,9 +184,9 @@ def _claim(path, options, more):
     digest.cache_clear()
     settings = {k: v for k, v in asdict(options).items() if k not in ("out", "overwrite")}
     inputs = {f"file of --{k}": digest(v) for k, v in settings.items() if os.path.isfile(str(v))}
-    new = dict(settings=settings, inputs=inputs, sources=sources(), **more, results={}, versions={
-        "python": sys.version.split()[0], "torch": torch.__version__, "transformers": transformers.__version__,
-        "processes": world(), "device": str(device()), "commit": commit()})
+    new = dict(settings=settings, inputs=inputs, sources=sources(), **more, results={}, versions=dict(
+        python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__,
+        processes=world(), device=str(device()), commit=commit()))
     found = [p for p in ([path, parts_of(path)] if path.suffix == ".jsonl" else path.glob("*")) if p.exists()]
     if not note_of(path).exists() and found:
         raise Problem(f"{path} exists and was not written by this command; choose another --out")
@@ -234,7 +222,9 @@ def sources():
     look. In a digest comments, docstrings and layout don't count."""
     files = {Path(m.__file__).resolve() for m in [*sys.modules.values()] if getattr(m, "__file__", None)}
     ours, found = (HOME, HOME / "common", HOME / "variants"), {}
-    for file in sorted(f for f in files if (f.parent in ours or f == Path(sys.argv[0]).resolve()) and f.is_file()):
+    for file in sorted(f for f in files if f.parent in ours or f == Path(sys.argv[0]).resolve()):
+        if not file.is_file():  # some of torch's modules have none
+            continue
         tree = ast.parse(file.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
@@ -319,8 +309,10 @@ def _end(o, path, facts, seconds, begun):
     out, name, line = Path(o.out), name_of(o, path), {"seconds": round(seconds, 3)}
     with results_of(out) as results:
         results[os.path.relpath(path, out)]["sha256"] = digest(path)
-    facts, tokens = facts if isinstance(facts, tuple) else (facts, max(
-        (row.get("num_tokens", 0) for row in log_lines(out / "metrics.jsonl") if row["phase"] == name), default=0))
+    if not isinstance(facts, tuple):  # trainings log their tokens
+        rows = [row for row in log_lines(out / "metrics.jsonl") if row["phase"] == name]
+        facts = facts, max((row.get("num_tokens", 0) for row in rows), default=0)
+    facts, tokens = facts
     if tokens and begun == "now":  # else an earlier attempt has made a part of them
         line |= dict(tokens=tokens, tokens_per_second=round(tokens / seconds, 1))
     with open(out / "timings.jsonl", "a") as file:
@@ -330,7 +322,7 @@ def _end(o, path, facts, seconds, begun):
 
 
 def to_delete(out, results, name):
-    """What to delete so that a result, and all that was made after it, is made anew; later steps as a whole."""
+    """What to delete so that a result and all that was made after it is made anew; later steps as a whole."""
     later = map(Path, [*results][[*results].index(name):])  # a result stands behind what it was made from
     paths = {p if p.parent == Path(name).parent else Path(*p.parts[:2]) for p in later}
     return f"to make it again delete {' '.join(sorted(str(out / p) for p in paths if (out / p).exists()))}"

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from common.packing import decoder
-from common.parallel import Problem, device, from_rank0, memory, quiet, rank, say, world
+from common.parallel import Problem, device, memory, on_rank0, quiet, rank, say, world
 
 
 # ---------------------------------------------------------------- steps
@@ -65,7 +65,7 @@ def optimise(model, steps, loss, *, lr, log, shown="", first_loss=None):
     if isinstance(model, FSDPModule):
         model.reshard()  # a forward pass before, of a reference, leaves the root's parameters gathered
         parameters = sum(p.numel() for p in model.parameters())
-        kept = kept_whole(parameters, from_rank0(memory()), world(), 2 if device().type == "cuda" else 4)
+        kept = kept_whole(parameters, on_rank0(memory), world(), 2 if device().type == "cuda" else 4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
     num_tokens, bar = 0, tqdm(steps, "steps", disable=quiet())
     for number, step in enumerate(bar, 1):
@@ -121,7 +121,9 @@ def check(loss, grad_norm, number, first_loss):
 def cosine(step, steps, warmup=0.1):
     """Factor of the learning rate in step 0 … steps−1: linear warm-up, then half a cosine towards 0."""
     ramp = math.ceil(warmup * steps)
-    return (step + 1) / ramp if step < ramp else 0.5 * (1 + math.cos(math.pi * (step - ramp) / (steps - ramp)))
+    if step < ramp:
+        return (step + 1) / ramp
+    return 0.5 * (1 + math.cos(math.pi * (step - ramp) / (steps - ramp)))
 
 
 def sum_over_processes(values):
@@ -174,11 +176,11 @@ def wrap(root, recompute, mesh=None, precision=None):
 
 
 def kept_whole(parameters, memory, processes, width):
-    """Whether each process keeps the whole gradient, and the whole weights, between the micro-batches of a step:
-    (bool, bool). That spares communication and costs memory. A parameter's shard is 16 bytes (fp32: weight,
-    gradient, Adam's two moments) over the number of processes, its whole gradient 4 more, its whole weight
-    `width`. Two thirds of the memory may go into that; the rest is for activations. 8 B on eight GPUs of 80
-    GB: the gradient, which makes it 48 GB, and not the weights, which would make it 64 of 86.
+    """Whether each process keeps the whole gradient, and the whole weights, between the micro-batches of a
+    step: (bool, bool). That spares communication and costs memory. A parameter's shard is 16 bytes (fp32:
+    weight, gradient, Adam's two moments) over the number of processes, its whole gradient 4 more, its whole
+    weight `width`. Two thirds of the memory may go into that; the rest is for activations. 8 B on eight GPUs
+    of 80 GB: the gradient, which makes it 48 GB, and not the weights, which would make it 64 of 86.
     """
     room = memory * 2 / 3 / parameters - 16 / processes
     return 4 <= room, 4 + width <= room

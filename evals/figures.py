@@ -73,7 +73,8 @@ def seconds_of(folder):
     for line in log_lines(path):
         number, step, name, *_ = [*line["phase"].split("/"), "", ""]
         if step in RESULTS and name != "selection":  # whose seconds are those of the phases within it
-            part = PARTS[2 if name == "select" else 1 if name == "checkpoints" or name.startswith("rm") else 0]
+            training = name == "checkpoints" or name.startswith("rm")
+            part = PARTS[2 if name == "select" else 1 if training else 0]
             seconds = found.setdefault(f"{number}/{step}", dict.fromkeys(PARTS, 0.0))
             seconds[part] += line["seconds"]
     return found

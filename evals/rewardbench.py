@@ -58,15 +58,15 @@ class RewardBench:
     rm: str = option(help="folder or hub id")
     data: str = option(help="RewardBench v1: prompt, chosen, rejected, subset")
     prior: float | None = option(None, "percent on the prior test sets, for the published score with them")
-    old_xstest: bool = option(False, "the two xstest weights exchanged, as in tables of before September 2024")
+    old_xstest: bool = option(False, "exchange the two xstest weights, as in tables of before September 2024")
     json: str = option("", JSON)
     score_batch: int = 8
     max_length: int = option(10**6, "longer pairs, in tokens, and those beyond the RM's context are left out")
 
 
 def judge_pairs(folder, pairs, score_batch, max_length):
-    """The pairs that fit into the context of the reward model in `folder` and into `max_length` tokens; and for
-    each whether its chosen answer gets the higher reward: (pairs, (N,) bool). Equal rewards are wrong
+    """The pairs that fit into the context of the reward model in `folder` and into `max_length` tokens, and
+    for each whether its chosen answer gets the higher reward: (pairs, (N,) bool). Equal rewards are wrong
     (RewardBench's rule, arXiv 2403.13787). How many pairs are left out is said."""
     count, limit = len(pairs), min(max_length, context_of(folder))
     _, pairs = pair_rows(load_tokenizer(folder), pairs, limit)
