@@ -23,10 +23,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
 
 from common import models, probe, run
-from common.data import Problem, encode_chat, load_tokenizer, prompt_id, read_prompts, seed_of
+from common.data import Problem, encode_chat, load_tokenizer, prompt_id, read_json, read_prompts, seed_of
 from common.packing import alone, check_context, collate
 from common.parallel import memory, replicate, say, share_work
 from common.run import option
@@ -274,13 +273,12 @@ def generate(model, prompts, keys, *, stop_ids, temperature, top_p, max_new_toke
 # ---------------------------------------------------------------- the phase
 def stop_tokens(folder, tokenizer):
     """All EOS ids of the generation config, and the tokenizer's."""
-    ids = None
-    if (Path(folder) / "generation_config.json").exists():
-        ids = GenerationConfig.from_pretrained(folder).eos_token_id
-    ids = {*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id} - {None}
+    path = Path(folder) / "generation_config.json"
+    ids = read_json(path).get("eos_token_id") if path.exists() else []
+    ids = [tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])]
     if not all(type(i) is int for i in ids):
-        raise Problem(f"{folder}: eos_token_id in generation_config.json is no token's number")
-    return ids
+        raise Problem(f"{path}: eos_token_id is no token's number, and no list of such: {ids[1:]!r:.40}")
+    return {*ids}
 
 
 def block_size(prompts, filling):

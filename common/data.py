@@ -225,9 +225,9 @@ def read_pairs(source):
 def answer_of(where, row, side, prompt):
     def turns(chat):
         return [(m["role"], m["content"].strip()) for m in as_messages(chat)]
-    value = row.get(side)
+    value, asked = row.get(side), turns(prompt)
     if is_chat(value) and value[-1]["role"] == "assistant":
-        if value[:-1] and turns(value[:-1]) not in (turns(prompt), turns(prompt)[1:]):  # 1: but for `system`
+        if value[:-1] and turns(value[:-1]) not in (asked, asked[asked[0][0] == "system":]):
             raise Problem(f"{where}: the messages of `{side}` answer another prompt than the row's")
         value = value[-1]["content"]
     if not isinstance(value, str):

@@ -187,7 +187,8 @@ def _claim(path, options, more):
     new = dict(settings=settings, inputs=inputs, sources=sources(), **more, results={}, versions=dict(
         python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__,
         processes=world(), device=str(device()), commit=commit()))
-    found = [p for p in ([path, parts_of(path)] if path.suffix == ".jsonl" else path.glob("*")) if p.exists()]
+    found = [path, parts_of(path)] if path.suffix == ".jsonl" else path.glob("[!.]*")  # no leftover of a kill
+    found = [p for p in found if p.exists()]
     if not note_of(path).exists() and found:
         raise Problem(f"{path} exists and was not written by this command; choose another --out")
     old = read_note(path) if note_of(path).exists() else new
@@ -218,19 +219,20 @@ def lock(path):
 
 
 def sources():
-    """{file: digest of its code} of the script and of the project's modules in use, without those that only
-    look. In a digest comments, docstrings and layout don't count."""
+    """{file: digest} of the script and of the project's modules in use, without those that only look."""
     files = {Path(m.__file__).resolve() for m in [*sys.modules.values()] if getattr(m, "__file__", None)}
-    ours, found = (HOME, HOME / "common", HOME / "variants"), {}
-    for file in sorted(f for f in files if f.parent in ours or f == Path(sys.argv[0]).resolve()):
-        if not file.is_file():  # some of torch's modules have none
-            continue
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
-                node.body = node.body[1:] or [ast.Pass()]
-        found[os.path.relpath(file, HOME)] = hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
-    return {name: code for name, code in found.items() if name != "eval.py"}
+    ours, script = (HOME, HOME / "common", HOME / "variants"), Path(sys.argv[0]).resolve()
+    return {os.path.relpath(file, HOME): code_of(file) for file in sorted(files - {HOME / "eval.py"})
+            if (file.parent in ours or file == script) and file.is_file()}  # torch.classes has none
+
+
+def code_of(file):
+    """A digest of a Python file in which comments, docstrings and layout don't count."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
 
 
 def commit():
