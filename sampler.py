@@ -274,10 +274,10 @@ def generate(model, prompts, keys, *, stop_ids, temperature, top_p, max_new_toke
 def stop_tokens(folder, tokenizer):
     """All EOS ids of the generation config, and the tokenizer's."""
     path = Path(folder) / "generation_config.json"
-    ids = read_json(path).get("eos_token_id") if path.exists() else []
-    ids = [tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])]
+    ids = read_json(path).get("eos_token_id") if path.exists() else None
+    ids = [i for i in [tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])] if i is not None]
     if not all(type(i) is int for i in ids):
-        raise Problem(f"{path}: eos_token_id is no token's number, and no list of such: {ids[1:]!r:.40}")
+        raise Problem(f"{path}: eos_token_id {ids[1:]!r:.40} is not a token's number, or a list of such")
     return {*ids}
 
 
