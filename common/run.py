@@ -287,12 +287,11 @@ def _begin(out, made_from, path):
     name = os.path.relpath(path, out)
     inside = [source for source in made_from if source.resolve().is_relative_to(out.resolve())]
     made_from = {os.path.relpath(source, out): digest(source) for source in inside}
-    leftovers = {*path.parent.glob(f"*{path.stem}.*")} - {path, *inside}  # of an attempt that was broken off
     with results_of(out) as results:
         entry = results.get(name)
         if not path.exists():
             if entry and entry["made_from"] != made_from:
-                delete(*leftovers)
+                delete(*leftovers(path))
             results[name] = {"made_from": made_from}
             return "again" if entry else "now"
         if not entry:
@@ -300,8 +299,8 @@ def _begin(out, made_from, path):
         changed = [source for source in made_from if entry["made_from"].get(source) != made_from[source]]
         if changed:
             raise Problem(f"{path} was made from another {out / changed[0]}; {to_delete(out, results, name)}")
-        if "sha256" not in entry:  # a kill came between the result and this note
-            delete(*leftovers)
+        if "sha256" not in entry:  # a kill came between the result and its note
+            delete(*leftovers(path))
         if entry.setdefault("sha256", digest(path)) != digest(path):
             raise Problem(f"{path} is not what was written; {to_delete(out, results, name)}")
     return ""
@@ -309,6 +308,7 @@ def _begin(out, made_from, path):
 
 def _end(o, path, facts, seconds, begun):
     out, name, line = Path(o.out), name_of(o, path), {"seconds": round(seconds, 3)}
+    delete(*leftovers(path))
     with results_of(out) as results:
         results[os.path.relpath(path, out)]["sha256"] = digest(path)
     if not isinstance(facts, tuple):  # trainings log their tokens
@@ -321,6 +321,11 @@ def _end(o, path, facts, seconds, begun):
         file.write(json.dumps({"phase": name, **line}) + "\n")
     rate = ", {tokens_per_second:.0f} tokens a second".format(**line) if "tokens" in line else ""
     say(f"{name}: {f'{facts}; ' if facts else ''}{seconds:.1f} s{rate}")
+
+
+def leftovers(path):
+    """What attempts that were broken off have left beside a result: temporary files, blocks, raw samples."""
+    return [*path.parent.glob(f".{path.stem}.*"), *path.parent.glob(f"{path.stem}.*.*")]
 
 
 def to_delete(out, results, name):
