@@ -10,7 +10,6 @@ follow. Seconds are wall time of a whole run, without base models and with anoth
 was broken off, of its last attempt.
 """
 import argparse
-import hashlib
 import json
 import os
 import subprocess
@@ -25,10 +24,7 @@ HOME = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HOME))
 from common import toy  # noqa: E402
 from common.data import read_jsonl, write_jsonl  # noqa: E402
-from common.run import (
-    claim,  # noqa: E402
-    write_text,  # noqa: E402
-)
+from common.run import claim, code_of, write_text  # noqa: E402
 from evals import gold  # noqa: E402
 from mt import Options  # noqa: E402
 
@@ -42,8 +38,7 @@ ARMS = {
     "offline DPO": None,
     **dict.fromkeys(["online_dpo", "dpo_fixed_reference", "ipo", "simpo"], ["--update_rm", "false"]),
 }
-VARIANTS = sorted(path.stem for path in HOME.glob("variants/*.py") if "launch(mt.main" in path.read_text()
-                  and path.stem != "human_labels")  # which is the full method unless flags ask for labels
+VARIANTS = sorted(path.stem for path in HOME.glob("variants/*.py") if "launch(mt.main" in path.read_text())
 ARMS |= {name: [] for name in VARIANTS if name not in ARMS}
 BESIDE = {"fixed RM": range(1, ROUNDS + 1), "offline DPO": [ROUNDS]}
 LAST = {"win rate against base": "win_rate", "tokens": "tokens",
@@ -80,8 +75,7 @@ def run(arm, seed):
 
 def by_this_code(out):
     sources = json.loads((out / "run.json").read_text())["sources"]
-    return all(hashlib.sha256((HOME / name).read_bytes()).hexdigest().startswith(digest)
-               for name, digest in sources.items())
+    return all((HOME / name).exists() and code_of(HOME / name) == code for name, code in sources.items())
 
 
 def offline(out, seed):

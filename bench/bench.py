@@ -326,7 +326,7 @@ def round_project(rounds, began):
     import reward
     import sampler
     from common import models, run
-    from evals import gold, report
+    from evals import gold
     spent, open_parts = {}, []
 
     def timed(holder, function, part):
@@ -351,7 +351,7 @@ def round_project(rounds, began):
             (dpo, "load_tokenizer", "loading"), (models, "save", "saving"),
             (sampler, "generate", "sampling"), (reward, "score_answers", "scoring"),
             (mt, "train_policy", "training the policy"), (reward, "train", "training the reward model"),
-            (report, "report", "report"), (gold, "measure", "the rest"), (mt, "main", "the rest")):
+            (mt, "report", "report"), (gold, "measure", "the rest"), (mt, "main", "the rest")):
         timed(holder, function, part)
     out = tempfile.mkdtemp()
     sys.argv = ["mt.py", "--rounds", str(rounds), "--out", f"{out}/run"]
@@ -380,8 +380,8 @@ def block_steps(rows, size, prompts=20_000):
 
     def step(slots, _, width):
         taken[-1] += 1
-        decoded.append(slots.rows)
-        return nothing.expand(slots.rows, 1)
+        decoded.append(len(slots.rows))
+        return nothing.expand(len(slots.rows), 1)
 
     def draw(logits, keys, drawn, *_):
         tokens = (drawn + 1 == keys).long()
@@ -389,7 +389,7 @@ def block_steps(rows, size, prompts=20_000):
 
     sampler.verify, sampler.Slots.step, sampler.draw = lambda model: None, step, draw
     sampler.cache_tokens = lambda model: 2**40
-    sampler.prefill = lambda _, some: [([(nothing.expand(1, 1, 1),) * 2], nothing) for _ in some]
+    sampler.prefill = lambda _, some: [({0: (nothing.expand(1, 1, 1),) * 2}, nothing) for _ in some]
     for at in range(0, prompts, size):
         taken.append(0)
         some = lengths[at:at + size]
@@ -403,9 +403,10 @@ def block_steps(rows, size, prompts=20_000):
 
 def host_work(name, prompts):
     """CPU seconds of rank 0 for what the host does in an E-step of so many prompts, five responses of 386
-    tokens on average, while accelerators wait, dealt to the processes there are; and how much memory it takes
-    at most, without pages of files."""
+    tokens on average, while accelerators wait, shared by the processes there are; and how much memory it
+    takes at most, without pages of files."""
     import filter
+    import mt
     from common import data, models, packing, parallel, run
     parallel.start()
     rng, folder, seconds, peaks = random.Random(4), folder_of(name), {}, []
@@ -433,18 +434,18 @@ def host_work(name, prompts):
     questions = [some(130) + " " + word(3 + number % 8000) for number in range(prompts)]
     run.write_rows(path, (sampled(prompt, i) for prompt in questions for i in range(SAMPLES)))
     before = resident("RssAnon")
-    rows = timed("finding the lines, in each", data.Lines, path)
-    timed("the file's digest, in each", manifest.digest, path)
-    timed("prompts to tokens", models.encode_prompts, folder, questions)
+    rows = timed("the samples' rows, in each", data.read_jsonl, path)
+    timed("the file's digest, in one", run.digest, path)
+    timed("prompts to tokens", models.prompts_that_fit, folder, questions)
     timed("answers to tokens, in scoring", lambda: [
         len(scored(rows[i])) for i in range(parallel.rank(), len(rows), parallel.world())])
-    timed("means", rollout.means, rows, "score", "tokens", "finished")
+    timed("means, in each", mt.means, rows, "score", "tokens", "finished")
     pairs, _ = timed("pairs", filter.preference_pairs, rows)
     timed("pairs to a file, in one", run.write_rows, other, pairs)
     del pairs  # as between two phases of a run
     pairs = timed("and back, in each", data.read_jsonl, other)
     timed("pairs to tokens", packing.pair_rows, tokenizer, pairs, 2048, True)
-    run.remove_all(path, other)
+    run.remove(path, other)
     return dict(seconds=seconds, memory=max(peaks) - before)
 
 
@@ -454,8 +455,8 @@ def resident(kind):
 
 
 def training_traffic(name, gradient, weights):
-    """Bytes that each process receives in the second step of DPO, where so much is held whole between its
-    micro-batches (training.held_whole), and the weights after it; for two processes under torchrun."""
+    """Bytes that each process receives in the second step of DPO, where so much is kept whole between its
+    micro-batches (training.kept_whole), and the weights after it; for two processes under torchrun."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     import dpo
@@ -471,7 +472,7 @@ def training_traffic(name, gradient, weights):
                 received[kind] = received.get(kind, 0) + share * whole.nbytes
             return function(*arguments, **(options or {}))
 
-    training.held_whole = lambda *_: (gradient, weights)
+    training.kept_whole = lambda *_: (gradient, weights)
     with Counting():
         for _, _, model in dpo.train(folder_of(name), pairs_of(name, 2 * BATCH), beta=0.1, lr=1e-3,
                                      batch=BATCH, micro_batch=1, max_length=2048, log=lambda *_, **__: None):
@@ -614,8 +615,8 @@ def traffic(_):
     folder_of("m10")
     print(f"| a step of {BATCH} pairs, m10, two processes, {BATCH // 2} micro-batches each "
           "| weights received | gradients received | all |\n|---|---|---|---|")
-    for label, held in (("nothing held", (False, False)), ("the gradient held", (True, False)),
-                        ("gradient and weights held", (True, True))):
+    for label, held in (("nothing kept", (False, False)), ("the gradient kept", (True, False)),
+                        ("gradient and weights kept", (True, True))):
         result = processes(2, ["training_traffic", "m10", *held])
         bytes_ = result["weights"], result["gradients"], result["weights"] + result["gradients"]
         print(f"| {label} | " + " | ".join(f"{b / 1e6:,.1f} MB" for b in bytes_) + " |", flush=True)

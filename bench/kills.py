@@ -9,6 +9,7 @@ must be that of a run that nobody disturbed, byte by byte, and nothing may be le
 and random. Processes are forked from one that has imported everything, so that a restart takes no time.
 """
 import argparse
+import gc
 import os
 import random
 import signal
@@ -25,11 +26,9 @@ import torch  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification  # noqa: E402
 
 import mt  # noqa: E402
-from common import (
-    run,  # noqa: E402
-    toy,  # noqa: E402
-)
+from common import run, toy  # noqa: E402
 from common.data import write_jsonl  # noqa: E402
+from evals import plots  # noqa: E402
 
 EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "shutil.rmtree")
 
@@ -129,6 +128,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     o = parser.parse_args()
     torch.set_num_threads(1)
+    gc.freeze()  # models' loading collects garbage; what was imported is none
+    plots.find_spec = lambda name: None  # no pictures, which take seconds
     rng, kills, runs = random.Random(o.seed), 0, 0
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)

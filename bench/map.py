@@ -33,6 +33,7 @@ from common import toy  # noqa: E402
 from common.data import by_prompt, read_jsonl, read_pairs, write_jsonl  # noqa: E402
 from evals import figures  # noqa: E402
 from evals.agreement import disagreement  # noqa: E402
+from evals.rewardbench import judge_pairs  # noqa: E402
 
 POINTS = {
     "base": {},
@@ -103,7 +104,7 @@ def on_own_answers(out):
             better = label(prompt, answers)
             pairs.append(dict(prompt=prompt, chosen=answers[better], rejected=answers[1 - better]))
         found[int(new.parents[1].name.removeprefix("round")) - 1] = [
-            float(np.mean(reward.ordered(str(folder), pairs, 32))) for folder in (rm, new)]
+            float(judge_pairs(str(folder), pairs, 32, 10**6)[1].mean()) for folder in (rm, new)]
         rm = new
     return found
 

@@ -27,10 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import filter  # noqa: E402
 import mt  # noqa: E402
 import reward  # noqa: E402
-from common import (
-    run,  # noqa: E402
-    toy,  # noqa: E402
-)
+from common import run, toy  # noqa: E402
 from variants import gold_labels  # noqa: E402
 from variants.online_dpo import best_and_worst  # noqa: E402
 

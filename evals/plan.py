@@ -1,16 +1,16 @@
 """What a run of mt.py takes, before it starts: hours, memory, disk; from configs, prompts and flags alone.
 
-    python mt.py --policy POLICY --rm RM --prompts prompts.jsonl --plan --gpus 8 --gpu h100   # formulas
-    python mt.py --policy POLICY --rm RM --prompts prompts.jsonl --plan exact                 # and a trace
+    python -m evals.plan --policy POLICY --rm RM --prompts prompts.jsonl --gpus 8 --gpu h100
 
-The formulas are for Llamas and their like, and take a second beside the reading of the prompts, which is
-the run's own; the trace takes a minute.
+It takes the flags of mt.py besides its own two. No weights are read and nothing is written. The formulas are
+for Llamas and models like them; those for the memory of training are held to a training step on tensors
+without numbers by tests/test_plan.py.
 
 Left out on purpose: the FLOPs of attention itself (5% at 2,048 tokens), networks (taken to hide behind work),
 mixtures of experts (all are counted for every token).
 """
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+import mt
 from common import models, run
+from common.data import Problem, read_prompts
 from common.packing import LOGITS
-from common.parallel import Problem, say
+from common.parallel import say
 from common.run import option
-from common.training import decoder_layers
-from evals.dryrun import trace
+from common.training import decoder_layers, kept_whole
 from sampler import PREFILL, block_size
 
 POLICY, RM = AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -66,7 +67,7 @@ def rows_of(size, rows, tokens, memory):
 
 
 def sampling(size, rows, prompt, answer):
-    """`rows` responses in flight, each to a prompt of its own, of so many tokens (attention.Slots)."""
+    """`rows` responses in flight, each to a prompt of its own, of so many tokens (sampler.Slots)."""
     return {"weights": 2 * size.params, "cache": rows * (prompt + answer) * size.token,
             "prompts": rows * prompt * size.token + PREFILL * prompt * (6 * size.inner + 8 * size.hidden),
             "logits": 6 * 4 * rows * size.head / size.hidden}  # fp32: probabilities, sums, what compares them
@@ -79,9 +80,9 @@ def scoring(size, prompts, prompt, answer, samples):
 
 
 def train_step(size, gpus, pairs, prompt, answer, recompute, memory):
-    """The backward pass over `pairs` pairs of so many tokens (training.optimise, parallel.wrap).
+    """The backward pass over `pairs` pairs of so many tokens (training.optimise, training.wrap).
 
-    States are fp32 shards, beside what parallel.held_whole keeps. Gathered are, in bf16, the root, a layer at
+    States are fp32 shards, beside what training.kept_whole keeps. Gathered are, in bf16, the root, a layer at
     work and the next one, and, in fp32, gradients on their way. A layer saves for each token two norms (input
     in fp32, two results), four results of the MLP and one of attention; for each token of each chat queries,
     keys, values and attention's result. The pass ends with the root's gradients in bf16 and fp32.
@@ -90,7 +91,7 @@ def train_step(size, gpus, pairs, prompt, answer, recompute, memory):
     saved = (tokens * (16 * size.hidden + 8 * size.inner + 2 * size.query)
              + pairs * 2 * (prompt + answer) * 4 * (size.query + size.key))
     kept = saved + 2 * size.layers * size.hidden * tokens if recompute else size.layers * saved
-    shard, (gradient, weights) = 4 * size.params / gpus, held_whole(size.params, memory, gpus, 2)
+    shard, (gradient, weights) = 4 * size.params / gpus, kept_whole(size.params, memory, gpus, 2)
     within = {"gathered": 4 * size.layer + (0 if weights else 2 * size.root + 4 * size.layer),
               "activations": kept + tokens * (6 * size.inner + 2 * size.hidden),
               "logits": (2 * size.head + 10 * LOGITS) * (size.head > 0)}  # the head's gradient, and tiles
@@ -139,21 +140,28 @@ def phases(o, policy, rm, prompts, prompt, end):
 
 
 # ---------------------------------------------------------------- the plan
-def main(options, **defaults):
-    """Print the plan for the flags of mt.py, or of a variant; what does not fit is a Problem."""
-    own = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else "h100"
+def own_gpu():
+    """The name in GPUS of the GPU that is here; where there is none, h100."""
+    here = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else "h100"
+    return next((gpu for gpu in GPUS if gpu in here), here)
 
-    @dataclass
-    class Options(options):
-        plan: str = field(default="", metadata=dict(nargs="?", const="formula", choices=["formula", "exact"]))
-        gpus: int = option(torch.cuda.device_count() or 8, "of all nodes together")
-        gpu: str = option(next((gpu for gpu in GPUS if gpu in own), own), ", ".join(GPUS))
-    o = run.parse(Options, **{"recompute": True, **defaults})
+
+@dataclass
+class Options(mt.Options):
+    recompute: bool = option(True, "recompute activations: slower, less memory")
+    gpus: int = option(torch.cuda.device_count() or 8, "of all nodes together", group="the plan")
+    gpu: str = option(own_gpu(), ", ".join(GPUS))
+
+
+def main():
+    """Print the plan; what does not fit is a Problem."""
+    o = run.parse(Options)
     if not (o.policy and o.rm and o.prompts and o.gpu in GPUS):
-        raise Problem(f"--plan needs --policy, --rm, --prompts and a --gpu of {', '.join(GPUS)}")
+        raise Problem(f"a plan needs --policy, --rm, --prompts and a --gpu of {', '.join(GPUS)}")
     configs = models.check_policy(o.policy), models.check_reward(o.rm)
     policy, rm = map(size_of, configs, (POLICY, RM))
-    prompts, lengths, _ = models.read_fitting_prompts(o)
+    prompts, _ = models.prompts_that_fit(o.rm, read_prompts(o.prompts)[0], o.max_new_tokens)
+    prompts, lengths = models.prompts_that_fit(o.policy, prompts)
     if len(prompts) < o.select_prompts + 3:
         raise Problem(f"{o.prompts}: {len(prompts)} prompts; --select_prompts {o.select_prompts} needs more")
     mean, longest = float(np.mean(lengths)), max(lengths)
@@ -177,15 +185,11 @@ def main(options, **defaults):
     say(f"DPO with --recompute {str(not o.recompute).lower()}: {other / GIB:.1f}")
     stored = (size.params * (config.dtype or torch.float32).itemsize
               for size, config in zip((policy, rm), configs))
-    disk = models.room(o, *stored, (len(prompts) - o.select_prompts) // 3 // o.policy_batch)
+    disk = models.disk_needed(o, *stored, ceil((len(prompts) - o.select_prompts) // 3 / o.policy_batch))
     out = Path(o.out or "runs").absolute()
     free = shutil.disk_usage(next(place for place in (out, *out.parents) if place.exists())).free
     say(f"disk: models of up to {disk / 1e9:.0f} GB, {free / 1e9:.0f} GB are free here; CPU memory of the "
         f"first node: {6 * policy.params / 1e9:.0f} GB, to save in fp32 and bf16")
-    if o.plan == "exact":
-        for name, config, kind in zip(("DPO", "Bradley-Terry"), configs, (POLICY, RM)):
-            peak, work = trace(config, kind, o.gpus, o.micro_batch, *pair, o.recompute, memory)
-            say(f"{name} traced: {peak / GIB:.1f}; {work / 1e12:.0f} TFLOP")
     if wrong := wrong + ["the disk"] * (disk > free):
         raise Problem("this does not fit: " + "; ".join(wrong))
 
@@ -223,3 +227,7 @@ def say_memory(o, needs):
             wrong.append(f"{name} needs " + (f"--{flag} {most}" if most else f"{gpus} such GPUs" if gpus else
                          "GPUs with more memory, as each holds a whole model"))
     return wrong
+
+
+if __name__ == "__main__":
+    run.launch(main)

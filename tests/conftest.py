@@ -1,8 +1,5 @@
-"""What the tests share: tiny real models as Hugging Face folders, preference pairs, and ways to run a script.
-
-    pytest                       # everything
-    pytest tests/test_mt.py -k killed
-"""
+"""What the tests share: tiny real models as Hugging Face folders, preference pairs, ways to run a script."""
+import gc
 import multiprocessing
 import os
 import random
@@ -31,14 +28,11 @@ from transformers import (  # noqa: E402
     GPT2Config,
     LlamaConfig,
     MistralConfig,
-    OPTConfig,
     Qwen2Config,
 )
 
-from common import (
-    data,  # noqa: E402
-    toy,  # noqa: E402
-)
+import mt  # noqa: E402
+from common import data, toy  # noqa: E402
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
@@ -47,11 +41,16 @@ transformers.logging.disable_progress_bar()
 SHAPE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=96)
 KINDS = {"llama": (LlamaConfig, SHAPE), "qwen2": (Qwen2Config, SHAPE), "mistral": (MistralConfig, SHAPE),
-         "gpt2": (GPT2Config, dict(n_embd=32, n_layer=2, n_head=4, n_positions=96)),
-         "opt": (OPTConfig, SHAPE | dict(ffn_dim=64, word_embed_proj_dim=32))}
+         "gpt2": (GPT2Config, dict(n_embd=32, n_layer=2, n_head=4, n_positions=96))}
 
 FEW = ["--samples", 4, "--max_new_tokens", 10, "--max_length", 64, "--policy_batch", 8, "--policy_lr", 1e-3,
        "--rm_batch", 8, "--select_prompts", 6, "--tau", 0]  # options of a tiny run of mt.py
+
+
+@pytest.fixture(scope="session", autouse=True)
+def frozen():
+    """models.py collects garbage before it loads a model; in what was imported there is none to look for."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
@@ -82,14 +81,18 @@ def tiny(tmp_path_factory):
     return make
 
 
+def with_weights(source, folder, change):
+    """A copy of a model's folder with the weights that change(weights) gives."""
+    shutil.copytree(source, folder)
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
 @pytest.fixture
 def without_numbers(tiny, tmp_path):
     """The folder of a reward model that gives NaN."""
-    folder = Path(shutil.copytree(tiny(reward=True), tmp_path / "nan"))
-    weights = load_file(folder / "model.safetensors")
-    weights["score.weight"][0, 3] = float("nan")
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    return folder
+    return with_weights(tiny(reward=True), tmp_path / "nan",
+                        lambda weights: weights | {"score.weight": torch.full((1, 32), torch.nan)})
 
 
 @pytest.fixture(scope="session")
@@ -144,29 +147,24 @@ def script(tmp_path_factory):
 
 
 @pytest.fixture
-def variant(tiny, written, prompts, tmp_path):
+def variant(tiny, written, prompts, tmp_path, monkeypatch):
     """variant("simpo", "--seed", 1, processes=2) -> the folder of a tiny run of a script in variants/.
 
-    By its command; several processes are forked from this one, which has imported everything: that takes
-    less time. torchrun itself is in the tests of mt.py."""
+    Its processes are forked from this one, which has imported everything: that takes less time. The real
+    command is in test_self_rewarding.py, torchrun in the tests of mt.py, the report in those of eval.py."""
+    monkeypatch.setattr(mt, "report", lambda out: None)
     path = written("prompts.jsonl", [{"prompt": p} for p in prompts])
 
     def run(name, *words, processes=1):
         out = tmp_path / f"{name}{processes}"
         words = ["--policy", tiny(), "--rm", tiny(reward=True), "--prompts", path, "--out", out, *FEW, *words]
-        words = [*map(str, words)]
-        if processes == 1:
-            done = subprocess.run([sys.executable, "-m", f"variants.{name}", *words], cwd=ROOT, text=True,
-                                  capture_output=True, env=os.environ)
-            assert done.returncode == 0, done.stderr
-        else:
-            forked(f"variants.{name}", words, processes)
+        forked(f"variants.{name}", [*map(str, words)], processes)
         return out
     return run
 
 
-def forked(module, words, processes):
-    """Run a module as a script in a group of forked processes, as torchrun would start them."""
+def forked(module, words, processes, code=0):
+    """Run a module as a script in a group of forked processes, as torchrun would; all end by `code`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -175,7 +173,7 @@ def forked(module, words, processes):
         os.environ |= {name: str(value) for name, value in dict(
             RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, LOCAL_WORLD_SIZE=processes,
             MASTER_ADDR="127.0.0.1", MASTER_PORT=port).items()}
-        sys.argv = ["", *words]
+        sys.argv = [f"{module}.py", *words]
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
     fork = multiprocessing.get_context("fork")
@@ -187,7 +185,7 @@ def forked(module, words, processes):
     codes = [process.exitcode for process in group]
     for process in group:
         process.kill()
-    assert codes == [0] * processes
+    assert codes == [code] * processes
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ be unregistered.
 Tensors on the device `pretend` hold their numbers in CPU storages, every operation is the CPU's, and one on
 tensors of two devices is refused, as on CUDA.
 """
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -17,11 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import dpo  # noqa: E402
 import reward  # noqa: E402
 import sampler  # noqa: E402
-from common import (
-    models,  # noqa: E402
-    packing,  # noqa: E402
-    parallel,  # noqa: E402
-)
+from common import models, packing, parallel  # noqa: E402
 from common.data import load_tokenizer, read_jsonl, read_pairs  # noqa: E402
 
 DTYPES = {int: torch.int64, float: torch.float64}
@@ -83,33 +80,31 @@ def on_the_cpu(op, *args, **kwargs):
     return tree_map_only(torch.Tensor, wrapped, result)
 
 
-def figures(policy, rm, pairs, out):
-    """What training, sampling and scoring give."""
+def train(policy, rm, pairs):
+    """The lines of the logs of both trainings."""
     lines = []
-    settings = dict(lr=1e-3, batch=8, micro_batch=4, seed=0, max_length=64, recompute=False,
-                    log=lambda text="", **line: lines.append(line))
+    settings = dict(lr=1e-3, batch=8, micro_batch=4, max_length=64, log=lambda **line: lines.append(line))
     for _ in dpo.train(policy, pairs, beta=0.1, **settings):
         pass
     reward.train(rm, pairs, **settings)
-    sample(policy, pairs, out)
-    reward.score(rm, read_jsonl(out / "samples.jsonl"), out / "scored.jsonl", 8)
-    return dict(lines=lines, samples=read_jsonl(out / "scored.jsonl"))
+    return lines
 
 
-def sample(policy, pairs, out):
-    sampler.sample(policy, [pair["prompt"] for pair in pairs], out / "samples.jsonl", samples=3, seed="0",
-                   temperature=0.8, top_p=0.95, max_new_tokens=10, rows=16)
+def sample(policy, pairs, path):
+    sampler.sample(policy, [pair["prompt"] for pair in pairs], path, samples=3, seed="0", temperature=0.8,
+                   top_p=0.95, max_new_tokens=10, rows=16)
+    return read_jsonl(path)
 
 
+@torch.no_grad()
 def inference(policy, rm, pairs, samples):
     """Log-probabilities of the pairs' answers and rewards of the samples, as in sampling and scoring."""
-    model = packing.ResponseLogps(parallel.replicate(models.load_policy(policy)))
+    model = dpo.ResponseLogps(parallel.replicate(models.load_policy(policy)))
     rows, _ = packing.pair_rows(load_tokenizer(policy), pairs, 64)
     scorer, tokenizer = reward.load(rm)
-    with torch.no_grad():
-        logps = dpo.pair_logps(model, rows, range(len(rows)))
-        return dict(logps=logps.tolist(), dtype=str(model.model.dtype), rewards=reward.score_answers(
-            scorer, tokenizer, [(row["prompt"], [row["response"]]) for row in samples], 8))
+    return dict(logps=dpo.pair_logps(model, rows, range(len(rows))).tolist(), dtype=str(model.model.dtype),
+                rewards=reward.score_answers(scorer, tokenizer, [
+                    (row["prompt"], [row["response"]]) for row in samples], 8))
 
 
 def main():
@@ -118,27 +113,22 @@ def main():
     _setup_privateuseone_for_python_backend("pretend")
     library = torch.library.Library("_", "IMPL")
     library.fallback(on_the_cpu, "PrivateUse1")
-    for where in ("cpu", "pretend"):
+    for where in ("cpu", "pretend", "bf16"):
         if where == "pretend":
             for module in [m for m in sys.modules.values() if getattr(m, "device", None) is cpu]:
                 module.device = lambda: torch.device("pretend")
             models.device = cpu  # which only chooses the dtype by it: fp32
-        (out / where).mkdir()
-        found[where] = figures(policy, rm, pairs, out / where)
-        found[f"{where} inference"] = inference(policy, rm, pairs, found["cpu"]["samples"])
-    models.device = parallel.device  # bf16
-    found["bf16 inference"] = inference(policy, rm, pairs, found["cpu"]["samples"])
-    sample(policy, pairs, out)  # held by the sampler to plain forward passes
-    found["bf16 samples"] = read_jsonl(out / "samples.jsonl")
+        elif where == "bf16":
+            models.device = parallel.device
+        found[where] = dict(lines=train(policy, rm, pairs) if where != "bf16" else [],
+                            samples=sample(policy, pairs, out / f"{where}.jsonl"))
+        found[where] |= inference(policy, rm, pairs, found["cpu"]["samples"])
 
     found["went through"] = []
-    for name, mixed in {"add": torch.add, "matmul": torch.matmul, "embedding": torch.embedding}.items():
-        one, other = torch.zeros(2, 2, device=parallel.device()), torch.zeros(2, 2)
-        try:
-            mixed(one, other.long() if name == "embedding" else other)
-        except RuntimeError:
-            continue
-        found["went through"].append(name)
+    one, other = torch.zeros(2, 2, device=parallel.device()), torch.zeros(2, 2)
+    for mixed in (torch.add, torch.matmul, lambda x, y: torch.embedding(x, y.long())):
+        with contextlib.suppress(RuntimeError):
+            found["went through"].append(str(mixed(one, other)))
     print(json.dumps(found))
 
 

@@ -2,7 +2,6 @@
 
 AlpacaEval's figures: against numbers made by hand, against published ones, and through the command line.
 """
-import csv
 import json
 import math
 
@@ -13,23 +12,13 @@ import eval as eval_script
 from common.data import read_jsonl
 from common.parallel import Problem
 from evals import alpaca
-from evals.alpaca import (
-    alpaca_figures,
-    length_controlled,
-    logistic,
-    name_of,
-    preferences,
-    read_annotations,
-    read_gamed,
-    sigmoid,
-    win_rates,
-)
+from evals.alpaca import alpaca_figures, length_controlled, logistic, preferences, read_gamed, sigmoid
 
 
 def test_win_rates_count_draws_half_and_leave_nulls_out():
     y = preferences(np.array([2, 1, 0, 1.5, 1.75, np.nan]))
     assert np.array_equal(y, [1, 0, 0.5, 0.5, 0.75, np.nan], equal_nan=True)
-    figures = win_rates(y)
+    figures = alpaca.win_rates(y)
     assert (figures["win_rate"], figures["discrete_win_rate"]) == pytest.approx((55.0, 60.0))
     assert figures["standard_error"] == pytest.approx(100 * math.sqrt(0.55 / 4 / 5))  # 0.55: sum of squares
     assert [figures[key] for key in ("n_wins", "n_wins_base", "n_draws", "n_total")] == [2, 1, 2, 5]
@@ -59,30 +48,16 @@ def test_the_length_controlled_fit_is_the_minimum_of_its_objective(annotated):
     predicted, theta = length_controlled(*annotated)
     assert predicted == pytest.approx(1 / (1 + np.exp(-theta[1] * annotated[2] - theta[2])))
     for step in np.eye(3):
-        slope = (lc_loss(theta + 1e-4 * step, *annotated) - lc_loss(theta - 1e-4 * step, *annotated)) / 2e-4
-        assert abs(slope) < 1e-6
-        for size in (-1, -0.01, 0.01, 1):
+        for size in (-1, -1e-3, 1e-3, 1):
             assert lc_loss(theta + size * step, *annotated) > lc_loss(theta, *annotated)
 
 
-def test_newtons_method_finds_a_known_answer_and_survives_separable_data():
-    assert logistic(np.ones((4, 1)), np.array([1, 1, 1, 0.0]), np.ones(4)) == pytest.approx([math.log(3)])
-    assert logistic(np.ones((2, 1)), np.array([1, 0.0]), np.array([1, 4.0])) == pytest.approx([-math.log(4)])
+def test_newtons_method_survives_data_on_which_it_never_gets_there_without_damping():
     x = np.array([[-5.9, 0.6, 0], [20.5, -0.1, -0.4], [-5.8, -9.3, -0.2], [0.9, -0.6, -10.6]])
     y, weights = np.array([0.98, 0.001, 0.5, 0.001]), np.array([1000, 1000, 10, 1000])
-    residual = sigmoid(x @ logistic(x, y, weights)) - y  # without damping it never gets there
+    residual = sigmoid(x @ logistic(x, y, weights)) - y
     assert x.T @ (weights * residual) == pytest.approx(np.zeros(3), abs=1e-6)
-    assert sigmoid(logistic(np.ones((5, 1)), np.ones(5), np.ones(5))) == pytest.approx(1)
-
-
-def test_length_is_what_the_length_control_takes_out(annotated):
-    _, shorter, difficulty, gamed = annotated
-    t = np.tanh(shorter / shorter.std(ddof=1))
-    y = 1 / (1 + np.exp(2 * t - 0.5 * difficulty + 0.3))  # a judge who likes length, on an answer a bit worse
-    predicted, theta = length_controlled(y, shorter, difficulty, np.stack(
-        [gamed[:, 0], gamed[:, 1], 1 / (1 + np.exp(2 * gamed[:, 0] - 0.5 * gamed[:, 1]))], axis=1))
-    assert theta == pytest.approx([-2, 0.5, -0.3])
-    assert predicted == pytest.approx(1 / (1 + np.exp(-0.5 * difficulty + 0.3)))
+    assert sigmoid(logistic(np.ones((5, 1)), np.ones(5), np.ones(5))) == pytest.approx(1)  # separable
 
 
 def test_the_intervals_hold_the_estimates_and_the_baseline_is_50(annotated):
@@ -101,31 +76,28 @@ SYSTEMS = ["FuseChat-Llama-3.1-8B-Instruct", "OpenHermes-2.5-Mistral-7B", "alpac
            "openbuddy-llama2-70b-v10.1", "vicuna-13b-v1.5"]
 
 
-@pytest.mark.parametrize("policy, name", [
-    ("models/llama", "llama"), ("runs/mt/policy", "mt"), ("runs/mt/round1/e2/policy", "mt-round1-e2"),
-    ("meta-llama/Llama", "Llama")])
-def test_a_policy_of_a_run_is_named_after_the_run(policy, name):
-    assert name_of(policy) == name
+def test_a_policy_of_a_run_is_named_after_the_run():
+    for policy, name in (("models/llama", "llama"), ("meta-llama/Llama", "Llama"), ("runs/mt/policy", "mt"),
+                         ("runs/mt/round1/e2/policy", "mt-round1-e2")):
+        assert alpaca.name_of(policy) == name
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_ten_systems_agree_with_what_was_published(shared, system, monkeypatch):
     folder = shared / "data" / "alpaca_eval"
     expected = json.loads((folder / "expected.json").read_text())[system]
-    model, baseline, raw, lengths, base = read_annotations(folder / "annotations" / f"{system}.json")
+    model, baseline, raw, lengths, base = alpaca.read_annotations(folder / "annotations" / f"{system}.json")
     difficulty, gamed = read_gamed(folder / "df_gamed_reconstructed.csv")
     assert len(difficulty) == 805 and gamed.shape == (1610, 3)
     monkeypatch.setattr(alpaca, "bootstrap", lambda *_: (0, 0))  # seconds, and not compared here
-    figures = alpaca_figures(preferences(raw), lengths, base, difficulty[:len(raw)], gamed,
-                                model == baseline)
-    for key in expected.keys() & {"win_rate", "standard_error", "discrete_win_rate", "n_wins", "n_wins_base",
-                                  "n_draws", "n_total"}:
+    figures = alpaca_figures(preferences(raw), lengths, base, difficulty[:len(raw)], gamed, model == baseline)
+    for key in expected.keys() & set(
+            "win_rate standard_error discrete_win_rate n_wins n_wins_base n_draws n_total".split()):
         assert figures[key] == pytest.approx(expected[key], abs=1e-6), key
-    controlled = figures["length_controlled_winrate"]
     fit = expected.get("same_inputs_mle", {"lc": 50, "se": 0})  # the baseline has none
+    controlled, error = figures["length_controlled_winrate"], figures["lc_standard_error"]
     assert controlled == pytest.approx(expected["length_controlled_winrate"], abs=0.2)
-    assert controlled == pytest.approx(fit["lc"], abs=1e-3)
-    assert figures["lc_standard_error"] == pytest.approx(fit["se"], abs=1e-3)
+    assert (controlled, error) == pytest.approx((fit["lc"], fit["se"]), abs=1e-3)
     if len(raw) == 805:  # else the published length is of outputs that have no annotation
         assert figures["avg_length"] == expected["avg_length"]
 
@@ -134,12 +106,10 @@ def test_ten_systems_agree_with_what_was_published(shared, system, monkeypatch):
 @pytest.fixture
 def gamed(tmp_path):
     """df_gamed.csv of four instructions."""
-    path = tmp_path / "df_gamed.csv"
-    with open(path, "w", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(["preference", "index", "std_delta_len", "instruction_difficulty", "model"])
-        table.writerows([0.6 - 0.1 * i, i, 0.3 * i - 0.5, 0.2 * i, model] for model in "ab" for i in range(4))
-    return path
+    lines = ["preference,index,std_delta_len,instruction_difficulty,model"] + [
+        f"{0.6 - 0.1 * i},{i},{0.3 * i - 0.5},{0.2 * i},{model}" for model in "ab" for i in range(4)]
+    (tmp_path / "df_gamed.csv").write_text("\n".join(lines))
+    return tmp_path / "df_gamed.csv"
 
 
 ROWS = [dict(preference=p, output_1="b" * b, output_2="m" * m, generator_1="base", generator_2="mine")
@@ -156,12 +126,9 @@ def test_annotations_give_the_same_in_both_forms(call, gamed, tmp_path, capsys):
     assert "mine against base" in capsys.readouterr().out
     figures = json.loads((tmp_path / "rows.out.json").read_text())
     assert figures == json.loads((tmp_path / "columns.out.json").read_text())
-    assert {"win_rate", "standard_error", "discrete_win_rate", "avg_length", "length_controlled_winrate",
-            "lc_standard_error"} <= figures.keys()
     assert figures["win_rate"] == pytest.approx(100 * 1.7 / 3) and figures["avg_length"] == 15
     difficulty, baselines = read_gamed(gamed)
     assert difficulty == pytest.approx([0, 0.2, 0.4, 0.6]) and baselines.shape == (8, 3)
-    assert baselines[0] == pytest.approx([math.tanh(-0.5), 0, 0.6])
     assert baselines[7] == pytest.approx([math.tanh(0.4), 0.6, 0.3])
     predicted, _ = length_controlled(np.array([1, 0.2, np.nan, 0.5]), np.array([-10, 10, -1, 30.0]),
                                      difficulty, baselines)
@@ -182,19 +149,6 @@ def test_alpaca_generate_writes_what_the_official_tool_reads(call, tiny, tmp_pat
 
 
 # ---------------------------------------------------------------- what can go wrong
-@pytest.mark.parametrize("words, place", [
-    (["alpaca", "--annotations", "nowhere.json", "--gamed", "GAMED"], "github.com/tatsu-lab/alpaca_eval"),
-    (["alpaca", "--annotations", "HERE", "--gamed", "nowhere.json"], "huggingface.co/datasets/tatsu-lab"),
-    (["alpaca-generate", "--policy", "x", "--prompts", "nowhere.json"], "alpaca_eval.json")])
-def test_a_missing_file_is_named_with_where_it_is_published(words, place, call, gamed, tmp_path):
-    (tmp_path / "here.json").write_text(json.dumps(COLUMNS))
-    files = {"GAMED": gamed, "HERE": tmp_path / "here.json"}
-    with pytest.raises(Problem) as error:
-        call(eval_script, *(files.get(word, word) for word in words))
-    said = str(error.value)
-    assert said.startswith("nowhere.json: no such file") and place in said and "\n" not in said
-
-
 @pytest.mark.parametrize("value, message", [
     ([{"a": 1}], "not AlpacaEval's annotations .*preference"),
     (COLUMNS | {"preference": [2.0, 3.0, None, 0]}, "from 1 to 2"),
@@ -209,16 +163,13 @@ def test_annotations_that_are_none_are_a_problem(value, message, call, gamed, tm
         call(eval_script, "alpaca", "--annotations", tmp_path / "a.json", "--gamed", gamed)
 
 
-@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "HEAD\n", "HEAD\n1,x,2,3\n", "HEAD\n1\n"])
-def test_a_gamed_file_that_is_none_is_a_problem(text, call, tmp_path):
+def test_a_gamed_file_or_instructions_that_are_none_are_a_problem(call, tiny, written, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(COLUMNS))
-    head = "index,std_delta_len,instruction_difficulty,preference"
-    (tmp_path / "g.csv").write_text(text.replace("HEAD", head))
-    with pytest.raises(Problem, match="g.csv: not AlpacaEval's df_gamed.csv"):
-        call(eval_script, "alpaca", "--annotations", tmp_path / "a.json", "--gamed", tmp_path / "g.csv")
-
-
-def test_instructions_without_a_prompt_are_a_problem(call, tiny, written):
+    for text in ("", "a,b\n1,2\n", "HEAD\n", "HEAD\n1,x,2,3\n", "HEAD\n1\n"):
+        head = "index,std_delta_len,instruction_difficulty,preference"
+        (tmp_path / "g.csv").write_text(text.replace("HEAD", head))
+        with pytest.raises(Problem, match="g.csv: not AlpacaEval's df_gamed.csv"):
+            call(eval_script, "alpaca", "--annotations", tmp_path / "a.json", "--gamed", tmp_path / "g.csv")
     path = written("q.jsonl", [dict(question_id=1, turns=[])])
     with pytest.raises(Problem, match="q.jsonl:1: no prompt"):
         call(eval_script, "alpaca-generate", "--policy", tiny(), "--prompts", path)

@@ -53,15 +53,16 @@ def test_the_rows_of_the_sampler_are_busy_over_many_blocks():
     assert len(result["steps"]) == -(-3000 // size) == 40 and result["busy"] > 0.93
 
 
-def test_gradients_are_exchanged_once_a_step_and_held_weights_too_with_the_same_result(tmp_path):
+def test_gradients_are_exchanged_once_a_step_and_kept_weights_too_with_the_same_result(tmp_path):
     make = (f"import sys, pathlib; sys.path.insert(0, {str(BENCH)!r}); import bench; "
             f"bench.FOLDER = pathlib.Path({str(tmp_path)!r}); bench.folder_of('tiny')")
     subprocess.run([sys.executable, "-c", make], check=True)
     results = []
-    for held in ((False, False), (True, False), (True, True)):
-        code = (f"import json, sys, pathlib; sys.path.insert(0, {str(BENCH)!r}); import bench, parallel; "
+    for kept in ((False, False), (True, False), (True, True)):
+        code = (f"import json, sys, pathlib; sys.path.insert(0, {str(BENCH)!r}); import bench; "
+                "from common import parallel; "
                 f"bench.FOLDER = pathlib.Path({str(tmp_path)!r}); "
-                f"result = json.dumps(bench.training_traffic('tiny', *{held})); "
+                f"result = json.dumps(bench.training_traffic('tiny', *{kept})); "
                 "parallel.say(result); bench.os._exit(0)")
         path = tmp_path / "traffic.py"
         path.write_text(code)

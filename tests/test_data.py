@@ -2,16 +2,17 @@
 
 Chats to tokens, rows to batches, and files to prompts and pairs.
 """
-import gzip
+import contextlib
 import json
-import shutil
 import sys
 
-import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import Unigram
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
-from common import toy
+from common import data, toy
 from common.data import encode_chat, load_tokenizer, read_jsonl, read_pairs, read_prompts, write_jsonl
 from common.models import load_policy
 from common.packing import check_context, pair_rows
@@ -50,20 +51,13 @@ def test_a_chat_has_one_bos_and_a_finished_answer_ends_in_one_eos(tokenizer):
     words = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
     prompt = encode_chat(tokenizer, "a sad poem").ids
     done, cut = (encode_chat(tokenizer, "a sad poem", ANSWER, finished) for finished in (True, False))
+    empty, cut_empty = (encode_chat(tokenizer, "a sad poem", "", finished) for finished in (True, False))
+    assert empty.ids[empty.start:] == [EOS] and cut_empty.ids[cut_empty.start:] == []
     assert prompt[0] == BOS and done.ids.count(BOS) == cut.ids.count(BOS) == prompt.count(BOS) == 1
     assert done.ids[done.start:] == [*words, EOS] and done.ids.count(EOS) == 1
     assert cut.ids[cut.start:] == words and EOS not in cut.ids
     assert done.ids[:done.start] == cut.ids[:cut.start] == prompt  # what training sees is what sampling saw
-
-
-def test_a_tokenizer_that_uses_no_bos_gets_none():
-    assert BOS not in encode_chat(variant(BODY), "a sad poem", ANSWER).ids
-
-
-@pytest.mark.parametrize("finished, last", [(True, [EOS]), (False, [])])
-def test_an_empty_answer_is_a_stop_token_or_nothing(finished, last):
-    chat = encode_chat(variant(), "a sad poem", "", finished)
-    assert chat.ids[chat.start:] == last
+    assert BOS not in encode_chat(variant(BODY), "a sad poem", ANSWER).ids  # which uses none
 
 
 def test_earlier_turns_stay_in_the_prompt():
@@ -76,14 +70,14 @@ def test_earlier_turns_stay_in_the_prompt():
     assert tokenizer.decode(chat.ids[chat.start:]).split() == ["waves", "<eos>"]
 
 
-def test_reward_models_read_the_whole_template_and_policies_up_to_the_stop_token():
-    tokenizer = TEMPLATES["text after the stop token"]
-    pair = [dict(prompt="a sad poem", chosen=ANSWER, rejected="grey waves")]
-    for policy, tail in ((True, ["<eos>"]), (False, ["<eos>", "the", "end"])):
-        [row], *_ = pair_rows(tokenizer, pair, 100, unfinished=policy)
-        words = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
-        assert [*row.branches[0]] == words + tokenizer.convert_tokens_to_ids(tail)
-    [row], *_ = pair_rows(TEMPLATES["no stop token in the template"], pair, 100)
+def test_reward_models_read_the_whole_template_and_policies_what_was_said_up_to_the_stop_token():
+    tokenizer, end = TEMPLATES["text after the stop token"], ["<eos>", "the", "end"]
+    pair = [dict(prompt="a sad poem", chosen=ANSWER, rejected="the sea", rejected_finished=False)]
+    for policy, tails in ((True, (["<eos>"], [])), (False, (end, end))):
+        [row], _ = pair_rows(tokenizer, pair, 100, unfinished=policy)
+        assert [tokenizer.convert_ids_to_tokens(branch) for branch in row.branches] == [
+            text.split() + tail for text, tail in zip((ANSWER, "the sea"), tails)]
+    [row], _ = pair_rows(TEMPLATES["no stop token in the template"], pair, 100)
     assert row.branches[0][-1] == EOS
 
 
@@ -94,16 +88,13 @@ def test_words_that_a_template_writes_before_an_answer_are_not_put_into_its_mout
     assert chat == encode_chat(toy.tokenizer(), "a sad poem", ANSWER)
 
 
-def test_a_template_that_refuses_a_chat_is_a_problem():
-    with pytest.raises(Problem, match="template refuses .* \\(no system turns\\)"):
-        encode_chat(variant("{{ raise_exception('no system turns') }}"), "a sad poem", ANSWER)
-
-
-def test_a_template_whose_generation_prompt_is_no_beginning_of_an_answer_is_refused():
-    broken = variant("{% for m in messages %}{{ m['content'] }} {% endfor %}"
-                     "{% if add_generation_prompt %}<assistant>{% endif %}")
-    with pytest.raises(Problem, match="generation prompt"):
-        encode_chat(broken, "a sad poem", ANSWER)
+@pytest.mark.parametrize("template, message", [
+    ("{{ raise_exception('no system turns') }}", "template refuses .* \\(no system turns\\)"),
+    ("{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}<a>{% endif %}",
+     "generation prompt is not the beginning of an answered chat")])
+def test_a_template_that_refuses_a_chat_or_begins_no_answer_is_refused(template, message):
+    with pytest.raises(Problem, match=message):
+        encode_chat(variant(template), "a sad poem", ANSWER)
 
 
 def test_prompts_have_the_peers_ids(golden):
@@ -123,37 +114,64 @@ def test_where_bos_and_eos_are_one_token_it_stands_at_both_ends(shared, answer):
     assert tokenizer.decode(done.ids[done.start:-1]).strip() == answer.strip()
 
 
-# ---------------------------------------------------------------- rows
-def test_over_long_pairs_are_left_out_and_counted_and_the_others_are_whole(pairs):
-    tokenizer = toy.tokenizer()
-    everything, every_pair = pair_rows(tokenizer, pairs, 1000)
-    assert len(everything) == len(pairs) and every_pair == pairs
-    longest = [max(len(row.trunk) + len(branch) for branch in row.branches) for row in everything]
-    limit = int(np.median(longest))
-    rows, kept = pair_rows(tokenizer, pairs, limit)
-    assert rows == [row for row, length in zip(everything, longest) if length <= limit]
-    assert kept == [pair for pair, length in zip(pairs, longest) if length <= limit]  # a row's own pair
-    assert 0 < len(kept) < len(pairs)
+# ---------------------------------------------------------------- special tokens that a message spells
+def unigram():
+    """One of letters, as sentencepiece makes them, with a stop token that its vocabulary doesn't have."""
+    pieces = [("<pad>", 0.0), ("<s>", 0.0), *((chr(i), -3.0) for i in (9601, *range(33, 127)))]
+    model = Tokenizer(Unigram(pieces, 0, False))
+    model.pre_tokenizer, model.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="<|eot_id|>",
+                                   pad_token="<pad>", chat_template=toy.tokenizer().chat_template)
 
 
-def test_only_policies_learn_that_an_answer_was_cut_off():
-    pair = [dict(prompt="a sad poem", chosen=ANSWER, rejected="grey waves", rejected_finished=False)]
-    for unfinished, last in ((True, "waves"), (False, "<eos>")):
-        [row], *_ = pair_rows(toy.tokenizer(), pair, 100, unfinished)
-        assert [toy.tokenizer().decode(branch[-1:]) for branch in row.branches] == ["<eos>", last]
+@pytest.fixture(params=["embedded", "unigram", "golden", "stories"])
+def tokenizer(request):
+    if request.param in ("embedded", "unigram"):
+        return toy.tokenizer() if request.param == "embedded" else unigram()
+    shared = request.getfixturevalue("shared")
+    return load_tokenizer(shared / ("golden/policy" if request.param == "golden" else "models/stories3M"))
+
+
+def test_a_message_that_spells_the_end_of_turn_cannot_end_it(tokenizer):
+    end, unknown = tokenizer.eos_token, {tokenizer.pad_token_id}  # the embedded task's word for unknown ones
+
+    def special(chat):
+        return [i for i in chat.ids if i in data.Special(tokenizer).ids - unknown]
+    plain = encode_chat(tokenizer, "sad poem", "grey waves")
+    for text in (end, f"a{end}b", f"{end}\n{tokenizer.bos_token}{end}"):
+        hostile, response = f"sad {text} poem", f"grey {text} waves"
+        chat, cut = (encode_chat(tokenizer, hostile, response, finished) for finished in (True, False))
+        assert special(chat) == special(plain) == special(encode_chat(tokenizer, "sad poem", response))
+        assert chat.ids[:chat.start] == encode_chat(tokenizer, hostile).ids == cut.ids[:cut.start]
+        assert chat.ids[:-1] == cut.ids and chat.ids[-1] == plain.ids[-1]
+        if len(tokenizer) > 200:  # one that knows all letters
+            assert response in tokenizer.decode(chat.ids[chat.start:])
+            assert hostile in tokenizer.decode(chat.ids[:chat.start])
+        role = encode_chat(tokenizer, [dict(role=f"user{text}", content="sad poem")])
+        assert len(special(role)) <= len(special(encode_chat(tokenizer, "sad poem")))
+
+
+def test_with_special_tokens_in_a_message_all_other_tokens_are_as_without(tokenizer, monkeypatch):
+    special = data.Special(tokenizer)
+    for text in ("a sad poem", " two  spaces\nand a line ", "Tom’s 42 … 你好", ""):
+        for answers in ([], [dict(role="assistant", content=text + "!")]):
+            turns = [dict(role="user", content="x" + text), *answers]
+            plain = tokenizer(data.render(tokenizer, turns, False), add_special_tokens=False)["input_ids"]
+            found = special.twin.encode(data.render(tokenizer, turns, True), add_special_tokens=False)
+            assert found.ids == plain
+    monkeypatch.setattr(data.Special, "twin", None)  # its use would fail: ordinary text has no need of it
+    encode_chat(tokenizer, "a sad poem < s > |eot|", "grey waves <", whole=True)
 
 
 def test_a_chat_that_the_model_cannot_read_is_a_problem(pairs, tiny):
-    model = load_policy(tiny())
-    rows, *_ = pair_rows(toy.tokenizer(), pairs, 1000)
-    model.context = longest = max(len(row.trunk) + len(branch) for row in rows for branch in row.branches)
-    check_context(rows, model, "folder")
-    model.context -= 1
-    with pytest.raises(Problem, match=f"folder: a chat of {longest} tokens .* context of {longest - 1}"):
-        check_context(rows, model, "folder")
-    model.context, model.config.vocab_size = longest, 50
-    with pytest.raises(Problem, match="the tokenizer has more tokens than the model's 50"):
-        check_context(rows, model, "folder")
+    model, (rows, _) = load_policy(tiny()), pair_rows(toy.tokenizer(), pairs, 1000)
+    longest = max(len(row.trunk) + len(branch) for row in rows for branch in row.branches)
+    for context, words, message in (
+            (longest, 500, ""), (longest - 1, 500, f"folder: a chat of {longest} tokens"),
+            (longest, 50, "the tokenizer has more tokens than the model's 50")):
+        model.context, model.config.vocab_size = context, words
+        with pytest.raises(Problem, match=message) if message else contextlib.nullcontext():
+            check_context(rows, model, "folder")
 
 
 # ---------------------------------------------------------------- files
@@ -165,21 +183,18 @@ def assistant(text):
     return dict(role="assistant", content=text)
 
 
+SYSTEM = dict(role="system", content="Be kind.")
 TURNS = dict(chosen=[user("Hi"), assistant("good")], rejected=[user("Hi"), assistant("bad")])
 
 
 @pytest.mark.parametrize("row", [
     dict(prompt="Hi", chosen="good", rejected="bad"),
-    dict(prompt="Hi", chosen="Higood", rejected="Hibad"),  # the prompt in front
     dict(prompt=[user("Hi")], chosen="good", rejected="bad"),
     dict(prompt=[user("Hi")], chosen=[assistant("good")], rejected=[assistant("bad")]),
     dict(prompt=[user("Hi")], **TURNS),
     dict(prompt="Hi", **TURNS),                            # UltraFeedback
     dict(TURNS),                                           # an implicit prompt
-    dict(question="Hi", chosen="good", rejected="bad"),
-    dict(chosen="\n\nHuman: Hi\n\nAssistant: good", rejected="\n\nHuman: Hi\n\nAssistant: bad"),  # HH
-    dict(conversations=[{"from": "human", "value": "Hi"}], chosen="good", rejected="bad"),
-    dict(prompt="\n\nHuman: Hi\n\nAssistant:", chosen="good", rejected="bad"),
+    dict(messages=[user("Hi"), assistant("better")], chosen="good", rejected="bad"),
 ])
 def test_every_way_to_write_a_pair_is_the_same_pair(written, row):
     [pair] = read_pairs(written("pairs.jsonl", [row | {"extra": 1}]))
@@ -188,156 +203,52 @@ def test_every_way_to_write_a_pair_is_the_same_pair(written, row):
     assert chats[0] == chats[1]
 
 
-def test_an_answer_may_begin_as_the_prompt_does(written):
-    [pair] = read_pairs(written("pairs.jsonl", [dict(prompt="Hi", chosen="Hi! You?", rejected="No.")]))
-    assert (pair["chosen"], pair["rejected"]) == ("Hi! You?", "No.")
-
-
-@pytest.mark.parametrize("row, message", [
-    (dict(chosen="good", rejected="bad"), "no prompt"),
-    (dict(prompt="Hi", chosen="good"), "no answer in `rejected`"),
-    (dict(prompt="Hi", chosen=[user("Hi")], rejected="bad"), "no answer in `chosen`"),
-    (dict(chosen=[user("a"), assistant("x")], rejected=[user("b"), assistant("y")]), "different prompts"),
-    (dict(prompt=[user("Hi"), assistant("x")], chosen="good", rejected="bad"), "ends with an assistant turn"),
-])
-def test_a_bad_pair_is_named_by_its_line(written, row, message):
-    good = dict(prompt="Hi", chosen="good", rejected="bad")
-    with pytest.raises(Problem, match=f":2: .*{message}"):
-        read_pairs(written("pairs.jsonl", [good, row]))
-
-
-def test_prompts_come_in_the_order_of_the_file_and_repeats_once(written):
-    path = written("prompts.jsonl", [{"prompt": p} for p in ("a", "b", [user("a")], "c", "b")])
-    assert read_prompts(path) == (["a", "b", "c"], 2)
+def test_an_answer_that_repeats_its_prompt_stays_whole_and_such_pairs_are_counted(written, capsys):
+    rows = [dict(prompt="Hi", chosen="Hi! You?", rejected=rejected) for rejected in ("Hi.", "No.")]
+    path = written("pairs.jsonl", rows)
+    assert read_pairs(path) == rows
+    assert f"{path}: 1 of 2 pairs have the prompt in front of both answers\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("row, prompt", [
     (dict(messages=[user("Hi"), assistant("good")]), [user("Hi")]),
-    (dict(conversations=[{"from": "system", "value": "Be kind."}, {"from": "human", "value": "Hi"},
-                         {"from": "gpt", "value": "good"}]),
-     [dict(role="system", content="Be kind."), user("Hi")]),
-    (dict(instruction="Hi", output="good"), "Hi"),
-    (dict(instruction="Sum up.", input="Hi", output="good"), "Sum up.\n\nHi"),
-    (dict(question="Hi"), "Hi"),
-    (dict(question="Hi", system="Be kind."), [dict(role="system", content="Be kind."), user("Hi")]),
-    (dict(chosen="\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Go\n\nAssistant: good", rejected=""),
-     [user("Hi"), assistant("Yes?"), user("Go")]),
+    (dict(messages=[SYSTEM, user("Hi"), assistant("good"), user("Go")]),
+     [SYSTEM, user("Hi"), assistant("good"), user("Go")]),
+    (dict(prompt="Hi", system="Be kind."), [SYSTEM, user("Hi")]),
+    (dict(messages=[user("Hi"), assistant("good")], system="Be kind."), [SYSTEM, user("Hi")]),
+    (TURNS, [user("Hi")]),
+    (dict(prompt="Hi", messages=[user("Ho")], question="Ha"), "Hi"),
 ])
-def test_prompts_under_other_names_are_read_and_their_field_is_said(written, row, prompt, capsys):
-    path = written("prompts.jsonl", [row])
-    assert read_prompts(path) == ([prompt], 0)
-    assert capsys.readouterr().out == f"{path}: prompts from the field {next(iter(row))}\n"
+def test_a_prompt_is_text_or_messages_without_their_last_answer_behind_the_system_turn(written, row, prompt):
+    assert read_prompts(written("prompts.jsonl", [row])) == ([prompt], 0)
 
 
-def test_a_prompt_field_is_taken_before_all_others_and_a_row_without_one_says_what_it_has(written):
-    path = written("prompts.jsonl", [dict(prompt="a", wish="b")])
-    assert read_prompts(path, "wish") == (["b"], 0)
-    with pytest.raises(Problem, match=":1: no prompt .*the row has wish, x: --prompt_field names another"):
-        read_prompts(written("prompts.jsonl", [dict(wish="b", x=1)]))
-
-
-def test_csv_and_gz_read_like_jsonl(tmp_path):
-    (tmp_path / "p.csv").write_text('prompt,n\n"a, ""b""\nc",1\nd,2\n')
-    (tmp_path / "p.csv.gz").write_bytes(gzip.compress((tmp_path / "p.csv").read_bytes()))
-    (tmp_path / "p.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "a, \\"b\\"\\nc"}\n{"prompt": "d"}\n'))
-    for name in ("p.csv", "p.csv.gz", "p.jsonl.gz"):
-        assert read_prompts(tmp_path / name) == (['a, "b"\nc', "d"], 0)
-    for name, content, message in (("p.csv", b"prompt\na,b\n", "p.csv:row 1: not as many values"),
-                                   ("p.csv", b"prompt,n\na\n", "p.csv:row 1: not as many values"),
-                                   ("p.csv", b'prompt\n"a\n', "p.csv: not CSV"),
-                                   ("p.csv.gz", b"prompt\na\n", "not a whole gzip file"),
-                                   ("p.jsonl.gz", gzip.compress(b"{}" * 99)[:-9], "not a whole gzip file")):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(Problem, match=message):
-            read_prompts(tmp_path / name)
-
-
-def test_prompts_are_read_from_a_json_list_and_from_jsonl_alike(tmp_path, written):
-    rows = [{"prompt": "ä\u2028b"}, {"prompt": "c"}]
+def test_prompts_come_in_the_order_of_the_file_and_repeats_once_from_json_and_jsonl_alike(tmp_path, written):
+    rows = [{"prompt": p} for p in ("ä\u2028b", "b", [user("ä\u2028b")], "c", "b")]
     (tmp_path / "p.json").write_text(json.dumps(rows, ensure_ascii=False))
-    path = written("p.jsonl", rows)
-    assert read_prompts(tmp_path / "p.json") == read_prompts(path) == (["ä\u2028b", "c"], 0)
+    for path in (tmp_path / "p.json", written("p.jsonl", rows)):
+        assert read_prompts(path) == (["ä\u2028b", "b", "c"], 2)
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("p.jsonl", None, "p.jsonl: no such file"),
-    ("p.jsonl", b"", "p.jsonl: empty"),
-    ("p.jsonl", b"\n\n", "p.jsonl: empty"),
-    ("p.json", b"", "p.json: empty"),
-    ("p.json", b"[]", "p.json: empty"),
-    ("p.jsonl", b'{"prompt": "a"}\n\n{"prompt": "b"\n', "p.jsonl:3: not JSON"),
-    ("p.json", b'[{"prompt": "a"},\n{"prompt"}]', "p.json:2: not JSON"),
-    ("p.jsonl", b'{"prompt": "a"}\n"b"\n', "p.jsonl:2: a JSON object is needed"),
-    ("p.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', "p.jsonl:2: no prompt"),
-    ("p.jsonl", b'{"prompt": " "}\n', "p.jsonl:1: no prompt"),
-    ("p.jsonl", b'{"prompt": [{"role": "user"}]}\n', "p.jsonl:1: no prompt"),
-    ("p.jsonl", b'{"prompt": 3}\n', "p.jsonl:1: no prompt"),
-    ("p.jsonl", b"\xff\xfe\x00", "p.jsonl: not UTF-8"),
-    ("folder", "folder", "folder: a folder"),
-])
-@pytest.mark.parametrize("read", [read_prompts, read_pairs])
-def test_a_bad_file_is_one_clear_line(tmp_path, read, name, content, message):
-    path = tmp_path / name
-    if content == "folder":
-        path.mkdir()
-    elif content is not None:
-        path.write_bytes(content.replace(b'"a"}', b'"a", "chosen": "x", "rejected": "y"}'))
-    with pytest.raises(Problem, match=message) as problem:
-        read(str(path))
-    assert "\n" not in str(problem.value)
-
-
-def test_parquet_reads_like_jsonl(tmp_path):
+def test_parquet_reads_like_jsonl_and_without_datasets_says_what_to_install(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
-    rows = [dict(prompt=p, **{side: [user(p), assistant(answer)] for side, answer in answers.items()})
-            for p, answers in [("Hi", dict(chosen="good", rejected="bad")),
-                               ("Ho", dict(chosen="great", rejected="grim"))]]
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "p.parquet")
-    assert read_prompts(tmp_path / "p.parquet") == (["Hi", "Ho"], 0)
-    assert [(p["chosen"], p["rejected"]) for p in read_pairs(tmp_path / "p.parquet")] == [
-        ("good", "bad"), ("great", "grim")]
+    path, rows = tmp_path / "p.parquet", [dict(prompt=prompt, **TURNS) for prompt in ("Hi", "Hi ")]
+    datasets.Dataset.from_list(rows).to_parquet(path)
+    assert read_prompts(path) == (["Hi", "Hi "], 0)
+    assert read_pairs(path)[0] == dict(prompt="Hi", chosen="good", rejected="bad")
     (tmp_path / "broken.parquet").write_bytes(b"no parquet")
     with pytest.raises(Problem, match="broken.parquet: could not be loaded"):
         read_prompts(tmp_path / "broken.parquet")
-
-
-def test_without_datasets_hub_ids_and_parquet_say_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    for source in ("someone/prompts", tmp_path / "p.parquet"):
+    for source in ("someone/prompts", path):
         with pytest.raises(Problem, match="pip install datasets"):
-            read_prompts(str(source))
+            read_prompts(source)
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda f: (f / "chat_template.jinja").unlink(), "no chat template"),
-    (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer could be loaded|no chat template"),
-    (lambda f: (f / "config.json").write_text("{}"), "not a model folder"),
-    (lambda f: (f / "config.json").unlink(), "not a model folder"),
-    (lambda f: (f / "model.safetensors").unlink(), "can't be loaded"),
-    (lambda f: (f / "model.safetensors").write_bytes(b"1234"), "can't be loaded"),
-])
-def test_a_folder_that_is_no_whole_model_is_named(tiny, tmp_path, change, message):
-    folder = tmp_path / "model"
-    shutil.copytree(tiny(), folder)
-    change(folder)
-    with pytest.raises(Problem, match=f"{folder}: .*({message})") as problem:
-        load_tokenizer(folder)
-        load_policy(folder)
-    assert "\n" not in str(problem.value)
-
-
-def test_rows_read_one_by_one_are_those_of_the_file(tmp_path, prompts):
+def test_rows_are_read_as_they_were_written(tmp_path, prompts):
     rows = [{"prompt": prompt, "text": "ä\u2028\r\\u00e4", "number": number / 7}
             for number, prompt in enumerate(prompts)]
-    for some in (rows, rows[:1], []):
+    half = [{"response": "a\ud800b"}]  # of a surrogate pair
+    for some, found in ((rows, rows), ([], []), (half, [{"response": "a?b"}])):
         write_jsonl(tmp_path / "rows.jsonl", some)
-        lines = Lines(tmp_path / "rows.jsonl")
-        assert list(lines) == some == read_jsonl(tmp_path / "rows.jsonl") and len(lines) == len(some)
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    lines = Lines(tmp_path / "rows.jsonl")
-    assert lines[3:40:5] == rows[3:40:5] and lines[-1] == rows[-1] and lines[::2] == rows[::2]
-    with pytest.raises(IndexError):
-        lines[len(rows)]
-    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"a":\n')
-    with pytest.raises(Problem, match="rows.jsonl:2: not JSON"):
-        Lines(tmp_path / "rows.jsonl")[1]
+        assert read_jsonl(tmp_path / "rows.jsonl") == found

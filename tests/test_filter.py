@@ -19,13 +19,10 @@ NAN, INF = float("nan"), float("inf")
     ([0, 5, 6], [3, 4, 4], (2, 0)),                 # equally short: the higher reward
     ([0, 5, 5], [3, 4, 4], (1, 0)),                 # and equally high: the earlier
     ([0, 0, 5], [1, 2, 3], (2, 0)),                 # lowest twice: the earlier, whatever its length
-    ([1, 1, 1, 2], [1, 1, 1, 50], (3, 0)),          # one response above the mean
-    ([-3, -1, -2], [4, 4, 4], (1, 0)),
     ([2, 1, 3], [1, 1, 9], (2, 1)),                 # exactly the mean is not above it
     ([7, 7, 7], [1, 2, 3], None),                   # all equal
     ([0.1, 0.1, 0.1], [1, 2, 3], None),             # all equal, with a mean that rounds below them
     ([4], [1], None),
-    ([], [], None),
 ])
 def test_the_shortest_above_the_mean_is_chosen_and_the_lowest_rejected(scores, lengths, pair):
     choice = choose_pair(scores, lengths)
@@ -35,13 +32,12 @@ def test_the_shortest_above_the_mean_is_chosen_and_the_lowest_rejected(scores, l
         assert choice[2].startswith(f"chosen: shortest of the {above} above the mean reward ")
 
 
-@pytest.mark.parametrize("bad", [NAN, INF, -INF])
-def test_a_reward_that_is_not_finite_is_never_ranked(bad):
-    with pytest.raises(ValueError, match="finite"):
-        choose_pair([1, bad, 2], [1, 2, 3])
-    for new, old in (([bad], [1]), ([1], [bad])):
-        with pytest.raises(ValueError, match="finite"):
-            margin_filter(new, old)
+def test_a_reward_that_is_not_finite_is_never_ranked():
+    for bad in (NAN, INF, -INF):
+        for work, *given in ((choose_pair, [1, bad, 2], [1, 2, 3]), (margin_filter, [bad], [1]),
+                             (margin_filter, [1], [bad])):
+            with pytest.raises(ValueError, match="finite"):
+                work(*given)
 
 
 def responses(prompt, *texts_and_scores):
@@ -63,14 +59,11 @@ def test_pairs_carry_scores_lengths_and_the_reason_and_prompts_without_one_are_c
 
 @pytest.mark.parametrize("new, old, kept, epsilon", [
     ([5, 5], [0, 2], [True, True], 1),              # one-sided: all better
-    ([-5, -5], [0, 2], [False, False], 1),          # all dropped
     ([-1, 1], [0, 2], [False, False], 1),           # a margin of exactly -ε is dropped
     ([-0.999, 1.001], [0, 2], [True, True], 1),     # slightly negative ones stay, on purpose
     ([0, 2], [0, 2], [True, True], 1),              # ties stay
     ([3, 3.5, 2.5], [3, 3, 3], [False, True, False], 0),  # ε = 0: only what is better
-    ([1], [1], [False], 0),
     ([2], [1], [True], 0),
-    ([], [], [], 0),
 ])
 def test_a_margin_at_or_below_minus_epsilon_is_dropped(new, old, kept, epsilon):
     mask, margins, threshold = margin_filter(new, old)
@@ -90,11 +83,8 @@ def test_dropped_comparisons_stay_on_record_and_identical_texts_never_count(use_
         "margin above -epsilon", "margin at or below -epsilon", "identical text"]
     assert [row["epsilon"] for row in rows] == pytest.approx([(2 / 3)**0.5] * 3)
     assert rows[1].items() >= dict(prompt="y", new="worse", old="old", new_score=-3.0, old_score=2.0).items()
-
-
-def test_answers_to_different_prompts_are_not_compared():
     with pytest.raises(Problem, match="different prompts"):
-        compare(responses("x", ("a", 1.0)), responses("y", ("b", 1.0)))
+        compare(new, old[::-1])
 
 
 # ---------------------------------------------------------------- the command line
@@ -111,7 +101,7 @@ def test_the_script_makes_pairs_and_comparisons(call, written, tmp_path):
 @pytest.mark.parametrize("change, message", [
     ({"score": NAN}, r":2: the score nan is not a finite number"),
     ({"score": "high"}, r":2: the score 'high' is not a finite number"),
-    ({"score": None}, r":2: .*score"),
+    ({"score": None}, r":2: no score .*score samples first"),
     ({"prompt": 5}, r":2: .*prompt"),
 ])
 def test_a_bad_sample_is_named_by_its_line(call, written, tmp_path, change, message):
@@ -120,10 +110,3 @@ def test_a_bad_sample_is_named_by_its_line(call, written, tmp_path, change, mess
     with pytest.raises(Problem, match=message):
         call(filter_script, "--samples", samples, "--out", tmp_path / "o.jsonl")
     assert not (tmp_path / "o.jsonl").exists()
-
-
-def test_unscored_samples_are_refused_with_what_to_do(call, written, tmp_path):
-    row = responses("one", ("a", 2.0))[0]
-    del row["score"]
-    with pytest.raises(Problem, match="score samples first"):
-        call(filter_script, "--samples", written("raw.jsonl", [row]), "--out", tmp_path / "o.jsonl")

@@ -6,14 +6,14 @@ is the table of it.
 """
 import inspect
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from conftest import forked, with_weights
+from safetensors.torch import load_file
 from test_sampler import STOPS, generate_reference
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -21,8 +21,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS,
 )
 
+import dpo
+import reward
 import sampler
-from common import attention, data, models, packing, toy
+from common import data, models, packing, toy
 from common.models import load_policy, load_reward
 from common.packing import Row, collate
 from common.parallel import Problem
@@ -44,6 +46,7 @@ LONGROPE = dict(original_max_position_embeddings=48, rope_parameters=dict(
     rope_type="longrope", rope_theta=1e4, factor=2.0, short_factor=[1.0, 1.1, 1.2, 1.3],
     long_factor=[1.0, 2.0, 3.0, 4.0]))
 CHUNKS = dict(attention_chunk_size=48, layer_types=["chunked_attention", "full_attention"])
+SSM = dict(mamba_n_heads=4, mamba_d_ssm=64, mamba_d_head=16, mamba_d_state=16, mamba_chunk_size=16)
 DECODER = dict(d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=64)
 
 PLAIN = ("llama", "qwen2", "qwen3", "gemma", "olmo", "olmo2", "glm", "glm4", "smollm3", "helium", "arcee",
@@ -67,6 +70,7 @@ EQUAL = dict.fromkeys(PLAIN, {}) | {  # family: what its config has other than S
         num_kv_shared_layers=0, hidden_size_per_layer_input=8, vocab_size_per_layer_input=SHAPE["vocab_size"],
         laurel_rank=4, activation_sparsity_pattern=[0.0, 0.0]),
 }
+RM = dict(auto=AutoModelForSequenceClassification, num_labels=1)
 OTHER_HEADS = ("ctrl", "modernbert-decoder")  # equal as policies, refused as reward models
 NO_SDPA = "does not support an attention implementation"
 UNTOLD = "packed attention: attention is told nothing of who shares a sequence"
@@ -78,7 +82,7 @@ REFUSED = {  # family: its config, and what the line says
     "deepseek_v32": (LATENT_MOE, "packed attention: "),
     "falcon": ({}, "packed attention: "), "doge": ({}, "packed attention: "), "stablelm": ({}, UNTOLD),
     "nemotron": ({}, UNTOLD), "inkling_text": ({}, "packed attention: attention has position_bias"),
-    "minimax": ({}, LEAKS), "jamba": (dict(use_mamba_kernels=False), LEAKS), "falcon_h1": ({}, LEAKS),
+    "minimax": ({}, LEAKS), "jamba": (dict(use_mamba_kernels=False), LEAKS), "falcon_h1": (SSM, LEAKS),
     "lfm2": (dict(layer_types=["conv", "full_attention"]), LEAKS), "qwen3_next": ({}, LEAKS),
     "nemotron_h": ({}, LEAKS), "recurrent_gemma": ({}, "no max_position_embeddings"),
     "bart": (DECODER, "packed attention: "), "mbart": (DECODER, "packed attention: "),
@@ -89,8 +93,7 @@ def config_of(kind, changes, **more):
     config = CONFIG_MAPPING[kind]
     known = {*inspect.signature(config.__init__).parameters, *getattr(config, "attribute_map", {})}
     always = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
-    config = config(**{k: v for k, v in SHAPE.items() if k in known or k in always} | changes | more)
-    return config
+    return config(**{k: v for k, v in SHAPE.items() if k in known or k in always} | changes | more)
 
 
 def build(kind, changes, folder, auto=AutoModelForCausalLM, noise=0.1, **more):
@@ -138,28 +141,26 @@ def check_sampling(model, usual):
         usual, prompts, keys, **settings)
 
 
+def check_values_and_gradients(ours, theirs, model, usual):
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    for values in (ours, theirs):
+        (values * torch.linspace(-1, 2, len(values))).sum().backward()
+    assert_same_gradients(model, usual)
+
+
 def check_logps(model, usual, rows):
     def alone(ids, start):
         logits = usual(torch.tensor([ids]), use_cache=False).logits[0, start - 1:-1]
         return -F.cross_entropy(logits, torch.tensor(ids[start:]), reduction="sum")
 
-    ours, theirs = ResponseLogps(model)(collate(rows)), torch.stack([alone(*chat) for chat in chats_of(rows)])
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    for values in (ours, theirs):
-        (values * torch.linspace(-1, 2, len(values))).sum().backward()
-    assert_same_gradients(model, usual)
+    theirs = torch.stack([alone(*chat) for chat in chats_of(rows)])
+    check_values_and_gradients(ResponseLogps(model)(collate(rows)), theirs, model, usual)
 
 
 def check_rewards(folder, rows):
-    usual = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    model = load_reward(folder)
-    ours = Rewards(model)(collate(rows))
-    theirs = torch.stack([usual(torch.tensor([ids]), use_cache=False).logits[0, 0]
-                          for ids, _ in chats_of(rows)])
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    for values in (ours, theirs):
-        (values * torch.linspace(-1, 2, len(values))).sum().backward()
-    assert_same_gradients(model, usual)
+    usual, model = AutoModelForSequenceClassification.from_pretrained(folder).eval(), load_reward(folder)
+    theirs = torch.stack([usual(torch.tensor([ids])).logits[0, 0] for ids, _ in chats_of(rows)])
+    check_values_and_gradients(Rewards(model)(collate(rows)), theirs, model, usual)
 
 
 def check_saving(model, usual, source, folder):
@@ -183,7 +184,7 @@ def test_a_family_is_equal_to_plain_transformers(kind, rows, tmp_path):
 
 @pytest.mark.parametrize("kind", [kind for kind in EQUAL if kind in CLASSIFIERS])
 def test_a_familys_reward_models_are_equal_to_plain_transformers_or_refused(kind, rows, tmp_path):
-    folder = build(kind, EQUAL[kind], tmp_path / "rm", AutoModelForSequenceClassification, num_labels=1)
+    folder = build(kind, EQUAL[kind], tmp_path / "rm", **RM)
     if kind in OTHER_HEADS:
         with pytest.raises(Problem, match="no linear head `score`"):
             load_reward(folder)
@@ -201,56 +202,49 @@ def test_a_family_is_refused_in_one_line(kind, tmp_path):
 
 
 # ---------------------------------------------------------------- what the probe sees
-def without_chats(module, query, key, value, mask, chats=None, **options):
-    """A mistake: the tokens of a packed sequence see all that stand before them."""
-    if chats is not None:
-        chats, options["places"] = [torch.arange(query.shape[2])[None]], torch.arange(query.shape[2])
-    return attention.attention(module, query, key, value, mask, chats=chats, **options)
+def without_chats(query, options):
+    """The tokens of a packed sequence see all that stand before them."""
+    tokens = torch.arange(query.shape[2])
+    options.update(chats=[tokens[None]], places=tokens)
+    return query
 
 
-def without_window(module, query, key, value, mask, chats=None, slots=None, sliding_window=None, **options):
-    """A mistake: attention windows are forgotten, in packed attention."""
-    window = sliding_window if slots else None
-    return attention.attention(module, query, key, value, mask, chats=chats, slots=slots,
-                               sliding_window=window, **options)
+def without_window(query, options):
+    options["sliding_window"] = None
+    return query
 
 
-def without_window_in_steps(module, query, key, value, mask, slots=None, sliding_window=None, **options):
-    """A mistake: attention windows are forgotten, in the cache."""
-    window = None if slots else sliding_window
-    return attention.attention(module, query, key, value, mask, slots=slots, sliding_window=window, **options)
-
-
-def with_another_scale(module, query, key, value, mask, slots=None, **options):
-    """A mistake: the cache's scores are scaled as they are not elsewhere."""
-    query = query * 1.1 if slots else query
-    return attention.attention(module, query, key, value, mask, slots=slots, **options)
+def with_another_scale(query, options):
+    return 1.1 * query
 
 
 @pytest.mark.parametrize("mistake, part, deviation", [
     (without_chats, "packed attention", 0.02), (without_chats, "packed attention", 0.002),
     (without_window, "packed attention", 0.02), (without_window, "packed attention", 0.002),
-    (without_window_in_steps, "the sampler's cache", 0.02),
-    (without_window_in_steps, "the sampler's cache", 0.002),
+    (without_window, "the sampler's cache", 0.02), (without_window, "the sampler's cache", 0.002),
     (with_another_scale, "the sampler's cache", 0.1)])
 def test_a_mistake_in_attention_is_seen_even_if_weights_are_small_and_windows_long(
         monkeypatch, tmp_path, mistake, part, deviation):
+    def mistaken(module, query, key, value, mask, **options):
+        if ("attend" in options) == (part == "the sampler's cache"):
+            query = mistake(query, options)
+        return packing.attention(module, query, key, value, mask, **options)
+
     folder = build("mistral", dict(sliding_window=64, initializer_range=deviation), tmp_path, noise=0)
     sampler.verify(load_policy(folder))
-    monkeypatch.setitem(AttentionInterface._global_mapping, "packed", mistake)
+    monkeypatch.setitem(AttentionInterface._global_mapping, "packed", mistaken)
     with pytest.raises(Problem, match=f"mistral models are not supported: {part}: off by "):
         sampler.verify(load_policy(folder))
 
 
-@pytest.mark.parametrize("name, index", [
-    ("model.embed_tokens.weight", (0, 0)), ("model.layers.1.mlp.up_proj.weight", (3, 5)),
-    ("lm_head.weight", (99, 0))])
-@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("name, index, value", [
+    ("model.embed_tokens.weight", (0, 0), "nan"), ("model.layers.1.mlp.up_proj.weight", (3, 5), "inf"),
+    ("lm_head.weight", (99, 0), "nan")])
 def test_weights_that_are_not_finite_are_named(tiny, tmp_path, name, index, value):
-    folder = Path(shutil.copytree(tiny(), tmp_path / "damaged"))
-    weights = load_file(folder / "model.safetensors")
-    weights[name][index] = float(value)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    def damage(weights):
+        weights[name][index] = float(value)
+        return weights
+    folder = with_weights(tiny(), tmp_path / "damaged", damage)
     for use in (sampler.verify, lambda model: ResponseLogps(model)(collate([Row([5], [[6]], [0])]))):
         with pytest.raises(Problem, match=f"damaged: damaged weights: NaN or infinite numbers in {name}"):
             use(load_policy(folder))
@@ -263,47 +257,29 @@ def test_the_context_ends_where_a_chat_would_be_read_otherwise_and_not_at_a_wind
     assert load_policy(tmp_path).context == context == models.context_of(tmp_path)
 
 
-def test_a_model_is_held_to_plain_passes_once(tiny, monkeypatch):
-    passes, plain = [], packing.plain
-    monkeypatch.setattr(packing, "plain", lambda *inputs: passes.append(0) or plain(*inputs))
-    model = load_policy(tiny())
-    sampler.verify(model)
-    assert passes
-    passes.clear()
-    sampler.verify(model)
-    ResponseLogps(model)(collate([Row([5], [[6]], [0])]))
-    assert not passes
-
-
 # ---------------------------------------------------------------- two processes
-def test_two_processes_train_a_head_that_is_more_than_a_matrix_as_one_does(script, written, pairs, tmp_path):
-    folder, path = build("granite", EQUAL["granite"], tmp_path / "policy"), written("pairs.jsonl", pairs[:8])
-    losses = []
-    for processes in (1, 2):
-        out = tmp_path / str(processes)
-        done = script("dpo.py", "--model", folder, "--pairs", path, "--out", out, "--batch", 4, "--lr", 1e-3,
-                      processes=processes)
-        assert done.returncode == 0, done.stderr
-        losses.append([row["loss"] for row in data.read_jsonl(out / "metrics.jsonl") if "loss" in row])
-    assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-5)
+@pytest.mark.filterwarnings("error:.*view")  # of FSDP
+@pytest.mark.parametrize("module, kind", [(dpo, "granite"), (reward, "qwen3_moe")])
+def test_two_processes_train_a_head_or_experts_as_one_does(call, written, pairs, tmp_path, module, kind):
+    folder = build(kind, EQUAL[kind], tmp_path / "model", **(RM if module is reward else {}))
+    words = ["--model", folder, "--pairs", written("pairs.jsonl", pairs[:8]), "--batch", 4, "--lr", 1e-3]
+    call(module, *words, "--out", tmp_path / "one")
+    forked(module.__name__, [*map(str, words), "--out", str(tmp_path / "two")], 2)
+    one, two = ([row["loss"] for row in data.read_jsonl(tmp_path / out / "metrics.jsonl") if "loss" in row]
+                for out in ("one", "two"))
+    assert len(one) == 2 and one == pytest.approx(two, rel=1e-5)
+    names, expected = (load_file(tmp_path / name / "model.safetensors").keys() for name in ("two", "model"))
+    assert names == expected  # those of the hub
+    assert kind == "granite" or "model.layers.0.mlp.experts.3.up_proj.weight" in names
 
 
-def test_two_processes_save_the_names_of_the_hub_and_return_no_views(script, written, pairs, tmp_path):
-    folder = build("qwen3_moe", {}, tmp_path / "rm", AutoModelForSequenceClassification, num_labels=1)
-    done = script("reward.py", "--model", folder, "--pairs", written("pairs.jsonl", pairs[:8]), "--batch", 4,
-                  "--out", tmp_path / "out", processes=2)
-    assert done.returncode == 0 and "view" not in done.stderr, done.stderr
-    names, expected = (load_file(tmp_path / name / "model.safetensors").keys() for name in ("out", "rm"))
-    assert names == expected and "model.layers.0.mlp.experts.3.up_proj.weight" in names
-
-
-def test_two_processes_refuse_a_model_in_one_line(script, written, pairs, tmp_path):
+def test_two_processes_refuse_a_model_in_one_line(written, pairs, tmp_path, capfd):
     folder = build("stablelm", {}, tmp_path / "policy")
-    done = script("dpo.py", "--model", folder, "--pairs", written("pairs.jsonl", pairs[:8]), "--batch", 4,
-                  "--out", tmp_path / "out", processes=2)
-    assert [line for line in done.stderr.splitlines() if line.startswith("dpo.py:")] == [
+    forked("dpo", ["--model", folder, "--pairs", str(written("pairs.jsonl", pairs[:8])), "--batch", "4",
+                   "--out", str(tmp_path / "out")], 2, code=2)
+    assert {line for line in capfd.readouterr().err.splitlines() if "stablelm" in line} == {
         f"dpo.py: {folder}: stablelm models are not supported: packed attention: "
-        "attention is told nothing of who shares a sequence"]
+        "attention is told nothing of who shares a sequence"}
 
 
 def test_the_table_in_the_documentation_is_this_files():

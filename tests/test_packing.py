@@ -1,21 +1,18 @@
-"""Packed batches are held to separate sequences, and their attention to a dense mask.
+"""pytest tests/test_packing.py
 
-    pytest tests/test_packing.py
+Packing loses nothing, and its attention is that of a dense mask. tests/test_models.py holds whole models.
 """
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from common import packing, toy
 from common.data import encode_chat
-from common.models import load_policy, load_reward
+from common.models import load_policy
 from common.packing import Row, alone, attention, collate, pack
 from common.parallel import Problem
-from dpo import ResponseLogps
-from reward import Rewards
 
 
-# ---------------------------------------------------------------- whole models
+# ---------------------------------------------------------------- rows
 @pytest.fixture(scope="module")
 def answers(pairs):
     """Prompts with one to four answers, some alike in their first words, one of them empty."""
@@ -26,39 +23,11 @@ def answers(pairs):
             for prompt, group in texts]
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gpt2"])
-def test_logps_are_those_of_separate_sequences(tiny, answers, kind):
-    policy = AutoModelForCausalLM.from_pretrained(tiny(kind)).eval()
-    alone = []
-    for chat in (chat for chats in answers for chat in chats):
-        ids = torch.tensor([chat.ids])
-        every = policy(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-        alone.append(every[chat.start - 1:].sum().item())
-    together = ResponseLogps(load_policy(tiny(kind)))(collate([pack(chats) for chats in answers]))
-    assert together.tolist() == pytest.approx(alone, rel=1e-5, abs=1e-4)
-
-
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt"])
-def test_rewards_and_their_gradients_are_those_of_separate_sequences(tiny, answers, kind):
-    folder = tiny(kind, reward=True)
-    usual = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    alone = torch.stack([usual(torch.tensor([chat.ids])).logits[0, 0] for chats in answers for chat in chats])
-    model = load_reward(folder, training=True)
-    together = Rewards(model)(collate([pack(chats) for chats in answers]))
-    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
-    for rewards in (alone, together):
-        (rewards * torch.arange(1, len(rewards) + 1) / len(rewards)).sum().backward()
-    for (name, expected), got in zip(usual.named_parameters(), model.parameters()):
-        torch.testing.assert_close(got.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=name)
-
-
 def test_packing_loses_no_token_and_shares_nothing_of_a_response(answers):
     for chats in answers:
         row = pack(chats)
         for chat, branch, start in zip(chats, row.branches, row.starts):
-            assert [*row.trunk, *branch] == chat.ids
-            assert len(row.trunk) + start == chat.start
-            assert start >= 0
+            assert [*row.trunk, *branch] == chat.ids and len(row.trunk) + start == chat.start and start >= 0
     targets = collate([pack(chats) for chats in answers])["targets"].tolist()
     assert targets == [token for chats in answers for chat in chats for token in chat.ids[chat.start:]]
 
@@ -93,18 +62,11 @@ def test_attention_and_its_gradients_are_those_of_a_dense_mask(monkeypatch, toge
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_a_call_without_chats_gets_the_usual_attention_padding_mask_and_all(tiny):
-    ids = torch.tensor([[0, 0, 7, 8, 9], [4, 5, 6, 7, 8]])
-    mask = (ids > 0).long()
-    usual = AutoModelForCausalLM.from_pretrained(tiny()).eval()
-    torch.testing.assert_close(load_policy(tiny())(ids, attention_mask=mask).logits[:, 2:],
-                               usual(ids, attention_mask=mask).logits[:, 2:])
-
-
-def test_a_model_that_comes_with_another_attention_is_given_ours(tiny, answers):
-    batch = collate([pack(chats) for chats in answers])
-    usual = ResponseLogps(AutoModelForCausalLM.from_pretrained(tiny()).eval())
-    assert usual(batch).tolist() == ResponseLogps(load_policy(tiny()))(batch).tolist()
+def test_a_model_that_is_not_told_who_shares_a_sequence_refuses_with_or_without_a_padding_mask(tiny):
+    model, ids = load_policy(tiny()), torch.tensor([[0, 0, 7, 8, 9], [4, 5, 6, 7, 8]])
+    for mask in (None, (ids > 0).long()):
+        with pytest.raises(Problem, match="attention is told nothing of who shares a sequence"):
+            model(ids, attention_mask=mask)
 
 
 @pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias", "something_new"])

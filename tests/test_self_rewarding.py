@@ -4,11 +4,9 @@ Self- and Meta-Rewarding: what is chosen, what can be read and what is dropped, 
 tiny with a policy that has learnt to answer their questions.
 """
 import math
-import os
 import random
 import subprocess
 import sys
-import time
 from collections import Counter
 
 import numpy as np
@@ -16,11 +14,10 @@ import pytest
 from conftest import FEW, ROOT
 
 from common import toy
-from common.data import by_prompt, read_jsonl, write_jsonl
+from common.data import by_prompt, read_jsonl
 from variants import meta_rewarding, self_rewarding, toy_judge
 
 
-# ---------------------------------------------------------------- by hand
 @pytest.mark.parametrize("scores, lengths, rho, pair", [
     ([5, 4, 1], [9, 5, 1], 0.25, (1, 2)),      # 4 ≥ .75 · 5 + .25 · 1: the shorter of the two above
     ([5, 3.9, 1], [9, 5, 1], 0.25, (0, 2)),    # just below
@@ -41,17 +38,13 @@ def test_the_shortest_near_the_highest_is_chosen_the_lowest_rejected(scores, len
     ("Score: 6", None), ("Score: 10", None), ("Score: 4.5", None), ("Score: 4/10", None), ("Score: -3", None),
     ("Score: N", None), ("Score: four", None), ("Score: 4 or 5", None), ("4", None), ("", None),
     ("Score: 4\nThat is my judgement.", None), ("underscore: 4", None), ("Score: ٣", None),
-])
-def test_a_judgement_ends_with_its_score_or_has_none(text, number):
-    assert self_rewarding.read(dict(response=text, finished=True), self_rewarding.SCORE) == number
-    assert self_rewarding.read(dict(response=text, finished=False), self_rewarding.SCORE) is None
-
-
-@pytest.mark.parametrize("text, number", [
     ("The first counts wrongly.\nWinner: 2", 2), ("winner 1", 1), ("Winner: 3", None), ("Winner: 12", None),
-    ("Winner: 1 and 2", None), ("Winner: both", None)])
-def test_a_verdict_ends_with_the_winner_or_has_none(text, number):
-    assert self_rewarding.read(dict(response=text, finished=True), meta_rewarding.WINNER) == number
+    ("Winner: 1 and 2", None), ("Winner: both", None),
+])
+def test_a_judgement_ends_with_its_number_or_has_none(text, number):
+    pattern = meta_rewarding.WINNER if "inner" in text else self_rewarding.SCORE
+    assert self_rewarding.read(dict(response=text, finished=True), pattern) == number
+    assert self_rewarding.read(dict(response=text, finished=False), pattern) is None
 
 
 def judgement(text, score):
@@ -105,22 +98,6 @@ def test_demonstrated_judgements_are_as_noisy_as_the_base_reward_models_labels()
     assert {*Counter(scores)} == set(range(6)) and max(Counter(scores).values()) < 1.1 * len(scores) / 6
 
 
-def test_the_demonstrated_winner_is_the_nearer_score(pairs):
-    rows = [dict(prompt=p["prompt"], response=p["chosen"], tokens=9, finished=True) for p in pairs]
-    words, score, compared = toy.tokenizer(toy_judge.WORDS), None, 0
-    for question, answer in toy_judge.demonstrations(rows, random.Random(0)):
-        assert words.pad_token_id not in words(f"{question} {answer}")["input_ids"]
-        if answer.startswith("score"):
-            score = int(answer.split()[1])
-        else:
-            *_, one, _, _, two = question.split()
-            nearer = abs(int(one) - score) < abs(int(two) - score)
-            assert answer == f"winner {1 if nearer else 2}"
-            compared += 1
-    assert compared > 50
-
-
-# ---------------------------------------------------------------- the commands
 @pytest.fixture(scope="module")
 def judging(tmp_path_factory, prompts):
     """A policy of the embedded task's kind that answers the two questions as they stand: by chance, and one
@@ -138,44 +115,17 @@ def judging(tmp_path_factory, prompts):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(toy.SHAPE, "max_position_embeddings", 512)
         patch.setitem(toy.SFT, "batch", 8)
-        toy.write_demonstrator(prompts, 0, folder, lambda *_, **__: None, answers,
+        toy.write_demonstrator(prompts, 0, folder, lambda **_: None, answers,
                                [word for word in words if word not in toy.words()])
     return folder
 
 
-@pytest.fixture(scope="module")
-def command(judging, tiny, prompts, tmp_path_factory):
-    """command(name, processes) -> what starts a tiny run of a script in variants/, and its run folder, which
-    has the same path for all from where they are started: so the same bytes."""
-    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    write_jsonl(path, [{"prompt": prompt} for prompt in prompts])
-
-    def prepared(name, processes=1):
-        cwd = tmp_path_factory.mktemp(name)
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-        words = [*(torchrun if processes > 1 else []), "-m", f"variants.{name}", "--policy", judging, "--rm",
-                 tiny(reward=True), "--prompts", path, "--out", "run", *FEW, "--max_length", 512]
-        env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return dict(args=[sys.executable, *map(str, words)], cwd=cwd, env=env,
-                    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True), cwd / "run"
-    return prepared
-
-
-def finished(how, out):
-    done = subprocess.run(**how)
-    assert done.returncode == 0, done.stdout
-    return out
-
-
-@pytest.fixture(scope="module")
-def undisturbed(command):
-    """The folder of a run of meta_rewarding in one process."""
-    return finished(*command("meta_rewarding"))
-
-
-def test_self_rewarding_runs_and_its_pairs_follow_from_its_judgements(command):
-    out = finished(*command("self_rewarding"))
-    assert not (out / "round1" / "m").exists() and (out / "report.html").exists()
+def test_self_rewardings_pairs_follow_from_its_judgements(judging, tiny, written, prompts, tmp_path):
+    out, file = tmp_path / "run", written("prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
+    words = [sys.executable, "-m", "variants.self_rewarding", "--policy", judging, "--rm", tiny(reward=True),
+             "--prompts", file, "--out", out, *FEW, "--max_length", 512]
+    done = subprocess.run([*map(str, words)], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
     folder, unreadable, numbers = out / "round1" / "e1", 0, {}
     for row in read_jsonl(folder / "judgements.jsonl"):
         word = row["response"].removeprefix("Score: ")
@@ -185,24 +135,23 @@ def test_self_rewarding_runs_and_its_pairs_follow_from_its_judgements(command):
     assert 0 < unreadable < sum(map(len, numbers.values()))  # some can't be read and don't count in the mean
     logged = next(row for row in read_jsonl(out / "metrics.jsonl") if "unreadable" in row)
     assert logged["unreadable"] == unreadable and logged["judgements"] == 11 * len(numbers)
-    samples = read_jsonl(folder / "samples.jsonl")
+    samples, judged, pairs = (read_jsonl(folder / f"{name}.jsonl") for name in ("samples", "judged", "pairs"))
     means = [float(np.mean(numbers[self_rewarding.question(row)])) for row in samples]
-    assert means == [row["score"] for row in read_jsonl(folder / "judged.jsonl")]
-    groups = by_prompt([row | {"score": mean} for row, mean in zip(samples, means)])
-    groups = {group[0]["prompt"]: group for group in groups}
-    pairs = read_jsonl(folder / "pairs.jsonl")
-    assert pairs
+    assert means == [row["score"] for row in judged]
+    groups = {group[0]["prompt"]: group for group in by_prompt(judged)}
     for pair in pairs:
         group = groups[pair["prompt"]]
         scores = [row["score"] for row in group]
-        assert pair["rejected_score"] == min(scores)
         bar = (max(scores) + min(scores)) / 2 - 1e-9
+        assert pair["rejected_score"] == min(scores)
         assert pair["chosen_tokens"] == min(row["tokens"] for row in group if row["score"] >= bar)
-        assert pair["chosen"] == group[pair["chosen_index"]]["response"]
+    assert pairs and not (out / "round1" / "m").exists()
 
 
-def test_meta_rewarding_trains_on_judgements_too(undisturbed):
-    folder, log = undisturbed / "round1" / "e1", read_jsonl(undisturbed / "metrics.jsonl")
+def test_meta_rewarding_trains_on_judgements_too_and_two_processes_give_what_one_gives(variant, judging):
+    out, two = (variant("meta_rewarding", "--policy", judging, "--max_length", 512, processes=processes)
+                for processes in (1, 2))
+    folder, log = out / "round1" / "e1", read_jsonl(out / "metrics.jsonl")
     judged = read_jsonl(folder / "disputes.jsonl")
     battles = {row["prompt"]: row["response"] for row in read_jsonl(folder / "battles.jsonl")}
     assert judged and all(row["chosen"] != row["rejected"] for row in judged)
@@ -211,32 +160,11 @@ def test_meta_rewarding_trains_on_judgements_too(undisturbed):
     counted = next(row for row in log if "undecided" in row)
     assert counted["judgement_pairs"] == len(judged) and 2 * counted["comparisons"] == len(battles)
     assert 0 < counted["undecided"] < counted["comparisons"]
-    trained = next(row for row in log if row["phase"] == "round1/e1/checkpoints" and "pairs" in row)
-    assert trained["pairs"] == len(read_jsonl(folder / "mixed.jsonl"))  # none is too long
-
-
-def test_two_processes_give_what_one_gives(undisturbed, command):
-    two = finished(*command("meta_rewarding", 2))
+    trained = {row["phase"]: row["pairs"] for row in log if "pairs" in row}["round1/e1/checkpoints"]
+    assert trained == len(read_jsonl(folder / "mixed.jsonl"))  # none is too long
     for name in "samples judgements judged pairs battles disputes mixed".split():
-        mine, others = (read_jsonl(out / "round1" / "e1" / f"{name}.jsonl") for out in (undisturbed, two))
+        mine, others = (read_jsonl(each / "round1" / "e1" / f"{name}.jsonl") for each in (out, two))
         assert mine and mine == others, name
-    losses, others = ([row["loss"] for row in read_jsonl(out / "metrics.jsonl") if "loss" in row
-                       and row["phase"] == "round1/e1/checkpoints"] for out in (undisturbed, two))
+    losses, others = ([row["loss"] for row in read_jsonl(each / "metrics.jsonl") if "loss" in row
+                       and row["phase"] == "round1/e1/checkpoints"] for each in (out, two))
     assert losses == pytest.approx(others, abs=1e-5) and losses[0] == pytest.approx(math.log(2))
-
-
-def test_a_run_that_was_killed_among_judgements_ends_as_an_undisturbed_one(undisturbed, command):
-    how, out = command("meta_rewarding")
-    folder = out / "round1" / "e1"
-    for found in folder / ".judgements.jsonl.parts", folder / ".battles.jsonl.parts":
-        process = subprocess.Popen(**how | {"stdout": subprocess.DEVNULL})
-        while not found.exists() and process.poll() is None:
-            time.sleep(0.001)
-        process.kill()
-        process.wait()
-        assert not (folder / "selection.json").exists()
-    finished(how, out)
-    for path in sorted(undisturbed.rglob("*")):
-        if path.suffix in (".jsonl", ".safetensors") and path.name not in (
-                "metrics.jsonl", "timings.jsonl"):
-            assert path.read_bytes() == (out / path.relative_to(undisturbed)).read_bytes(), path

@@ -10,24 +10,15 @@ import pytest
 from evals.stats import bootstrap, ordered_alike, shares, wilson
 
 
-def test_an_interval_holds_its_share():
-    for count in range(1, 300):
-        for share in (0.0, 0.5 / count, 1.0):
-            low, high = wilson(share, count)
-            assert low <= share <= high
-
-
-def test_wilsons_interval_is_the_textbooks():
+def test_wilsons_interval_is_the_textbooks_and_holds_its_share():
     assert wilson(0.5, 10) == pytest.approx((0.236593, 0.763407), abs=1e-6)
     assert wilson(0.0, 10) == pytest.approx((0.0, 0.277533), abs=1e-6)
     assert wilson(1.0, 10) == pytest.approx((0.722467, 1.0), abs=1e-6)
     assert all(map(math.isnan, wilson(math.nan, 0)))
-
-
-@pytest.mark.parametrize("share, count", [(0.1, 30), (0.5, 100), (0.8, 50)])
-def test_wilsons_interval_covers_the_true_share_19_times_of_20(share, count, rng):
-    bounds = [wilson(hits / count, count) for hits in rng.binomial(count, share, 4000)]
-    assert 0.93 < np.mean([low <= share <= high for low, high in bounds]) < 0.98
+    for count in range(1, 300):
+        for share in (0.0, 0.5 / count, 1.0):
+            low, high = wilson(share, count)
+            assert low <= share <= high
 
 
 def test_the_bootstrap_of_a_mean_is_two_standard_errors_wide_and_the_same_every_time(rng):
@@ -44,8 +35,8 @@ def test_shares_are_by_subset_and_among_similar_lengths():
     assert (figures["win_rate"], figures["n"]) == (0.625, 4)
     assert (figures["ci_low"], figures["ci_high"]) == wilson(0.625, 4)
     assert (figures["similar_length"]["win_rate"], figures["similar_length"]["n"]) == (0.75, 2)
-    subsets = figures["subsets"]
-    assert {s: (subsets[s]["win_rate"], subsets[s]["n"]) for s in subsets} == {"a": (0.75, 2), "b": (0.5, 2)}
+    assert [(s, part["win_rate"], part["n"]) for s, part in figures["subsets"].items()] == [
+        ("a", 0.75, 2), ("b", 0.5, 2)]
     assert "subsets" not in shares([1], "win_rate", np.array([1]), np.array([1]))
     assert math.isnan(shares([1], "accuracy", np.array([1]), np.array([9]))["similar_length"]["accuracy"])
 

@@ -39,20 +39,16 @@ PERFECT = "dear sister . grey waves weep . lonely dogs sigh . broken sails fade 
 ])
 def test_the_judge_counts_every_wish(prompt, answer, value):
     assert gold(prompt, answer.strip()) == pytest.approx(value)
-
-
-def test_an_answer_that_was_cut_off_loses_its_ending_and_half_a_point():
-    assert gold(SEA, PERFECT, finished=False) == GOLD_MAX - 1
+    assert gold(SEA, PERFECT, finished=False) == GOLD_MAX - 1  # it loses its ending and half a point
 
 
 def test_prompts_are_all_different_and_those_of_loop_test_and_base_models_are_apart():
     everything = toy.all_prompts()
     assert len(set(everything)) == len(everything)
-    cut, other = toy.parts(0), toy.parts(1)
-    groups = [*cut.values()]
+    cut, groups = toy.parts(0), [*toy.parts(0).values()]
     assert len(set().union(*groups)) == sum(map(len, groups)) and set().union(*groups) <= set(everything)
     assert all(len(set(part)) == len(part) > 0 for part in cut.values())
-    assert cut == toy.parts(0) and cut["loop"] != other["loop"]
+    assert cut["loop"] != toy.parts(1)["loop"]
 
 
 def test_every_word_has_a_token_and_comes_back():

@@ -5,17 +5,22 @@
 
 After APO (arXiv 2311.08045), whose reward model trains on human labels and on new against old answers
 together, so that it doesn't forget what people prefer. There policy and reward model play a min-max game;
-here only the mix is taken over, and Bradley-Terry stays. It is mt.py's --anchor, with the embedded task's
-labels, which lie beside its base RM, as the default.
+here only the mix is taken over, and Bradley-Terry stays.
 """
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mt
 from common import run
 from common.parallel import Problem
+from variants import human_labels
 
 mutual_taught = mt.mutual_taught
+
+
+@dataclass
+class Options(mt.Options):
+    anchor: str = run.option("", "labelled pairs; none: the embedded task's, which lie beside its base RM")
 
 
 def with_labels(o):
@@ -26,5 +31,5 @@ def with_labels(o):
 
 
 if __name__ == "__main__":
-    mt.mutual_taught = with_labels
-    run.launch(mt.main)
+    mt.mutual_taught, mt.mix = with_labels, human_labels.mix
+    run.launch(mt.main, options=Options)

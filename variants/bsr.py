@@ -34,8 +34,9 @@ def optimise_with_bsr(model, steps, loss, **settings):
     @torch.no_grad()
     def look_at(step):
         own = [(loss(micro.numbers)[1]["mean_reward"], torch.tensor(micro.shares) > 0) for micro in step]
-        return training.total({"total": sum(rewards.cpu()[mine].sum().item() for rewards, mine in own),
-                               "count": sum(mine.sum().item() for _, mine in own)})
+        sums = training.sum_over_processes([sum(rewards.cpu()[mine].sum().item() for rewards, mine in own),
+                                            sum(mine.sum().item() for _, mine in own)])
+        return dict(zip(("total", "count"), sums))
 
     def regularised(numbers):
         if tuple(numbers) in begins:

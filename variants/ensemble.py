@@ -9,7 +9,7 @@ own. The embedded task's base RMs learn the same labels by different seeds, as t
 names them. Bradley-Terry leaves open where a reward's zero lies: here it is a member's mean reward for the
 first samples judged (zeros.json). What shows one RM, such as OUT/rm and gold.jsonl, shows the first member.
 """
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -28,8 +28,7 @@ mutual_taught, train_reward = mt.mutual_taught, mt.train_reward
 
 @dataclass
 class Options(mt.Options):
-    others: list[str] = field(default_factory=list, metadata={
-        "help": "the other members' base reward models: folders or hub ids"})
+    others: list[str] = run.option(None, "the other members' base reward models: folders or hub ids")
 
 
 def combine(rewards):
@@ -55,35 +54,38 @@ def judge(rm, samples, path, score_batch):
     rewards -= np.array(read_json(zeros)["zeros"])[:, None]
     run.write_rows(path, [row | {"score": score, "rm": str(rm), "members": each} for row, score, each in zip(
         samples, combine(rewards).tolist(), rewards.T.tolist())])
-    run.remove_all(*files)
+    run.remove(*files)
 
 
 def make_base(o):
     """OUT/base/rm, rm1, …: links to --rm and --others, or RMs that learn the embedded task's labels."""
     base, labels = Path(o.out) / "base", Path(o.rm).with_name("preferences.jsonl")
-    folders = [o.rm, *map(models.local_folder, o.others)]
+    folders = [o.rm, *map(models.local_folder, o.others or [])]
     if not (o.others or labels.exists()):
         raise Problem("--rm is one reward model; --others names the other members")
     if rank() == 0:
         base.mkdir(exist_ok=True)
     for k, folder in enumerate(folders):
         models.check_reward(folder)
-        run.link(base / f"rm{k or ''}", folder)
-    for k in [] if o.others else range(1, K):  # as toy.py made the first
-        path = base / f"rm{k}"
-        if manifest.due(o.out, path):
-            with run.writing(path) as temporary:
-                models.save(reward.train(
-                    o.policy, read_pairs(labels), seed=o.seed + k, fresh_head=True, max_length=o.max_length,
-                    log=mt.log_of(o, path), **toy.RM), o.policy, temporary)
-        manifest.done(o.out, path)
+        run.on_rank0(run.link, base / f"rm{k or ''}", folder)
+    for k in [] if o.others else range(1, K):
+        train_base(o, base / f"rm{k}", labels=labels, seed=o.seed + k)
     return str(base / "rm")
+
+
+@run.phase
+def train_base(o, path, labels, seed):
+    """A member of the embedded task's, as toy.py made the first."""
+    with run.writing(path) as temporary:
+        models.save(reward.train(
+            o.policy, read_pairs(labels), seed=seed, fresh_head=True, max_length=o.max_length,
+            log=run.log_of(o, path), **toy.RM), o.policy, temporary)
 
 
 def train_members(o, preferences, path):
     """Each from its own base RM; the first one last, for it ends the M-step."""
     if not run.exists(path):
-        run.remove_all(path.with_name("zeros.json"))
+        run.remove(path.with_name("zeros.json"))
     for k, base in reversed([*enumerate(members(o.rm))]):
         train_reward(replace(o, rm=base, seed=o.seed + k), preferences, path.with_name(Path(base).name))
     return str(path)

@@ -15,9 +15,8 @@ import filter
 import mt
 from common import run, toy
 from common.data import by_prompt, read_jsonl
-from common.parallel import say
 from variants import self_rewarding, toy_judge
-from variants.self_rewarding import ask, judgements_of, question
+from variants.self_rewarding import SCORE, ask, question, readable
 
 META_JUDGE = """Two judges were given the task between the lines.
 ----------
@@ -56,31 +55,33 @@ def meta_question(first, second):
     return META_JUDGE.format(task=first["prompt"], first=first["response"], second=second["response"])
 
 
-def meta_judge(o, policy, path):
-    """A phase: pairs of judgements, at most one for each prompt."""
-    source = path.with_name("judgements.jsonl")
-    if manifest.due(o.out, path, source):
-        rows = read_jsonl(path.with_name("samples.jsonl"))
-        judgements = judgements_of(o, policy, rows, path.parent)
-        groups = [rivals_of(group, judgements) for group in by_prompt(rows)]
-        questions = [meta_question(*two) for rivals in groups for two in permutations(rivals, 2)]
-        answers = ask(o, policy, questions, 1, WINNER, path.with_name("battles.jsonl"), source)
-        contests = [contest(rivals, np.array([[  # the first place wins: 1, the second: -1
-            sum(3 - 2 * answer["score"] for answer in answers[meta_question(first, second)])
-            for second in rivals] for first in rivals])) for rivals in groups if rivals]
-        pairs, met = [pair for pair, _ in contests if pair], len(questions) // 2
-        undecided = met - sum(decided for _, decided in contests)
-        mt.log_of(o, path)(judgement_pairs=len(pairs), comparisons=met, undecided=undecided)
-        say(f"{len(pairs)} pairs of judgements; {undecided} of {met} comparisons undecided")
-        run.write_rows(path, pairs)
-    return manifest.done(o.out, path)
+@run.phase
+def meta_judge(o, policy, samples, judgements, path):
+    """Pairs of judgements, at most one for each prompt."""
+    scored = readable(judgements, SCORE)
+    groups = [rivals_of(group, scored) for group in by_prompt(read_jsonl(samples))]
+    questions = [meta_question(*two) for rivals in groups for two in permutations(rivals, 2)]
+    answers = readable(ask(o, policy, judgements, path.with_name("battles.jsonl"),
+                           questions=questions, count=1), WINNER)
+    contests = [contest(rivals, np.array([[  # the first place wins: 1, the second: -1
+        sum(3 - 2 * answer["score"] for answer in answers[meta_question(first, second)])
+        for second in rivals] for first in rivals])) for rivals in groups if rivals]
+    pairs, met = [pair for pair, _ in contests if pair], len(questions) // 2
+    undecided = met - sum(decided for _, decided in contests)
+    run.log_of(o, path)(judgement_pairs=len(pairs), comparisons=met, undecided=undecided)
+    run.write_rows(path, pairs)
+    return f"{len(pairs)} pairs of judgements; {undecided} of {met} comparisons undecided"
+
+
+@run.phase
+def join(o, pairs, judged, path):
+    run.write_rows(path, read_jsonl(pairs) + read_jsonl(judged))
 
 
 def train_policy(o, policy, pairs, path, dpo_on=mt.train_policy):
-    both, judged = path.with_name("mixed.jsonl"), meta_judge(o, policy, path.with_name("disputes.jsonl"))
-    if manifest.due(o.out, both, pairs, judged):
-        run.write_rows(both, read_jsonl(pairs) + read_jsonl(judged))
-    return dpo_on(o, policy, manifest.done(o.out, both), path)
+    judged = meta_judge(o, policy, path.with_name("samples.jsonl"), path.with_name("judgements.jsonl"),
+                        path.with_name("disputes.jsonl"))
+    return dpo_on(o, policy, join(o, pairs, judged, path.with_name("mixed.jsonl")), path)
 
 
 def build(seed):

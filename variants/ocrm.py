@@ -11,7 +11,6 @@ which has learnt these labels before, unweighted.
 import numpy as np
 import torch
 
-import filter
 import mt
 from common import models, run
 from common.data import load_tokenizer, read_jsonl, read_pairs
@@ -45,21 +44,24 @@ def write_logps(o, pairs, policies, path):
     run.in_blocks(list(zip(rows, kept)), 64, path, work, "log-probabilities")
 
 
+@run.phase
+def logps_of_labels(o, comparisons, path):
+    labels = [pair | {"source": o.anchor} for pair in read_pairs(o.anchor)]
+    write_logps(o, labels, [read_jsonl(comparisons)[0]["new_policy"], o.policy], path)
+
+
+@run.phase
+def weigh(o, logps, path):
+    rows = read_jsonl(logps)
+    weights = pair_weights(*np.array([row.pop("logps") for row in rows]).swapaxes(0, 1))
+    run.write_rows(path, [row | {"weight": row.get("weight", 1.0) * weight}
+                          for row, weight in zip(rows, weights.tolist())])
+
+
 def mix_weighted(o, comparisons, ranked, old_policy, path):
-    read = path.with_name("logps.jsonl")
-    if manifest.due(o.out, read, comparisons):
-        new_policy = read_jsonl(comparisons)[0]["new_policy"]
-        labels = [filter.preference(pair, "chosen", "rejected", o.anchor, None, None)
-                  for pair in read_pairs(o.anchor)]
-        write_logps(o, labels, [new_policy, o.policy], read)
-    if manifest.due(o.out, path, manifest.done(o.out, read)):
-        rows = read_jsonl(read)
-        weights = pair_weights(*np.array([row.pop("logps") for row in rows]).swapaxes(0, 1))
-        run.write_rows(path, [row | {"weight": row.get("weight", 1.0) * weight}
-                              for row, weight in zip(rows, weights.tolist())])
-    return manifest.done(o.out, path)
+    return weigh(o, logps_of_labels(o, comparisons, path.with_name("logps.jsonl")), path)
 
 
 if __name__ == "__main__":
     mt.mix, mt.mutual_taught = mix_weighted, anchored.with_labels
-    run.launch(mt.main)
+    run.launch(mt.main, options=anchored.Options)

@@ -27,7 +27,7 @@ MOST = 10            # kept responses of a prompt
 EPOCHS = 1
 LEARNING_RATE = 10   # in units of --policy_lr, which is DPO's
 
-train_policy, select = mt.train_policy, mt.select
+train_and_select = mt.train_and_select
 
 
 def best_samples(samples):
@@ -44,7 +44,7 @@ def best_samples(samples):
     return rows, without
 
 
-def supervised(folder, pairs, *, lr, batch, micro_batch, max_length, seed, recompute, resume, log, beta=None):
+def supervised(folder, pairs, *, lr, batch, micro_batch, max_length, seed, recompute, log, beta=None):
     """In the place of dpo.train, which has a β."""
     tokenizer = load_tokenizer(folder)
     chats = [encode_chat(tokenizer, row["prompt"], row["chosen"], row["chosen_finished"]) for row in pairs]
@@ -61,19 +61,15 @@ def supervised(folder, pairs, *, lr, batch, micro_batch, max_length, seed, recom
     def loss(numbers):
         return -policy(collate([rows[i] for i in numbers], device())), {}
 
-    for number in training.optimise(policy, steps, loss, lr=LEARNING_RATE * lr, log=log, resume=resume):
+    for number in training.optimise(policy, steps, loss, lr=LEARNING_RATE * lr, log=log):
         yield number, len(steps), policy
 
 
-def from_base(o, policy, pairs, path):
-    return train_policy(o, o.policy, pairs, path)
-
-
-def against_base(o, policy, *others):
-    return select(o, o.policy, *others)
+def from_base(o, policy, *others, **more):
+    """DPO's start, and what checkpoints must win against."""
+    return train_and_select(o, o.policy, *others, **more)
 
 
 if __name__ == "__main__":
-    filter.preference_pairs, dpo.train = best_samples, supervised
-    mt.train_policy, mt.select = from_base, against_base
+    filter.preference_pairs, dpo.train, mt.train_and_select = best_samples, supervised, from_base
     run.launch(mt.main, update_rm=False)

@@ -41,12 +41,14 @@ def joined(row, first, side, second, other_side):
                 rejected_policy=second[f"{other_side}_policy"], foreign=second["prompt"])
 
 
+@run.phase
+def add_foreign(o, own, path):
+    rows, rng = read_jsonl(own), np.random.default_rng(seed_of(o.seed, run.name_of(o, path)))
+    run.write_rows(path, [*rows, *foreign_pairs(rows, rng)])
+
+
 def mix_with_foreign(o, comparisons, ranked, old_policy, path):
-    own = mix(o, comparisons, ranked, old_policy, path.with_name("own.jsonl"))
-    if manifest.due(o.out, path, own):
-        rows, rng = read_jsonl(own), np.random.default_rng(seed_of(o.seed, mt.phase(o, path)))
-        run.write_rows(path, [*rows, *foreign_pairs(rows, rng)])
-    return manifest.done(o.out, path)
+    return add_foreign(o, mix(o, comparisons, ranked, old_policy, path.with_name("own.jsonl")), path)
 
 
 if __name__ == "__main__":

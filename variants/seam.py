@@ -12,7 +12,6 @@ import numpy as np
 import mt
 from common import run
 from common.data import read_jsonl
-from common.parallel import say
 from variants.ocrm import write_logps
 
 mix = mt.mix
@@ -24,21 +23,27 @@ def policy_margins(logps):
     return ratios[:, 0] - ratios[:, 1]
 
 
+@run.phase
+def logps_of_comparisons(o, comparisons, path):
+    rows = read_jsonl(comparisons)
+    pairs = [row | {"chosen": row["new"], "rejected": row["old"], "chosen_finished": row["new_finished"],
+                    "rejected_finished": row["old_finished"]} for row in rows]
+    write_logps(o, pairs, [rows[0]["new_policy"], rows[0]["old_policy"]], path)
+
+
+@run.phase
+def keep_agreed(o, logps, path):
+    rows = read_jsonl(logps)
+    margins = policy_margins(np.array([row["logps"] for row in rows])).tolist()
+    alike = [row["margin"] * margin > 0 for row, margin in zip(rows, margins)]
+    run.write_rows(path, [row | {"kept": row["kept"] and same, "policy_margin": margin}
+                          for row, margin, same in zip(rows, margins, alike)])
+    return f"policy and reward model order {sum(alike)} of {len(rows)} comparisons alike"
+
+
 def mix_agreeing(o, comparisons, ranked, old_policy, path):
-    read, agreed = path.with_name("logps.jsonl"), path.with_name("agreed.jsonl")
-    if manifest.due(o.out, read, comparisons):
-        rows = read_jsonl(comparisons)
-        pairs = [row | {"chosen": row["new"], "rejected": row["old"], "chosen_finished": row["new_finished"],
-                        "rejected_finished": row["old_finished"]} for row in rows]
-        write_logps(o, pairs, [rows[0]["new_policy"], rows[0]["old_policy"]], read)
-    if manifest.due(o.out, agreed, manifest.done(o.out, read)):
-        rows = read_jsonl(read)
-        margins = policy_margins(np.array([row["logps"] for row in rows])).tolist()
-        alike = [row["margin"] * margin > 0 for row, margin in zip(rows, margins)]
-        say(f"policy and reward model order {sum(alike)} of {len(rows)} comparisons alike")
-        run.write_rows(agreed, [row | {"kept": row["kept"] and same, "policy_margin": margin}
-                                for row, margin, same in zip(rows, margins, alike)])
-    return mix(o, manifest.done(o.out, agreed), ranked, old_policy, path)
+    logps = logps_of_comparisons(o, comparisons, path.with_name("logps.jsonl"))
+    return mix(o, keep_agreed(o, logps, path.with_name("agreed.jsonl")), ranked, old_policy, path)
 
 
 if __name__ == "__main__":

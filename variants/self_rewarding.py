@@ -18,7 +18,6 @@ import filter
 import mt
 from common import models, run, toy
 from common.data import as_messages, by_prompt, encode_chat, load_tokenizer, read_jsonl
-from common.parallel import say
 from sampler import sample
 from variants import toy_judge
 
@@ -64,43 +63,41 @@ def question(row):
     return JUDGE.format(prompt="\n\n".join(turns), response=row["response"])
 
 
-def ask(o, policy, questions, count, pattern, path, made_from):
-    """A phase: {question: those of `count` answers that can be read, with their number as `score`}. What is
-    too long for the policy's context has none."""
-    if manifest.due(o.out, path, made_from):
-        tokenizer, context = load_tokenizer(policy), models.context_of(policy)
-        short = [q for q in dict.fromkeys(questions) if len(encode_chat(tokenizer, q).ids) < context]
-        sample(policy, short, path, samples=count, temperature=o.temperature, top_p=o.top_p,
-               max_new_tokens=o.max_new_tokens, rows=o.sample_batch, seed=f"{o.seed}/{mt.phase(o, path)}")
+@run.phase
+def ask(o, policy, made_from, path, questions, count):
+    """`count` answers to each question that is short enough for the policy's context."""
+    tokenizer, context = load_tokenizer(policy), models.context_of(policy)
+    short = [q for q in dict.fromkeys(questions) if len(encode_chat(tokenizer, q).ids) < context]
+    sample(policy, short, path, samples=count, temperature=o.temperature, top_p=o.top_p,
+           max_new_tokens=o.max_new_tokens, rows=o.sample_batch, seed=f"{o.seed}/{run.name_of(o, path)}")
+
+
+def readable(path, pattern):
+    """{question: those of its answers that can be read, with their number as `score`}"""
     answers = defaultdict(list)
-    for row in read_jsonl(manifest.done(o.out, path)):
+    for row in read_jsonl(path):
         number = read(row, pattern)
         answers[row["prompt"]] += [] if number is None else [row | {"score": number}]
     return answers
 
 
-def judgements_of(o, policy, rows, folder):
-    return ask(o, policy, map(question, rows), JUDGEMENTS, SCORE, folder / "judgements.jsonl",
-               folder / "samples.jsonl")
-
-
+@run.phase
 def judge(o, samples, path):
-    """A phase: the samples with the mean of their judgements as `score`, without the prompts of which one
-    response has no judgement that can be read."""
-    if manifest.due(o.out, path, samples):
-        rows, judged = read_jsonl(samples), []
-        judgements = judgements_of(o, rows[0]["policy"], rows, path.parent)
-        for group in by_prompt(rows):
-            scores = [[answer["score"] for answer in judgements[question(row)]] for row in group]
-            if all(scores):
-                judged += [row | {"score": float(np.mean(some)), "rm": row["policy"]}
-                           for row, some in zip(group, scores)]
-        asked, left_out = JUDGEMENTS * len(judgements), (len(rows) - len(judged)) // o.samples
-        unreadable = asked - sum(map(len, judgements.values()))
-        mt.log_of(o, path)(judgements=asked, unreadable=unreadable, prompts_left_out=left_out)
-        say(f"{unreadable} of {asked} judgements can't be read; {left_out} prompts left out")
-        run.write_rows(path, judged)
-    return manifest.done(o.out, path)
+    """The samples with the mean of their judgements as `score`, without the prompts of which one response has
+    no judgement that can be read."""
+    rows, judged = read_jsonl(samples), []
+    judgements = readable(ask(o, rows[0]["policy"], samples, path.with_name("judgements.jsonl"),
+                              questions=map(question, rows), count=JUDGEMENTS), SCORE)
+    for group in by_prompt(rows):
+        scores = [[answer["score"] for answer in judgements[question(row)]] for row in group]
+        if all(scores):
+            judged += [row | {"score": float(np.mean(some)), "rm": row["policy"]}
+                       for row, some in zip(group, scores)]
+    asked, left_out = JUDGEMENTS * len(judgements), (len(rows) - len(judged)) // o.samples
+    unreadable = asked - sum(map(len, judgements.values()))
+    run.log_of(o, path)(judgements=asked, unreadable=unreadable, prompts_left_out=left_out)
+    run.write_rows(path, judged)
+    return f"{unreadable} of {asked} judgements can't be read; {left_out} prompts left out"
 
 
 def make_pairs(o, samples, path, made_of=mt.make_pairs):

@@ -41,7 +41,7 @@ def main():
     more = demonstrations(read_jsonl(Path(base["policy"]).with_name("answers.jsonl")), random.Random(o.seed))
     toy.write_demonstrator(toy.parts(o.seed)["demonstrations"], o.seed, out / "policy",
                            run.open_log(out / "metrics.jsonl", "base policy"), more, WORDS)
-    run.link(out / "prompts.jsonl", base["prompts"])
+    run.link(out / "prompts.jsonl", base["prompts"])  # one process makes base models
     run.link(out / "rm", base["rm"])
 
 

@@ -18,17 +18,16 @@ K = 3
 train = reward.train
 
 
-def log_member(log, k, shown="", **values):
-    log(shown and f"member {k}  {shown}", member=k, **values)
+def log_member(log, k, **values):
+    log(member=k, **values)
 
 
-def train_averaged(folder, pairs, *, seed, log, resume=None, **settings):
+def train_averaged(folder, pairs, *, seed, log, **settings):
     """reward.train, K times: the last member, with the mean of all members' weights."""
     mean = []
     for k in range(K):
         model = None  # makes room for the next one
-        model = train(folder, pairs, seed=seed + k, log=partial(log_member, log, k),
-                      resume=resume and (resume[0] / f"member{k}", resume[1]), **settings)
+        model = train(folder, pairs, seed=seed + k, log=partial(log_member, log, k), **settings)
         weights = [weight.detach() / K for weight in model.parameters()]
         mean = [a + b for a, b in zip(mean, weights)] if k else weights
     with torch.no_grad():

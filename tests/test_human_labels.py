@@ -1,0 +1,144 @@
+"""pytest tests/test_human_labels.py
+
+Labels of people in the M-step: which are asked for, how they are given, what they do to it.
+"""
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from common import run
+from common.data import read_json, read_jsonl, write_jsonl
+from common.parallel import Problem
+from evals import gold
+from variants import human_labels
+
+# favours the answers of the policy that it is told; those of the old one lie beside the file
+LABELLER = """
+import json, pathlib, sys
+path, asked = pathlib.Path(sys.argv[-1]), pathlib.Path(__file__).with_name("asked")
+asked.write_text(asked.read_text() + path.name + " " if asked.exists() else path.name + " ")
+old = {json.loads(line)["response"] for line in open(path.with_name("old.jsonl"))}
+rows = [json.loads(line) for line in open(path)]
+for row in rows:
+    row["chosen"] = int((row["answers"][1] in old) == (sys.argv[1] == "old"))
+path.write_text("".join(json.dumps(row) + "\\n" for row in rows))
+"""
+
+
+@pytest.fixture
+def o(tmp_path):
+    options = human_labels.Options(out=str(tmp_path / "run"))
+    run.claim(options.out, options)
+    return options
+
+
+def test_the_run_stops_until_every_pair_has_a_label_and_nothing_else_may_change(o):
+    path, todo = (Path(o.out) / f"{name}.jsonl" for name in ("labels", "labels.todo"))
+    questions = [dict(prompt="p", answers=["a", "b"], new=1), dict(prompt="q", answers=["c", "d"], new=0)]
+    for given in (None, "1", 2, True, 1.0):
+        with pytest.raises(Problem, match="labels.todo.jsonl: [12] pairs wait for 0 or 1 as `chosen`"):
+            human_labels.label(o, questions, path)
+        first, second = read_jsonl(todo)
+        assert "new" not in first
+        write_jsonl(todo, [first | {"chosen": given}, second | {"chosen": 0}])
+    write_jsonl(todo, [first | {"chosen": 1, "answers": ["b", "a"]}, second | {"chosen": 0}])
+    with pytest.raises(Problem, match="only `chosen` may be changed"):
+        human_labels.label(o, questions, path)
+    write_jsonl(todo, [first | {"chosen": 1}, second | {"chosen": 0}])
+    human_labels.label(o, questions, path)
+    assert read_jsonl(path) == [questions[0] | {"chosen": 1}, questions[1] | {"chosen": 0}]
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What is asked for, when nobody answers."""
+    found = []
+    monkeypatch.setattr(human_labels, "label", lambda o, questions, path: found.extend(questions))
+    return found
+
+
+def test_the_closest_rewards_of_unlike_answers_are_asked_about(o, written, asked):
+    scores, o.labels = {"wide": (9.0, 0.0), "close": (5.0, 5.5), "same": (1.0, 1.0), "closer": (2.0, 2.2)}, 2
+    own = written("own.jsonl", [dict(prompt=prompt, response="a" if prompt == "same" else str(i), score=score)
+                                for prompt, two in scores.items() for i, score in enumerate(two)])
+    human_labels.label_unsure.__wrapped__(o, own, Path(o.out) / "labels.jsonl")
+    assert asked == [dict(prompt="close", answers=["0", "1"]), dict(prompt="closer", answers=["0", "1"])]
+
+
+def test_the_spot_check_draws_the_places_of_kept_answers(o, written, asked):
+    comparisons = written("comparisons.jsonl", [
+        dict(prompt=str(i), new=f"new{i}", old=f"old{i}", kept=i % 2 == 0) for i in range(100)])
+    o.spot_check = 40
+    human_labels.spot_check.__wrapped__(o, comparisons, Path(o.out) / "spot_check.jsonl")
+    assert [row["answers"][row["new"]] for row in asked] == [f"new{i}" for i in range(0, 80, 2)]
+    assert 8 < sum(row["new"] for row in asked) < 32
+
+
+@pytest.mark.parametrize("mended, broken, passed", [
+    (0, 0, False), (6, 0, True),     # 0.06 above, ± 1.645 × 0.0239
+    (3, 1, False), (12, 4, True), (12, 6, False), (0, 9, False)])
+def test_the_gate_asks_for_more_than_chance(o, monkeypatch, written, mended, broken, passed):
+    old = np.arange(100) < 50
+    new = old.copy()
+    new[50:50 + mended], new[:broken] = True, False
+    monkeypatch.setattr(human_labels, "judge_pairs",
+                        lambda folder, pairs, *_: (pairs, {"new": new, "old": old}[folder.name]))
+    o.gate = str(written("gate.jsonl", [dict(prompt="x", chosen="a", rejected="b")] * 100))
+    found = read_json(human_labels.gate(o, "old", "new", Path(o.out) / "gate.json"))
+    difference = new * 1 - old
+    assert found["bound"] == pytest.approx(difference.mean() - 1.645 * np.sqrt(difference.var(ddof=1) / 100))
+    assert found["passed"] is passed
+
+
+@pytest.fixture
+def label_run(variant, written, prompts, tmp_path):
+    """label_run("new", flags) -> the folder of a tiny run, whose labeller favours the new policy."""
+    (tmp_path / "label.py").write_text(LABELLER)
+    held = written("held.jsonl", [dict(prompt=p, chosen="the end .", rejected="waves .") for p in prompts])
+    return lambda favoured, *flags: variant(
+        "human_labels", *(held if flag == "held" else flag for flag in flags),
+        "--labeller", f"{sys.executable} {tmp_path / 'label.py'} {favoured}")
+
+
+def rm_after(out):
+    """The reward model of the last round, for readers that know nothing of labels."""
+    return gold.states_of(out, SimpleNamespace(policy="base", rm="base", rounds=1))[-1][2]
+
+
+def test_labels_are_asked_for_once_and_train_the_reward_model_with_as_many_anchors(label_run, tmp_path):
+    flags = ["--labels", 3, "--anchor", "held", "--spot_check", 4, "--gate", "held", "--rm_lr", 3e-3]
+    out = label_run("new", *flags)
+    step = out / "round1" / "m"
+    given, mixed, rows = (read_jsonl(step / f"{name}.jsonl") for name in ("labels", "mixed", "preferences"))
+    labelled, anchors = rows[len(mixed):len(mixed) + 3], rows[len(mixed) + 3:]
+    assert rows[:len(mixed)] == mixed and len(given) == 3
+    assert [[row["rejected"], row["chosen"]] for row in labelled] == [
+        row["answers"][::2 * row["chosen"] - 1] for row in given]
+    assert len(anchors) == len({row["prompt"] for row in anchors}) == len(mixed) + 3
+    assert {row["source"] for row in anchors} == {str(tmp_path / "held.jsonl")}
+    assert (out / "rm").resolve() == step / "rm_candidate"  # it has learnt from the gate's own pairs
+    assert rm_after(out) == str(step / "rm")
+    assert all("rm_candidate" in row["rm"] for row in read_jsonl(out / "round1" / "e2" / "samples.jsonl"))
+    label_run("new", *flags)
+    assert (tmp_path / "asked").read_text().split() == ["spot_check.todo.jsonl", "labels.todo.jsonl"]
+
+
+def test_a_refused_reward_model_is_not_in_use(label_run):
+    out = label_run("new", "--gate", "held")  # with a learning rate of 2e-6
+    assert (out / "round1" / "m" / "rm_candidate").exists() and rm_after(out) == "base"
+    assert out not in (out / "rm").resolve().parents
+    assert all("round1" not in row["rm"] for row in read_jsonl(out / "round1" / "e2" / "samples.jsonl"))
+
+
+def test_a_spot_check_for_the_old_policy_leaves_the_m_step_out_or_stops_the_run(label_run, capfd):
+    out = label_run("old", "--spot_check", 5)
+    assert not (out / "round1" / "m" / "preferences.jsonl").exists() and rm_after(out) == "base"
+    assert (out / "policy").resolve() == out / "round1" / "e2" / "policy"
+    with pytest.raises(AssertionError, match=r"\[2\]"):
+        label_run("old", "--spot_check", 5, "--spot_check_stops", "--overwrite")
+    assert "spot_check.jsonl favours the old policy; the run stops" in capfd.readouterr().err
+    assert (out / "round1" / "e1" / "policy").exists() and not (out / "round1" / "e2").exists()
+    assert out not in (out / "policy").resolve().parents

@@ -1,0 +1,130 @@
+"""Labels of people in the M-step, which they have or give while the run goes on. The paper needs none.
+
+    torchrun -m variants.human_labels --policy … --rm … --prompts … --anchor labels.jsonl --gate others.jsonl
+
+A round's labels are asked for in its folder m/, in spot_check.todo.jsonl and labels.todo.jsonl: `chosen` must
+become 0 or 1, the place of the better one of `answers`. --labeller COMMAND does that, given the file's name;
+without it the run stops until somebody has done so and gives the same command again. A new reward model is
+m/rm_candidate, and m/rm leads to it, unless the gate refuses it; then the one before remains in use.
+"""
+import shlex
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import mt
+from common import run
+from common.data import Problem, by_prompt, read_json, read_jsonl, read_pairs, read_rows, seed_of, write_jsonl
+from evals.rewardbench import judge_pairs
+
+mutual_taught, mix_without_labels = mt.mutual_taught, mt.mix
+
+
+@dataclass
+class Options(mt.Options):
+    anchor: str = run.option("", "labelled pairs, up to 1:1 with the others that the RM trains on")
+    labels: int = run.option(None, "pairs of the policy's answers to be labelled per round, for the RM")
+    labeller: str = run.option("", "command that labels a JSONL file; none: the run stops till it is done")
+    spot_check: int = run.option(None, "comparisons to be labelled: no M-step if most favour the old policy")
+    spot_check_stops: bool = run.option(False, "such a spot check ends the run, too, with the old policy")
+    gate: str = run.option("", "labelled pairs held out: an RM that doesn't order more of them is not used")
+
+
+def with_checks(o):
+    if not o.update_rm or o.spot_check_stops and not o.spot_check:
+        raise Problem("labels need the M-step (no --update_rm false), --spot_check_stops needs --spot_check")
+    for file in {o.anchor, o.gate} - {""}:
+        read_pairs(file)  # says at once what is wrong with it
+    mutual_taught(o)
+
+
+def m_step(o, old_policy, new_policy, rm, prompts, folder, ranked):
+    """In the place of mt.m_step: the new reward model, or the one in use where labels speak against it."""
+    if o.spot_check_stops:
+        mt.link_last(o, old_policy, rm)  # until the spot check is passed
+    new = mt.scored_samples(o, new_policy, rm, prompts, folder / "new.jsonl")
+    old = mt.scored_samples(o, old_policy, rm, prompts, folder / "old.jsonl")
+    comparisons = mt.make_comparisons(o, new, old, folder / "comparisons.jsonl")
+    checked = o.spot_check and spot_check(o, comparisons, folder / "spot_check.jsonl")
+    votes = [row["chosen"] == row["new"] for row in read_jsonl(checked)] if checked else []
+    if 2 * sum(votes) < len(votes):
+        if o.spot_check_stops:
+            raise Problem(f"{checked} favours the old policy; the run stops, and {o.out}/policy stays that")
+        return rm
+    if o.labels:
+        own = mt.scored_samples(o, new_policy, rm, prompts, folder / "own.jsonl", samples=2)
+        label_unsure(o, own, folder / "labels.jsonl")
+    rounds = range(1, 1 + int(folder.parent.name.removeprefix("round")))
+    labels = filter(run.exists, [Path(o.out) / f"round{n}" / "m" / "labels.jsonl" for n in rounds])
+    preferences = mix(o, comparisons, ranked, old_policy, *labels, folder / "preferences.jsonl")
+    new_rm = mt.train_reward(o, preferences, folder / "rm_candidate")
+    passed = not o.gate or read_json(gate(o, rm, new_rm, folder / "gate.json"))["passed"]
+    run.on_rank0(*(run.link, folder / "rm", new_rm) if passed else (run.delete, folder / "rm"))
+    mt.link_last(o, new_policy, new_rm if passed else rm)
+    return new_rm if passed else rm
+
+
+def label(o, questions, path):
+    """Write the questions (prompt, answers, perhaps more) with a label each to `path`. For one process."""
+    todo = path.with_suffix(".todo.jsonl")
+    asked = [dict(prompt=row["prompt"], answers=row["answers"], chosen=None) for row in questions]
+    if not todo.exists():
+        write_jsonl(todo, asked)
+    if o.labeller and asked:
+        subprocess.run(f"{o.labeller} {shlex.quote(str(todo))}", shell=True)
+    rows = [row for _, row in read_rows(todo)] if asked else []
+    if [{**row, "chosen": None} for row in rows] != asked:
+        raise Problem(f"{todo}: only `chosen` may be changed in it; delete it to be asked again")
+    waiting = sum(repr(row.get("chosen")) not in ("0", "1") for row in rows)
+    if waiting:
+        raise Problem(f"{todo}: {waiting} pairs wait for 0 or 1 as `chosen`, the better one of `answers`")
+    write_jsonl(path, [question | {"chosen": row["chosen"]} for question, row in zip(questions, rows)])
+    todo.unlink()
+
+
+@run.phase
+def spot_check(o, comparisons, path):
+    """The first kept comparisons, labelled. In which place the new answer stands is drawn."""
+    rows = [row for row in read_jsonl(comparisons) if row["kept"]][:o.spot_check]
+    places = np.random.default_rng(seed_of(o.seed, run.name_of(o, path))).integers(2, size=len(rows)).tolist()
+    run.on_rank0(label, o, [dict(prompt=row["prompt"], new=place, answers=[
+        row["old"], row["new"]][::2 * place - 1]) for row, place in zip(rows, places)], path)
+
+
+@run.phase
+def label_unsure(o, own, path):
+    """Of two answers to each prompt the pairs with the closest rewards, labelled."""
+    pairs = [two for two in by_prompt(read_jsonl(own)) if two[0]["response"] != two[1]["response"]]
+    nearest = np.argsort([abs(a["score"] - b["score"]) for a, b in pairs], kind="stable")[:o.labels]
+    run.on_rank0(label, o, [dict(prompt=a["prompt"], answers=[a["response"], b["response"]])
+                            for a, b in [pairs[i] for i in sorted(nearest)]], path)
+
+
+@run.phase
+def mix(o, comparisons, ranked, old_policy, *labels_and_path):
+    """mt.mix's pairs; the labels of all rounds so far, since M-steps begin from the base RM; and anchors."""
+    *labels, path = labels_and_path
+    rows = read_jsonl(mix_without_labels(o, comparisons, ranked, old_policy, path.with_name("mixed.jsonl")))
+    rows += [dict(prompt=row["prompt"], chosen=row["answers"][row["chosen"]], source=str(file),
+                  rejected=row["answers"][1 - row["chosen"]]) for file in labels for row in read_jsonl(file)]
+    if o.anchor:
+        pool, rng = read_pairs(o.anchor), np.random.default_rng(seed_of(o.seed, "anchor", path.parts[-3]))
+        rows += [pool[i] | {"source": o.anchor} for i in rng.permutation(len(pool))[:len(rows)]]
+    run.write_rows(path, rows)
+
+
+@run.phase
+def gate(o, rm, new_rm, path):
+    """Whether the new RM orders more of the held-out pairs: with 95% confidence, by the paired difference."""
+    pairs = read_pairs(o.gate)
+    old, new = (judge_pairs(each, pairs, o.score_batch, o.max_length)[1].astype(float) for each in (rm, new_rm))
+    bound = (new - old).mean() - 1.645 * (new - old).std(ddof=1) / len(pairs)**0.5
+    run.write_json(path, dict(before=old.mean(), after=new.mean(), bound=bound, passed=bool(bound > 0)))
+    return f"{old.mean():.3f} of {len(pairs)} pairs are in order, by the new RM {new.mean():.3f}"
+
+
+if __name__ == "__main__":
+    mt.mutual_taught, mt.m_step = with_checks, m_step
+    run.launch(mt.main, options=Options)
