@@ -4,6 +4,7 @@ Files are read row by row. Of a run on 60,000 prompts only the numbers and a few
 numbers are over all rows. plots.py draws them, report.py and eval.py show them.
 """
 import math
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -107,6 +108,8 @@ def steps_of(run, shown=0):
 
 def read_e_step(folder, shown):
     choice, rows, texts, prompts = read_json(folder / "selection.json"), [], [], 0
+    if not all(re.fullmatch(r"step-\d+", name) for name in [*choice["win_rates"], choice["chosen"] or "step-0"]):
+        raise Problem(f"{folder / 'selection.json'}: win_rates and chosen must name checkpoints step-N")
     for group in by_prompt(stream(
             folder / "samples.jsonl", "prompt", "response", "score", "tokens", "finished")):
         rows += [(row["score"], row["tokens"], row["finished"]) for row in group]

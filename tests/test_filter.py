@@ -83,7 +83,7 @@ def test_dropped_comparisons_stay_on_record_and_identical_texts_never_count(use_
         "margin above -epsilon", "margin at or below -epsilon", "identical text"]
     assert [row["epsilon"] for row in rows] == pytest.approx([(2 / 3)**0.5] * 3)
     assert rows[1].items() >= dict(prompt="y", new="worse", old="old", new_score=-3.0, old_score=2.0).items()
-    with pytest.raises(Problem, match="different prompts"):
+    with pytest.raises(Problem, match="must answer the same prompts"):
         compare(new, old[::-1])
 
 

@@ -59,7 +59,8 @@ def test_a_model_without_a_head_of_one_label_is_refused(tiny, tmp_path):
             load_reward(rm)
 
 
-def test_training_gives_a_causal_lm_a_fresh_head_and_says_so(tiny, call, written, pairs, samples, tmp_path, capsys):
+def test_training_gives_a_causal_lm_a_fresh_head_and_says_so(
+        tiny, call, written, pairs, samples, tmp_path, capsys):
     call(reward, "--model", tiny(), "--pairs", written("pairs.jsonl", pairs[:20]), "--out", tmp_path / "rm",
          "--lr", 1e-3, "--batch", 5)
     said = capsys.readouterr().out

@@ -48,7 +48,7 @@ def test_rewardbench_from_a_file(call, tiny, written, pairs, tmp_path, capsys):
     call(eval_script, "rewardbench", "--rm", tiny(reward=True), "--data", path, "--prior", 70,
          "--json", tmp_path / "out.json")
     figures, said = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
-    _, right = judge_pairs(tiny(reward=True), read_pairs(path), 8, 1000)
+    right = judge_pairs(tiny(reward=True), read_pairs(path), 8, 1000)[1].astype(int)
     accuracies = {s: 50.0 * (right[i] + right[i + 23]) for i, s in enumerate(SUBSETS)}
     assert figures == pytest.approx(accuracies | rewardbench_figures(accuracies, prior=70))
     assert 0 < figures["Average"] < 100 and "46 pairs\n" in said

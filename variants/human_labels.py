@@ -119,7 +119,7 @@ def mix(o, comparisons, ranked, old_policy, *labels_and_path):
 def gate(o, rm, new_rm, path):
     """Whether the new RM orders more of the held-out pairs: with 95% confidence, by the paired difference."""
     pairs = read_pairs(o.gate)
-    old, new = (judge_pairs(each, pairs, o.score_batch, o.max_length)[1].astype(float) for each in (rm, new_rm))
+    old, new = (1.0 * judge_pairs(each, pairs, o.score_batch, o.max_length)[1] for each in (rm, new_rm))
     bound = (new - old).mean() - 1.645 * (new - old).std(ddof=1) / len(pairs)**0.5
     run.write_json(path, dict(before=old.mean(), after=new.mean(), bound=bound, passed=bool(bound > 0)))
     return f"{old.mean():.3f} of {len(pairs)} pairs are in order, by the new RM {new.mean():.3f}"
