@@ -108,7 +108,8 @@ def steps_of(run, shown=0):
 
 def read_e_step(folder, shown):
     choice, rows, texts, prompts = read_json(folder / "selection.json"), [], [], 0
-    if not all(re.fullmatch(r"step-\d+", name) for name in [*choice["win_rates"], choice["chosen"] or "step-0"]):
+    names = [*choice["win_rates"], choice["chosen"] or "step-0"]
+    if not all(re.fullmatch(r"step-\d+", name) for name in names):
         raise Problem(f"{folder / 'selection.json'}: win_rates and chosen must name checkpoints step-N")
     for group in by_prompt(stream(
             folder / "samples.jsonl", "prompt", "response", "score", "tokens", "finished")):

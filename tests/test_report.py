@@ -155,7 +155,7 @@ def test_the_seconds_of_a_step_are_those_of_its_phases(run):
     (run / "timings.jsonl").write_text("\n".join([*lines, '{"phase": "round1/e2/sam']))  # cut by a kill
     assert {step: [*seconds.values()] for step, seconds in figures.load(run)["seconds"].items()} == {
         "round1/e1": [1.0, 2.0, 12.0], "round1/m": [96.0, 128.0, 0.0]}
-    assert "<td>1.0</td><td>2.0</td><td>28.0</td>" in written_page(run)
+    assert "<td>1.0</td><td>2.0</td><td>12.0</td>" in written_page(run)
 
 
 def test_gold_stands_in_the_first_table_in_the_terminal_and_beside_each_reward(tmp_path, prompts, capsys):
