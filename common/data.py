@@ -79,7 +79,7 @@ def from_json(text, path, line=1):
     """The value of a JSON text, which begins in this line of the file `path`."""
     try:
         value = json.loads(text)
-        if "\\u" in text:
+        if "\\u" in text or text.count("[") + text.count("{") > 100:
             json.dumps(value, ensure_ascii=False).encode()  # fails where it could not be written again
         return value
     except (ValueError, RecursionError) as error:

@@ -18,8 +18,8 @@ from variants import human_labels
 # favours the answers of the policy that it is told; those of the old one lie beside the file
 LABELLER = """
 import json, pathlib, sys
-path, asked = pathlib.Path(sys.argv[-1]), pathlib.Path(__file__).with_name("asked")
-asked.write_text(asked.read_text() + path.name + " " if asked.exists() else path.name + " ")
+path = pathlib.Path(sys.argv[-1])
+pathlib.Path(__file__).with_name("asked").open("a").write(path.name + " ")
 old = {json.loads(line)["response"] for line in open(path.with_name("old.jsonl"))}
 rows = [json.loads(line) for line in open(path)]
 for row in rows:
@@ -49,7 +49,7 @@ def test_the_run_stops_until_every_pair_has_a_label_and_nothing_else_may_change(
         human_labels.label(o, questions, path)
     write_jsonl(todo, [first | {"chosen": 1}, second | {"chosen": 0}])
     human_labels.label(o, questions, path)
-    assert read_jsonl(path) == [questions[0] | {"chosen": 1}, questions[1] | {"chosen": 0}]
+    assert [row["chosen"] for row in read_jsonl(path)] == [1, 0] and not todo.exists()
 
 
 @pytest.fixture
@@ -69,10 +69,8 @@ def test_the_closest_rewards_of_unlike_answers_are_asked_about(o, written, asked
 
 
 def test_the_spot_check_draws_the_places_of_kept_answers(o, written, asked):
-    comparisons = written("comparisons.jsonl", [
-        dict(prompt=str(i), new=f"new{i}", old=f"old{i}", kept=i % 2 == 0) for i in range(100)])
-    o.spot_check = 40
-    human_labels.spot_check.__wrapped__(o, comparisons, Path(o.out) / "spot_check.jsonl")
+    rows, o.spot_check = [dict(prompt="p", new=f"new{i}", old="o", kept=i % 2 == 0) for i in range(100)], 40
+    human_labels.spot_check.__wrapped__(o, written("rows.jsonl", rows), Path(o.out) / "spot_check.jsonl")
     assert [row["answers"][row["new"]] for row in asked] == [f"new{i}" for i in range(0, 80, 2)]
     assert 8 < sum(row["new"] for row in asked) < 32
 
@@ -119,8 +117,7 @@ def test_labels_are_asked_for_once_and_train_the_reward_model_with_as_many_ancho
         row["answers"][::2 * row["chosen"] - 1] for row in given]
     assert len(anchors) == len({row["prompt"] for row in anchors}) == len(mixed) + 3
     assert {row["source"] for row in anchors} == {str(tmp_path / "held.jsonl")}
-    assert (out / "rm").resolve() == step / "rm_candidate"  # it has learnt from the gate's own pairs
-    assert rm_after(out) == str(step / "rm")
+    assert (out / "rm").resolve() == step / "rm_candidate" and rm_after(out) == str(step / "rm")
     assert all("rm_candidate" in row["rm"] for row in read_jsonl(out / "round1" / "e2" / "samples.jsonl"))
     label_run("new", *flags)
     assert (tmp_path / "asked").read_text().split() == ["spot_check.todo.jsonl", "labels.todo.jsonl"]
