@@ -90,7 +90,7 @@ def e_step(o, policy, rm, prompts, folder, judge=None):
     chosen = read_json(selection)["chosen"]
     kept = keep_checkpoint(o, selection, folder / "policy", checkpoint=chosen) if chosen else None
     run.remove(folder / "checkpoints")  # the others
-    link_last(o, kept or policy, rm)
+    link_last(o)
     return kept
 
 
@@ -101,14 +101,15 @@ def m_step(o, old_policy, new_policy, rm, prompts, folder, ranked, judge=None):
     comparisons = make_comparisons(o, new, old, folder / "comparisons.jsonl")
     preferences = mix(o, comparisons, ranked, old_policy, folder / "preferences.jsonl")
     new_rm = train_reward(o, preferences, folder / "rm")
-    link_last(o, new_policy, new_rm)
+    link_last(o)
     return new_rm
 
 
-def link_last(o, policy, rm):
+def link_last(o):
     """OUT/policy and OUT/rm lead to the run's last models."""
-    run.on_rank0(run.link, Path(o.out) / "policy", policy)
-    run.on_rank0(run.link, Path(o.out) / "rm", rm)
+    for kind, base in (("policy", o.policy), ("rm", o.rm)):
+        made = sorted(Path(o.out).glob(f"round*/*/{kind}"), key=lambda path: (len(path.parts[-3]), path))
+        run.on_rank0(run.link, Path(o.out) / kind, [base, *made][-1])
 
 
 # ---------------------------------------------------------------- phases: each makes the result `path`
@@ -193,7 +194,7 @@ def train_and_select(o, policy, rm, pairs, path, judge=None):
                               rm=str(rm)))
     rates = ", ".join(f"{name} {rate:.3f}" for name, rate in win_rates.items())
     return f"win rates {rates or 'not asked for'}; " + (
-        f"{chosen} is kept" if chosen else f"none reaches {o.tau}: {policy} stays and the run stops")
+        f"{chosen} is kept" if chosen else f"no checkpoint reaches {o.tau}: {policy} stays and the run stops")
 
 
 @phase

@@ -131,7 +131,8 @@ def load_reward(folder, training=False, fresh_head=False, seed=0):
 
 def _load(kind, folder, config, training):
     check_fits(folder, training)
-    gc.collect()  # sharded models hold on to themselves: make room for the next one
+    if dist.is_initialized():
+        gc.collect()  # sharded models hold on to themselves: make room for the next one
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     stored = config.dtype or torch.float32

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import MISSING, asdict, field, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
@@ -93,8 +94,12 @@ def parse(options, words=None, **defaults):
     return chosen
 
 
-KINDS = {bool: dict(type=lambda word: bool(("false", "true").index(word.lower())), nargs="?", const=True),
-         list[str]: dict(type=str, nargs="+"), float | None: dict(type=float)}  # what argparse is told
+def true_or_false(word):
+    return ("false", "true").index(word.lower()) == 1
+
+
+KINDS = {bool: dict(type=true_or_false, nargs="?", const=True), list[str]: dict(type=str, nargs="+"),
+         float | None: dict(type=float)}  # what argparse is told of a field's type
 
 
 def check_number(name, value):
@@ -186,12 +191,13 @@ def _claim(path, options, more):
     inputs = {f"file of --{k}": digest(v) for k, v in settings.items() if os.path.isfile(str(v))}
     new = dict(settings=settings, inputs=inputs, sources=sources(), **more, results={}, versions=dict(
         python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__,
-        processes=world(), device=str(device()), commit=commit()))
+        numpy=np.__version__, processes=world(), device=str(device()), commit=commit()))
     found = [path, parts_of(path)] if path.suffix == ".jsonl" else path.glob("[!.]*")  # no leftover of a kill
     found = [p for p in found if p.exists()]
-    if not note_of(path).exists() and found:
+    made = [p for p in found if p.name not in ("run.json", "metrics.jsonl", "timings.jsonl")]
+    if made and not note_of(path).exists():
         raise Problem(f"{path} exists and was not written by this command; choose another --out")
-    old = read_note(path) if note_of(path).exists() else new
+    old = read_note(path) if made else new  # else a start before this one failed at once
     if getattr(options, "overwrite", False):
         delete(*found)
     else:

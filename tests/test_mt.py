@@ -100,8 +100,7 @@ def contents(folder):
 
 
 def same(one, other):
-    one, other = contents(one), contents(other)
-    return [name for name in one | other if one.get(name) != other.get(name)] == []
+    return contents(one) == contents(other)
 
 
 # ---------------------------------------------------------------- which prompts and models go where
@@ -458,10 +457,11 @@ def test_two_processes_on_two_nodes_make_the_same_first_samples_and_pairs_as_one
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = ["--master-addr", "127.0.0.1", "--master-port", str(free.getsockname()[1])]
+    command = [run.HOME / "mt.py", *words(select=False, sample_batch=2)]  # blocks for both processes
     nodes = [subprocess.Popen(  # two of torchrun's agents, which share this machine
         [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node), *address,
-         run.HOME / "mt.py", *words(select=False)], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT) for node in (0, 1)]
+         *command], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for node in (0, 1)]
     said = [node.communicate(timeout=300)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
     assert ["30 prompts (1 repeated ones left out)" in text for text in said] == [True, False]

@@ -196,7 +196,7 @@ def test_samples_depend_on_the_seed_and_not_on_order_and_blocks_and_finished_tel
 
     tokenizer, model = load_tokenizer(tiny()), load_policy(tiny())
     stops = stop_tokens(tiny(), tokenizer)
-    assert stops == [2, 7]  # the generation config's
+    assert stops == {2, 7}  # the generation config's
     keys = np.array([[seed_of(0, prompt_id(p), i) for i in range(3)] for p in prompts[:8]], np.uint64)
     again = generate_reference(model, [encode_chat(tokenizer, p).ids for p in prompts[:8]], keys,
                                stop_ids=stops, temperature=1.0, top_p=0.95, max_new_tokens=12)
@@ -221,7 +221,7 @@ def test_blocks_are_large_enough_for_busy_rows_and_2_4_or_8_processes_have_equal
 def test_the_cache_takes_half_of_what_the_weights_leave(tiny, monkeypatch):
     model, slots = load_policy(tiny()), sampler.Slots(3, 50, "cpu")
     slots.fill([0], next(zip(*sampler.prefill(model, [[5, 6]])))[:1])
-    token = sum(keys.nbytes + values.nbytes for keys, values in slots.layers.values()) / 150
+    token = sum(keys.nbytes + values.nbytes for keys, values in slots.layers) / 150
     weights = sum(p.nbytes for p in model.parameters())
     monkeypatch.setattr(sampler, "memory", lambda: weights + 2 * 1000 * int(token))
     assert sampler.cache_tokens(model) == 1000
@@ -230,15 +230,13 @@ def test_the_cache_takes_half_of_what_the_weights_leave(tiny, monkeypatch):
 
 
 def test_short_memory_makes_fewer_rows_and_the_same_responses_and_too_short_a_problem(
-        call, tiny, written, prompts, tmp_path, monkeypatch, capsys):
+        call, tiny, written, prompts, tmp_path, monkeypatch):
     path, found, rows, step = written("p.jsonl", [{"prompt": prompts[0]}]), {}, [], sampler.Slots.step
     monkeypatch.setattr(sampler.Slots, "step", lambda *a: rows.append(len(a[0].rows)) or step(*a))
     for tokens in (1000, 130):
         monkeypatch.setattr(sampler, "cache_tokens", lambda _, tokens=tokens: tokens)
         found[tokens] = run(call, tiny, path, tmp_path / f"{tokens}.jsonl", "--samples", 9), max(rows)
         rows.clear()
-        said = "memory has room for 4 responses of 29 tokens, the longest, at a time, not 64"
-        assert (said in capsys.readouterr().out) == (tokens == 130)
     assert found[1000][0] == found[130][0] and (found[1000][1], found[130][1]) == (9, 4)
     monkeypatch.setattr(sampler, "cache_tokens", lambda _: 10)
     with pytest.raises(Problem, match="no room for a response of .* tokens beside the model"):

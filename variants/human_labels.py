@@ -43,7 +43,7 @@ def with_checks(o):
 def m_step(o, old_policy, new_policy, rm, prompts, folder, ranked):
     """In the place of mt.m_step: the new reward model, or the one in use where labels speak against it."""
     if o.spot_check_stops:
-        mt.link_last(o, old_policy, rm)  # until the spot check is passed
+        run.on_rank0(run.link, Path(o.out) / "policy", old_policy)  # until the spot check is passed
     new = mt.scored_samples(o, new_policy, rm, prompts, folder / "new.jsonl")
     old = mt.scored_samples(o, old_policy, rm, prompts, folder / "old.jsonl")
     comparisons = mt.make_comparisons(o, new, old, folder / "comparisons.jsonl")
@@ -62,7 +62,7 @@ def m_step(o, old_policy, new_policy, rm, prompts, folder, ranked):
     new_rm = mt.train_reward(o, preferences, folder / "rm_candidate")
     passed = not o.gate or read_json(gate(o, rm, new_rm, folder / "gate.json"))["passed"]
     run.on_rank0(*(run.link, folder / "rm", new_rm) if passed else (run.delete, folder / "rm"))
-    mt.link_last(o, new_policy, new_rm if passed else rm)
+    mt.link_last(o)
     return new_rm if passed else rm
 
 
