@@ -189,7 +189,9 @@ def train_and_select(o, policy, rm, pairs, path, judge=None):
         win_rates = {name: filter.win_rate(scores(folder / name, name), before) for name in checkpoints}
         best = max(win_rates, key=win_rates.get)
     chosen = best if not o.select or win_rates[best] >= o.tau else None
-    run.log_of(o, path)(chosen=chosen, win_rates=win_rates)
+    log = run.log_of(o, path)
+    for name, rate in win_rates.items():
+        log(checkpoint=name, win_rate=rate, chosen=name == chosen)
     run.write_json(path, dict(chosen=chosen, win_rates=win_rates, tau=o.tau, policy_before=str(policy),
                               rm=str(rm)))
     rates = ", ".join(f"{name} {rate:.3f}" for name, rate in win_rates.items())
