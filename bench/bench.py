@@ -389,7 +389,7 @@ def block_steps(rows, size, prompts=20_000):
 
     sampler.verify, sampler.Slots.step, sampler.draw = lambda model: None, step, draw
     sampler.cache_tokens = lambda model: 2**40
-    sampler.prefill = lambda _, some: [({0: (nothing.expand(1, 1, 1),) * 2}, nothing) for _ in some]
+    sampler.prefill = lambda _, some: [([(nothing.expand(1, 1, 1),) * 2], nothing) for _ in some]
     for at in range(0, prompts, size):
         taken.append(0)
         some = lengths[at:at + size]
