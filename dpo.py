@@ -24,7 +24,6 @@ from common.parallel import device, quiet, say, world
 from common.probe import verify
 from common.run import option
 
-
 def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, pairs=None):
     """DPO (arXiv 2305.18290, eq. 7) on log-probabilities of whole responses in nats, all (B,).
 
@@ -35,7 +34,6 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
     rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
     losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
-
 
 class ResponseLogps(torch.nn.Module):
     """A causal LM as a function from packed rows (packing.collate) to log π(y|x) of each answer (answers,),
@@ -54,7 +52,6 @@ class ResponseLogps(torch.nn.Module):
             logits = packing.response_logits(self.model, packed).float()
             logps = -F.cross_entropy(logits, packed["targets"], reduction="none")
         return torch.zeros(len(packed["last"]), device=logps.device).index_add(0, packed["owners"], logps)
-
 
 def train(folder, pairs, *, beta, lr, batch, micro_batch, max_length, epochs=1, seed=0, recompute=False,
           reference=None, log):
@@ -92,18 +89,15 @@ def train(folder, pairs, *, beta, lr, batch, micro_batch, max_length, epochs=1, 
             shown="margins {rewards/margins:+.4f}  accuracies {rewards/accuracies:.3f}  "):
         yield number, len(steps), policy
 
-
 def load(folder, rows, recompute=False):
     """The policy in `folder` as a function from packed rows to log-probabilities, over all processes."""
     policy = models.load_policy(folder, training=True)
     packing.check_context(rows, policy, folder)
     return training.shard(ResponseLogps(policy), recompute)
 
-
 def pair_logps(policy, rows, numbers):
     """(B, 2): of each pair's chosen and rejected answer, which `pair_rows` laid next to each other."""
     return policy(collate([rows[i] for i in numbers], device())).view(-1, 2)
-
 
 @torch.no_grad()
 def all_logps(policy, rows, steps):
@@ -117,7 +111,6 @@ def all_logps(policy, rows, steps):
     if world() > 1:
         dist.all_reduce(logps)
     return logps
-
 
 @dataclass
 class Options:
@@ -134,7 +127,6 @@ class Options:
     recompute: bool = option(torch.cuda.is_available(), "recompute activations: slower, less memory")
     overwrite: bool = option(False, "begin anew, if --out is an earlier result")
 
-
 def main():
     o = run.parse(Options)
     folder, pairs, out = models.local_folder(o.model), read_pairs(o.pairs), Path(o.out)
@@ -146,7 +138,6 @@ def main():
             if step == steps:
                 models.save(policy, folder, out)
     say(f"{out} is complete")
-
 
 if __name__ == "__main__":
     run.launch(main)

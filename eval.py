@@ -37,7 +37,6 @@ from evals.stats import JSON, means, publish, shares, standard_error
 from filter import wins
 from reward import sample_and_score
 
-
 @dataclass
 class WinRate:
     policy: str = option(help="folder or hub id")
@@ -52,7 +51,6 @@ class WinRate:
     seed: int = option(0)
     sample_batch: int = option(64)
     score_batch: int = option(8)
-
 
 def winrate(o):
     judge, out, prompts = local_folder(o.rm), Path(o.out), read_prompts(o.prompts)[0]
@@ -81,7 +79,6 @@ def winrate(o):
         say(f"{side:9} reward {rewards.mean():8.4f} ± {standard_error(rewards):.4f}")
     publish(found, o.json)
 
-
 @dataclass
 class Accuracy:
     rm: str = option(help="folder or hub id")
@@ -90,7 +87,6 @@ class Accuracy:
     score_batch: int = option(8)
     max_length: int = option(10**6, "longer pairs, in tokens, and those beyond the RM's context are left out")
 
-
 def pair_accuracy(o):
     pairs, right = judge_pairs(local_folder(o.rm), read_pairs(o.pairs), o.score_batch, o.max_length)
     say(f"accuracy {right.mean():.4f} on {len(pairs)} pairs")
@@ -98,12 +94,10 @@ def pair_accuracy(o):
     subsets = [pair.get("subset") or "-" for pair in pairs] if any("subset" in pair for pair in pairs) else ()
     publish(shares(right, "accuracy", *characters, subsets), o.json)
 
-
 @dataclass
 class Report:
     runs: list[str] = option(help="run folders")
     out: str = option("", "the page, or the folder for it; none: the first run's")
-
 
 def report(*folders, out=""):
     """Print each run's tables and draw its report.png; write one report.html of all runs, side by side."""
@@ -116,7 +110,6 @@ def report(*folders, out=""):
     path = Path(out) if out.endswith(".html") else Path(out or folders[0]) / "report.html"
     write_page(runs, path)
     say(f"page: {path}")
-
 
 def print_tables(run):
     """Print a line for each step, a line for each policy where there is gold, and the verdict."""
@@ -141,13 +134,11 @@ def print_tables(run):
         say("\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows) + "\n")
     say("\n".join([f"{figures.verdict(run)} {figures.outcome(run)}", *figures.warnings(run), ""]))
 
-
 COMMANDS = {"winrate": (WinRate, winrate), "accuracy": (Accuracy, pair_accuracy),
             "rewardbench": (RewardBench, rewardbench), "alpaca": (Alpaca, alpaca), "arena": (Arena, arena),
             "alpaca-generate": (AlpacaGenerate, alpaca_generate),
             "arena-generate": (ArenaGenerate, arena_generate), "agreement": (Agreement, agreement),
             "report": (Report, lambda o: report(*o.runs, out=o.out))}
-
 
 def main():
     command, words = sys.argv[1] if len(sys.argv) > 1 else "", sys.argv[2:]
@@ -159,7 +150,6 @@ def main():
         words = ["--runs", *words]
     options, work = COMMANDS[command]
     work(parse(options, words))
-
 
 if __name__ == "__main__":
     launch(main)

@@ -17,7 +17,6 @@ from common.data import prompt_id, read_samples
 from common.parallel import Problem, say
 from common.run import option
 
-
 # ---------------------------------------------------------------- E-step
 def choose_pair(scores, lengths):
     """(M,) rewards and response lengths in tokens -> (index of the chosen, of the rejected, why), or None if
@@ -38,7 +37,6 @@ def choose_pair(scores, lengths):
         f"chosen: shortest of the {len(above)} above the mean reward {mean:.4f}; "
         f"rejected: lowest of {len(scores)}")
 
-
 def preference_pairs(samples):
     """Scored samples, a prompt's wherever they stand -> (pairs, number of prompts without a pair). Two
     answers with the same text make no pair either."""
@@ -51,7 +49,6 @@ def preference_pairs(samples):
             pairs.append(pair_of(group, *choice))
     return pairs, len(groups) - len(pairs)
 
-
 def pair_of(group, chosen_index, rejected_index, reason):
     """A prompt's scored samples and a choice among them -> a pair, as DPO trains on it and people read it."""
     chosen, rejected = group[chosen_index], group[rejected_index]
@@ -62,7 +59,6 @@ def pair_of(group, chosen_index, rejected_index, reason):
         chosen_finished=chosen["finished"], rejected_finished=rejected["finished"],
         chosen_index=chosen_index, rejected_index=rejected_index,
         mean_score=float(np.mean([row["score"] for row in group])), reason=reason)
-
 
 # ---------------------------------------------------------------- M-step
 def margin_filter(new_scores, old_scores):
@@ -78,7 +74,6 @@ def margin_filter(new_scores, old_scores):
         raise ValueError("rewards must be finite")
     epsilon = float(old_scores.std()) if len(old_scores) else 0.0
     return margins > -epsilon, margins, epsilon
-
 
 def compare(new, old, use_filter=True):
     """One scored response per prompt from the new and the old policy, in the same order -> comparisons, kept
@@ -99,18 +94,15 @@ def compare(new, old, use_filter=True):
             new_finished=after["finished"], old_finished=before["finished"]))
     return rows
 
-
 # ---------------------------------------------------------------- model selection
 def wins(new_scores, old_scores):
     """(N,), (N,) -> (N,): 1 where the new score is higher, 1/2 where they tie."""
     new, old = np.asarray(new_scores, float), np.asarray(old_scores, float)
     return (new > old) + 0.5 * (new == old)
 
-
 def win_rate(new_scores, old_scores):
     """Share of prompts on which the new score is higher; a tie counts half. (N,), (N,) -> [0, 1]."""
     return float(wins(new_scores, old_scores).mean())
-
 
 @dataclass
 class Options:
@@ -119,7 +111,6 @@ class Options:
     new: str = option("", "M-step: scored samples of the policy after, one per prompt")
     old: str = option("", "M-step: the same of the policy before")
     overwrite: bool = option(False, "begin anew, if --out is an earlier result")
-
 
 def main():
     o = run.parse(Options)
@@ -134,7 +125,6 @@ def main():
         say(f"{len(made)} pairs; {without} prompts gave none" if o.samples else
             f"{sum(row['kept'] for row in made)} of {len(made)} comparisons kept")
     say(f"{o.out} is complete")
-
 
 if __name__ == "__main__":
     run.launch(main)

@@ -33,7 +33,6 @@ from eval import report
 from evals import gold
 from evals.stats import means
 
-
 @dataclass
 class Options:
     policy: str = option("", "base policy: a folder or hub id; none: the embedded task")
@@ -64,7 +63,6 @@ class Options:
     micro_batch: int = option(2, "pairs per forward pass and process in training")
     recompute: bool = option(torch.cuda.is_available(), "recompute activations: slower, less memory")
 
-
 def mutual_taught(o):
     """The loop of the paper, from the base models."""
     policy, rm, prompts = o.policy, o.rm, Path(split(o, Path(o.out) / "prompts"))
@@ -80,7 +78,6 @@ def mutual_taught(o):
         if not policy:
             break
 
-
 def e_step(o, policy, rm, prompts, folder, judge=None):
     """π_{t−1}, r → π_t: a folder, or None where no checkpoint has a win rate of at least τ against π_{t−1}.
     judge: what scores responses in the place of reward.score."""
@@ -93,7 +90,6 @@ def e_step(o, policy, rm, prompts, folder, judge=None):
     link_last(o)
     return kept
 
-
 def m_step(o, old_policy, new_policy, rm, prompts, folder, ranked, judge=None):
     """π_{t−1}, π_t, r → r': a folder. ranked: the pairs of the E-step before."""
     new = scored_samples(o, new_policy, rm, prompts, folder / "new.jsonl", judge=judge)
@@ -104,13 +100,11 @@ def m_step(o, old_policy, new_policy, rm, prompts, folder, ranked, judge=None):
     link_last(o)
     return new_rm
 
-
 def link_last(o):
     """OUT/policy and OUT/rm lead to the run's last models."""
     for kind, base in (("policy", o.policy), ("rm", o.rm)):
         made = sorted(Path(o.out).glob(f"round*/*/{kind}"), key=lambda path: (len(path.parts[-3]), path))
         run.on_rank0(run.link, Path(o.out) / kind, [base, *made][-1])
-
 
 # ---------------------------------------------------------------- phases: each makes the result `path`
 @phase
@@ -137,7 +131,6 @@ def split(o, path):
     return (f"{len(prompts)} prompts ({repeats} repeated ones left out): {o.select_prompts} for model "
             f"selection, three subsets of {third}")
 
-
 @phase
 def scored_samples(o, policy, rm, prompts, path, samples=1, judge=None):
     """Responses of `policy` to every prompt of a file, scored by `rm`."""
@@ -146,7 +139,6 @@ def scored_samples(o, policy, rm, prompts, path, samples=1, judge=None):
     rows = read_jsonl(path)
     return "{} responses, reward {score:.3f}, {tokens:.1f} tokens, {finished:.1%} finished".format(
         len(rows), **means(rows, "score", "tokens", "finished")), sum(row["tokens"] for row in rows)
-
 
 @phase
 def make_pairs(o, samples, path):
@@ -160,7 +152,6 @@ def make_pairs(o, samples, path):
     run.write_rows(path, pairs)
     return f"{len(pairs)} pairs, {without} prompts give none"
 
-
 @phase
 def train_policy(o, policy, pairs, path):
     """DPO; the checkpoints are folders step-N in `path`."""
@@ -171,7 +162,6 @@ def train_policy(o, policy, pairs, path):
                 log=run.log_of(o, path)):
             if step == steps or o.select and step % o.save_every == 0:
                 models.save(trained, policy, temporary / f"step-{step}")
-
 
 @phase
 def train_and_select(o, policy, rm, pairs, path, judge=None):
@@ -198,7 +188,6 @@ def train_and_select(o, policy, rm, pairs, path, judge=None):
     return f"win rates {rates or 'not asked for'}; " + (
         f"{chosen} is kept" if chosen else f"no checkpoint reaches {o.tau}: {policy} stays and the run stops")
 
-
 @phase
 def keep_checkpoint(o, selection, path, checkpoint):
     """Move the checkpoint to where the step's policy is."""
@@ -207,7 +196,6 @@ def keep_checkpoint(o, selection, path, checkpoint):
         raise Problem(f"{path} is gone; put it back, or delete {selection} and {path.with_name('select')} to "
                       "train it anew")
     run.on_rank0(os.replace, source, path)
-
 
 @phase
 def make_comparisons(o, new, old, path):
@@ -219,7 +207,6 @@ def make_comparisons(o, new, old, path):
     reasons = ", ".join(f"{n} {why}" for why, n in sorted(Counter(row["reason"] for row in rows).items()))
     return (f"{sum(row['kept'] for row in rows)} of {len(rows)} comparisons kept, epsilon "
             f"{rows[0]['epsilon']:.4f}: {reasons}")
-
 
 @phase
 def mix(o, comparisons, ranked, old_policy, path):
@@ -233,7 +220,6 @@ def mix(o, comparisons, ranked, old_policy, path):
     run.write_rows(path, rows)
     return f"{len(rows)} pairs"
 
-
 @phase
 def train_reward(o, preferences, path):
     """Bradley-Terry, from the base RM each time: it has not seen these prompts."""
@@ -245,12 +231,10 @@ def train_reward(o, preferences, path):
                              micro_batch=o.micro_batch, max_length=o.max_length, recompute=o.recompute)
         models.save(model, o.rm, temporary)
 
-
 # ---------------------------------------------------------------- what phases share
 def weight_of(row):
     """A pair's weight in the loss, if it has one."""
     return {"weight": row["weight"]} if "weight" in row else {}
-
 
 def main(options=Options, **defaults):  # for variants: a subclass with flags of its own, other defaults
     o = run.parse(options, **defaults)
@@ -276,7 +260,6 @@ def main(options=Options, **defaults):  # for variants: a subclass with flags of
     (gold.measure if embedded else gold.by_base)(o)
     report(o.out)
     say(f"policy: {Path(o.out) / 'policy'}; reward model: {Path(o.out) / 'rm'}")
-
 
 if __name__ == "__main__":
     run.launch(main)

@@ -24,13 +24,11 @@ from common.probe import verify
 from common.run import option
 from sampler import sample
 
-
 def bradley_terry_loss(chosen_rewards, rejected_rewards, pairs=None):
     """−log σ(r(x, y_w) − r(x, y_l)), (B,) and (B,) -> (B,)
     (arXiv 2506.06292, the M-step; Bradley & Terry 1952).
     pairs: the B pairs, for a loss in its place that wants more of them."""
     return -F.logsigmoid(chosen_rewards - rejected_rewards)
-
 
 class Rewards(torch.nn.Module):
     """A sequence classifier as a function from packed rows (packing.collate) to each answer's reward."""
@@ -42,7 +40,6 @@ class Rewards(torch.nn.Module):
         verify(self.model)
         last = hidden_states(self.model, packed)[packed["last"]].float()  # (answers, H)
         return F.linear(last, self.model.score.weight.float()).squeeze(-1).clone()  # FSDP warns about views
-
 
 def train(folder, pairs, *, lr, batch, micro_batch, max_length, epochs=1, seed=0, recompute=False,
           fresh_head=False, log):
@@ -71,7 +68,6 @@ def train(folder, pairs, *, lr, batch, micro_batch, max_length, epochs=1, seed=0
         pass  # nothing is saved on the way
     return model
 
-
 @torch.inference_mode()
 def score_answers(model, tokenizer, prompt_answers, score_batch):
     """[(prompt, [answers])] -> [[reward]], `score_batch` prompts in a forward pass, like lengths together."""
@@ -90,11 +86,9 @@ def score_answers(model, tokenizer, prompt_answers, score_batch):
                               f"{str(prompt_answers[i][0])[:60]!r}")
     return rewards
 
-
 def load(folder):
     """(model, tokenizer) to score with, whole in every process."""
     return Rewards(replicate(models.load_reward(folder))), load_tokenizer(folder)
-
 
 def score(folder, samples, path, score_batch):
     """samples: rows with prompt and response, a prompt's next to each other -> the same rows with `score` and
@@ -111,7 +105,6 @@ def score(folder, samples, path, score_batch):
     per_prompt = len(next(by_prompt(samples)))
     run.in_blocks(samples, 64 * per_prompt, path, work, f"scoring {Path(path).stem}")
 
-
 def sample_and_score(o, policy, rm, prompts, samples, seed, path, judge=None):
     """`samples` responses of a policy to every prompt, with their `score`, in the file `path`.
 
@@ -124,7 +117,6 @@ def sample_and_score(o, policy, rm, prompts, samples, seed, path, judge=None):
                max_new_tokens=o.max_new_tokens, rows=o.sample_batch, seed=seed)
     (judge or score)(rm, read_jsonl(raw), path, o.score_batch)
     run.remove(raw)
-
 
 @dataclass
 class Options:
@@ -141,7 +133,6 @@ class Options:
     recompute: bool = option(torch.cuda.is_available(), "recompute activations: slower, less memory")
     overwrite: bool = option(False, "begin anew, if --out is an earlier result")
 
-
 def main():
     o = run.parse(Options)
     if bool(o.pairs) == bool(o.samples):
@@ -157,7 +148,6 @@ def main():
         log = run.open_log(out / "metrics.jsonl", "reward")
         models.save(train(folder, rows, **settings, fresh_head=True, log=log), folder, out)
     say(f"{out} is complete")
-
 
 if __name__ == "__main__":
     run.launch(main)

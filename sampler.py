@@ -33,7 +33,6 @@ from common.run import option
 TRIES = 8     # rejected draws before the nucleus is cut by sorting; with top-p 0.95 one in 10^10 gets there
 PREFILL = 8   # prompts prefilled together
 
-
 # ---------------------------------------------------------------- drawing one token
 def uniform(keys, counter):
     """int64 keys and counters of one shape -> float32 in (0, 1], by the splitmix64 hash
@@ -45,7 +44,6 @@ def uniform(keys, counter):
     x = (x ^ shifted(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
     x = (x ^ shifted(x, 27)) * (0x94D049BB133111EB - 2**64)
     return (shifted(x ^ shifted(x, 31), 40) + 1).float() * 2.0**-24
-
 
 def draw(logits, keys, drawn, temperature, top_p):
     """(R, V) logits -> (R,) tokens, and the same as a list; exactly from the softmax at `temperature` cut to
@@ -70,7 +68,6 @@ def draw(logits, keys, drawn, temperature, top_p):
         listed = tokens.tolist()
     return tokens, listed
 
-
 def throw(probs, keys, counter, times, top_p):
     """(R, V) probabilities -> (R,) tokens: of so many throws the first inside the nucleus, or −1."""
     u = uniform(keys[:, None], counter[:, None] + torch.arange(times, device=keys.device))  # (R, times)
@@ -82,12 +79,10 @@ def throw(probs, keys, counter, times, top_p):
     token = tokens.gather(1, inside.int().argmax(1, keepdim=True))[:, 0]  # argmax: the first of equals
     return torch.where(inside.any(1), token, -1)
 
-
 def mass_above(probs, token):
     """(R, V), (R, 1) -> (R,): probability of all that is likelier than `token`; of equals a lower id is."""
     mine, ids = probs.gather(1, token), torch.arange(probs.shape[1], device=probs.device)
     return (probs * ((probs > mine) | (probs == mine) & (ids < token))).sum(-1)
-
 
 def nucleus(probs, top_p):
     """(R, V) -> (R, V): the smallest set of likeliest tokens whose mass reaches top_p, renormalised
@@ -95,7 +90,6 @@ def nucleus(probs, top_p):
     ordered, order = probs.sort(dim=-1, descending=True, stable=True)
     kept = torch.where(ordered.cumsum(-1) - ordered < top_p, ordered, 0.0)
     return torch.zeros_like(probs).scatter(1, order, kept / kept.sum(-1, keepdim=True))
-
 
 # ---------------------------------------------------------------- the key-value cache
 class Slots:
@@ -162,13 +156,11 @@ class Slots:
         result = scores.softmax(-1).to(values.dtype) @ values[:, :, :width]
         return result.view(len(query), 1, -1, values.shape[-1])
 
-
 def fp32_product(a, b):
     """(R, H, M, D) @ (R, H, D, N) in fp32, also where the factors are bf16 (on GPUs only)."""
     if a.dtype == torch.float32:
         return a @ b
     return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32).unflatten(0, a.shape[:2])
-
 
 def cache_tokens(model):
     """How many tokens the cache may hold: half of the memory that the weights leave. For Llama-3-8B on 80 GB
@@ -180,7 +172,6 @@ def cache_tokens(model):
     weights = sum(p.numel() for p in model.parameters()) * model.dtype.itemsize
     return max(0, memory() - weights) // 2 // token
 
-
 def prefill(model, prompts):
     """Token lists -> per prompt (keys and values per layer, logits of its first response token)."""
     packed, kept = collate([alone(prompt) for prompt in prompts], model.device), []
@@ -188,7 +179,6 @@ def prefill(model, prompts):
     lengths = [len(prompt) for prompt in prompts]
     layers = [zip(keys.split(lengths, 1), values.split(lengths, 1)) for keys, values in kept]
     return list(zip(zip(*layers), logits))
-
 
 @torch.no_grad()
 def verify(model):
@@ -208,7 +198,6 @@ def verify(model):
         probe.compare(torch.stack(ours), theirs)
     model.cache_holds = True
 
-
 # ---------------------------------------------------------------- many responses
 def beginnings(model, prompts, samples):
     """((prompt, sample), the prompt's keys and values, logits of the first token) of all responses, prompts
@@ -220,7 +209,6 @@ def beginnings(model, prompts, samples):
             for m in range(samples):
                 yield (p, m), prompt, logits
 
-
 def enter(slots, jobs, free, entering, keys):
     """Put responses that wait (`beginnings`) into free rows: (these rows, logits (rows, V))."""
     new_jobs, starts, logits = zip(*entering)
@@ -229,7 +217,6 @@ def enter(slots, jobs, free, entering, keys):
     for row, job in zip(rows, new_jobs):
         jobs[row] = job
     return torch.tensor(rows, device=slots.rows.device), torch.stack(logits)
-
 
 @torch.inference_mode()
 def generate(model, prompts, keys, *, stop_ids, temperature, top_p, max_new_tokens, rows):
@@ -269,7 +256,6 @@ def generate(model, prompts, keys, *, stop_ids, temperature, top_p, max_new_toke
                 if token in stop_ids or len(responses[p][m]) == limits[p]:
                     jobs[row] = None
 
-
 # ---------------------------------------------------------------- the phase
 def stop_tokens(folder, tokenizer):
     """All EOS ids of the generation config, and the tokenizer's."""
@@ -279,7 +265,6 @@ def stop_tokens(folder, tokenizer):
     if not all(type(i) is int for i in ids):
         raise Problem(f"{path}: eos_token_id {ids[1:]!r:.40} is not a token's number, or a list of such")
     return {*ids}
-
 
 def block_size(prompts, filling):
     """How many prompts a block has. A block is what a process takes at a time, and what a kill can cost.
@@ -291,7 +276,6 @@ def block_size(prompts, filling):
     """
     blocks = 8 * -int(-prompts // (8 * 28 * filling))
     return max(1, int(4 * filling), -(-prompts // blocks))
-
 
 def sample(folder, prompts, path, *, samples, temperature, top_p, max_new_tokens, seed, rows):
     """One JSON line per response in the file `path`: prompt, index, response, tokens, finished, policy.
@@ -320,7 +304,6 @@ def sample(folder, prompts, path, *, samples, temperature, top_p, max_new_tokens
     run.in_blocks(list(zip(prompts, encoded)), block_size(len(prompts), rows / samples), path, work,
                   f"sampling {Path(path).name.split('.')[0]}")
 
-
 @dataclass
 class Options:
     model: str = option(help="policy: a folder or hub id")
@@ -334,7 +317,6 @@ class Options:
     sample_batch: int = option(64, "responses decoded at a time in each process")
     overwrite: bool = option(False, "begin anew, if --out is an earlier result")
 
-
 def main():
     o = run.parse(Options)
     folder = models.local_folder(o.model)
@@ -346,7 +328,6 @@ def main():
         sample(folder, prompts, o.out, samples=o.samples, temperature=o.temperature, top_p=o.top_p,
                seed=o.seed, max_new_tokens=o.max_new_tokens, rows=o.sample_batch)
     say(f"{o.out} is complete")
-
 
 if __name__ == "__main__":
     run.launch(main)

@@ -44,7 +44,6 @@ BESIDE = {"fixed RM": range(1, ROUNDS + 1), "offline DPO": [ROUNDS]}
 LAST = {"win rate against base": "win_rate", "tokens": "tokens",
         "RM accuracy, own answers": "accuracy_current", "seconds": "seconds"}
 
-
 def command(script, *words, cwd=None, **more):
     """Run a script of this folder, or the module of that name. more: of the environment."""
     script = [str(HOME / script)] if script.endswith(".py") else ["-m", script]
@@ -53,7 +52,6 @@ def command(script, *words, cwd=None, **more):
                           cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | more)
     if done.returncode:
         raise RuntimeError(done.stderr)
-
 
 def run(arm, seed):
     """gold.jsonl's lines of an arm; the last one has the seconds that the whole run took."""
@@ -72,11 +70,9 @@ def run(arm, seed):
         lines[-1]["seconds"] = json.loads(seconds.read_text())
     return lines
 
-
 def by_this_code(out):
     sources = json.loads((out / "run.json").read_text())["sources"]
     return all((HOME / name).exists() and code_of(HOME / name) == code for name, code in sources.items())
-
 
 def offline(out, seed):
     """One DPO on the base policy's answers to the prompts of all three subsets, by the scripts alone."""
@@ -97,7 +93,6 @@ def offline(out, seed):
             "--max_length", s["max_length"], "--seed", seed)
     gold.measure(o)
 
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -113,7 +108,6 @@ def main():
     if o.json:
         write_jsonl(o.json, [{"arm": arm, "seed": seed, **line} for arm, lines in runs.items()
                              for seed, lines in zip(o.seeds, lines) for line in lines])
-
 
 def table(runs):
     """Print {arm: [a seed's lines of gold.jsonl]}: gold by round, how much it is above others' of the same
@@ -131,14 +125,12 @@ def table(runs):
         cells += [[line[-1][key] for line in lines if key in line[-1]] for key in LAST.values()]
         print(f"| {arm} | {' | '.join(map(mean_and_error, cells))} |")
 
-
 def mean_and_error(values):
     if not len(values):
         return ""
     error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
     digits = 0 if np.mean(values) > 99 else 2
     return f"{np.mean(values):.{digits}f} ± {error:.{digits}f}"
-
 
 if __name__ == "__main__":
     main()

@@ -46,7 +46,6 @@ NEW, ROWS, SAMPLES, BATCH = 128, 80, 5, 8
 STEPS = {"m10": 6, "v128k": 4, "tiny": 3}  # of training; the first, which warms up, is not counted
 TRL = "pip install trl==1.16.0 peft accelerate datasets"
 
-
 # ---------------------------------------------------------------- models and data
 def folder_of(name):
     """A random Llama with a word-level tokenizer, as a plain folder; its logits spread like a language
@@ -73,20 +72,16 @@ def folder_of(name):
                                 chat_template=template).save_pretrained(folder)
     return str(folder)
 
-
 def word(i):
     return f"w{i}"
 
-
 def text(rng, tokens, name):
     return " ".join(word(rng.randrange(3, SHAPES[name][5])) for _ in range(tokens))
-
 
 def prompts_of(name, count):
     """Lists of 8 to 96 tokens."""
     rng, vocabulary = random.Random(1), SHAPES[name][5]
     return [[1] + [rng.randrange(3, vocabulary) for _ in range(rng.randint(7, 95))] for _ in range(count)]
-
 
 def pairs_of(name, count, longer=1):
     """Pairs of texts: prompts of 64 tokens, answers of 32 to 192 (times `longer`) with their stop token."""
@@ -94,13 +89,11 @@ def pairs_of(name, count, longer=1):
     return [{"prompt": text(rng, 63, name), **{side: text(rng, longer * rng.randint(32, 192) - 1, name)
                                                for side in ("chosen", "rejected")}} for _ in range(count)]
 
-
 def answers_of(name, count):
     """(prompt, five answers) in the same lengths."""
     rng = random.Random(3)
     return [(text(rng, 63, name), [text(rng, rng.randint(31, 191), name) for _ in range(SAMPLES)])
             for _ in range(count)]
-
 
 # ---------------------------------------------------------------- measuring
 class Measured:
@@ -114,7 +107,6 @@ class Measured:
         self.cpu = time.process_time() - self.cpu
         self.peak = resident("VmHWM")
 
-
 def matmul_rate():
     """Floating-point operations per CPU second of an fp32 product of 1024 x 1024 matrices, at best."""
     import torch
@@ -125,7 +117,6 @@ def matmul_rate():
         best = min(best, time.process_time() - start)
     return 2 * 1024**3 / best
 
-
 def training_work(name, rows, with_head):
     """Operations of a forward and a backward pass on floats: every token once, every chat's attention."""
     hidden, layers, heads, kv_heads, intermediate, vocabulary = SHAPES[name]
@@ -134,7 +125,6 @@ def training_work(name, rows, with_head):
     responses = sum(len(b) - start for r in rows for b, start in zip(r.branches, r.starts))
     head = with_head * responses * hidden * vocabulary
     return 3 * 2 * (body * sum(map(len, rows)) + attention + head)
-
 
 class Steps:
     """CPU seconds of every optimiser step."""
@@ -152,7 +142,6 @@ class Steps:
         """Per CPU second, where `amount` is of all steps; the first, which warms up, is not counted."""
         return amount / len(self.seconds) / statistics.mean(self.seconds[1:])
 
-
 # ---------------------------------------------------------------- one measurement: {rate, peak, …}
 def sampler_project(name, prompts=64, new=NEW, stop=True):
     import numpy as np
@@ -167,16 +156,13 @@ def sampler_project(name, prompts=64, new=NEW, stop=True):
                                      stop_ids=stop_ids(name) if stop else [], max_new_tokens=new, rows=ROWS)
     return sampled([len(tokens) for row in responses for tokens in row], measured)
 
-
 def stop_ids(name):
     """One token in 64 ends a response: lengths are nearly geometric, with a mean of about 55."""
     return list(range(3, SHAPES[name][5], 64))
 
-
 def sampled(lengths, measured):
     return dict(rate=sum(lengths) / measured.cpu, unit="tok/s", peak=measured.peak,
                 mean_length=statistics.mean(lengths))
-
 
 def sampler_peer(name, kind):
     import torch
@@ -208,7 +194,6 @@ def sampler_peer(name, kind):
     assert len(lengths) == 64 * SAMPLES
     return sampled(lengths, measured)
 
-
 def training_project(kind, name, steps=None, longer=1):
     import dpo
     import reward
@@ -235,12 +220,10 @@ def training_project(kind, name, steps=None, longer=1):
         result["with_reference"] = result["rate"] * all_steps / sum(clock.seconds)
     return result
 
-
 def trained(kind, clock, rows, measured):
     tokens = clock.rate(sum(len(r.trunk) + len(b) for r in rows for b in r.branches))
     rate, unit = (tokens, "tok/s") if kind == "dpo" else (clock.rate(len(rows)), "pairs/s")
     return dict(rate=rate, unit=unit, tokens=tokens, peak=measured.peak)
-
 
 def classifier(folder):
     import torch
@@ -248,7 +231,6 @@ def classifier(folder):
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
     return model.eval()
-
 
 def training_peer(kind, name, precompute=True, micro_batch=BATCH):
     from datasets import Dataset
@@ -289,7 +271,6 @@ def training_peer(kind, name, precompute=True, micro_batch=BATCH):
                           processing_class=tokenizer, callbacks=[Clock()]).train()
     return trained(kind, clock, rows, measured) | {"reference_in_steps": kind == "dpo" and not precompute}
 
-
 def scoring_project(name):
     import reward
     from common import data, models, parallel
@@ -299,7 +280,6 @@ def scoring_project(name):
     with Measured() as measured:
         reward.score_answers(model, data.load_tokenizer(folder), answers_of(name, 64), 4)  # 20 at a time
     return dict(rate=64 * SAMPLES / measured.cpu, unit="answers/s", peak=measured.peak)
-
 
 def scoring_peer(name, kind):
     import torch
@@ -317,7 +297,6 @@ def scoring_peer(name, kind):
             mask = torch.tensor([[1] * len(c) + [0] * (width - len(c)) for c in some])
             model(input_ids=ids, attention_mask=mask, use_cache=False)
     return dict(rate=len(chats) / measured.cpu, unit="answers/s", peak=measured.peak)
-
 
 def round_project(rounds, began):
     """Seconds of wall time by what they are spent on; a part inside another counts for itself only."""
@@ -362,7 +341,6 @@ def round_project(rounds, began):
         shutil.rmtree(out)
     return dict(spent=spent, ended=time.time())
 
-
 def block_steps(rows, size, prompts=20_000):
     """Steps that the sampler's scheduler takes for each block of `size` prompts with five responses each, and
     which share of its rows, and of those that are decoded still, these steps keep busy. There is no model:
@@ -399,7 +377,6 @@ def block_steps(rows, size, prompts=20_000):
         assert [[len(tokens) for tokens in row] for row in responses] == some.tolist()
     tokens = (lengths.sum() - lengths.size).item()
     return dict(steps=taken, busy=tokens / rows / sum(taken), of_decoded=tokens / sum(decoded))
-
 
 def host_work(name, prompts):
     """CPU seconds of rank 0 for what the host does in an E-step of so many prompts, five responses of 386
@@ -448,11 +425,9 @@ def host_work(name, prompts):
     run.remove(path, other)
     return dict(seconds=seconds, memory=max(peaks) - before)
 
-
 def resident(kind):
     """MB of this process: of files' pages (RssFile), of everything else (RssAnon), the peak (VmHWM)."""
     return int(Path("/proc/self/status").read_text().split(f"{kind}:")[1].split()[0]) / 1024
-
 
 def training_traffic(name, gradient, weights):
     """Bytes that each process receives in the second step of DPO, where so much is kept whole between its
@@ -480,7 +455,6 @@ def training_traffic(name, gradient, weights):
     return dict(last, parameters=4 * sum(weight.numel() for weight in weights),
                 norms=[weight.full_tensor().norm().item() for weight in weights])
 
-
 # ---------------------------------------------------------------- the tables
 def measure(call, *launcher):
     """Run `call` (a function of this file with its arguments) in a process of its own."""
@@ -489,7 +463,6 @@ def measure(call, *launcher):
     if done.returncode:
         sys.exit(f"bench.py: {call} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
-
 
 def compare(title, project, peers, repeats):
     """Print a table of the project and its peers ({label: call}), which take turns. Beside a peer that
@@ -517,7 +490,6 @@ def compare(title, project, peers, repeats):
         print(f"With its reference, computed before the first step: {ours['with_reference']:,.0f} tok/s.")
     print(flush=True)
 
-
 def growth(title, calls):
     """Print what a token costs in each call beside the first: on a straight line, 1.00."""
     results = {label: measure(call) for label, call in calls.items()}
@@ -527,13 +499,11 @@ def growth(title, calls):
     print("| peak memory | " + " | ".join(f"{r['peak']:,.0f} MB" for r in results.values()) + " |\n",
           flush=True)
 
-
 def trl_installed():
     found = all(importlib.util.find_spec(name) for name in ("trl", "datasets"))
     if not found:
         print(f"TRL is not installed ({TRL}): the project is measured alone\n")
     return found
-
 
 def sampling(repeats):
     for name in ("m10", "m60"):
@@ -547,7 +517,6 @@ def sampling(repeats):
     growth("m10: tokens in every response", {str(n): ["sampler_project", "m10", 64, n, False]
                                              for n in (128, 256, 512)})
 
-
 def policy_training(repeats):
     peers = trl_installed()
     for name in ("m10", "v128k"):
@@ -560,7 +529,6 @@ def policy_training(repeats):
                 calls if peers else {}, repeats if name == "m10" else 1)
     growth_of_training("dpo")
 
-
 def reward_models(repeats):
     folder_of("m10")
     peers = {"TRL": ["training_peer", "reward", "m10"], "TRL, micro-batches of 2":
@@ -572,12 +540,10 @@ def reward_models(repeats):
         "transformers, padded, sorted by length": ["scoring_peer", "m10", "sorted"]}, repeats)
     growth_of_training("reward")
 
-
 def growth_of_training(kind):
     growth("m10: pairs", {str(n * BATCH): ["training_project", kind, "m10", n] for n in (3, 6, 12)})
     growth("m10: tokens in an answer", {f"{32 * n} to {192 * n}": ["training_project", kind, "m10", 4, n]
                                         for n in (1, 2, 4)})
-
 
 def slots(_):
     """Beside blocks of four fillings of the rows, as they were before."""
@@ -593,7 +559,6 @@ def slots(_):
                   f"| {result['of_decoded']:.1%} | {1 - statistics.mean(dealt) / max(dealt):.1%} |",
                   flush=True)
 
-
 def host(_):
     folder_of("m10")
     one, eight = measure(["host_work", "m10", 6000]), processes(8, ["host_work", "m10", 60_000])
@@ -604,12 +569,10 @@ def host(_):
     print("\nOne process had a tenth of the prompts, and its seconds are times ten. "
           f"Rank 0 of eight took {eight['memory'] / 1000:.2f} GB more at most.")
 
-
 def processes(count, call):
     """`call` in so many processes; what rank 0 says."""
     return measure(call, sys.executable, "-m", "torch.distributed.run", "--standalone",
                    f"--nproc-per-node={count}")
-
 
 def traffic(_):
     folder_of("m10")
@@ -620,7 +583,6 @@ def traffic(_):
         result = processes(2, ["training_traffic", "m10", *held])
         bytes_ = result["weights"], result["gradients"], result["weights"] + result["gradients"]
         print(f"| {label} | " + " | ".join(f"{b / 1e6:,.1f} MB" for b in bytes_) + " |", flush=True)
-
 
 def whole_rounds(repeats):
     from common import toy
@@ -639,7 +601,6 @@ def whole_rounds(repeats):
             print(f"| {part} | {seconds:.1f} | {seconds / wall:.0%} |")
         overhead = sum(spent[part] for part in ("start-up", "loading", "saving"))
         print(f"| all | {wall:.1f} | |\n\nstart-up, loading and saving: {overhead / wall:.0%}", flush=True)
-
 
 PARTS = {"sampler": sampling, "dpo": policy_training, "reward": reward_models, "round": whole_rounds,
          "slots": slots, "host": host, "traffic": traffic}

@@ -32,7 +32,6 @@ from evals import plots  # noqa: E402
 
 EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "shutil.rmtree")
 
-
 def inputs(folder):
     """Tiny models and prompts; returns the words of a command."""
     words = toy.tokenizer()
@@ -51,7 +50,6 @@ def inputs(folder):
                  rm_lr=1e-3, tau=0, save_every=1, select_prompts=4, sample_batch=2)
     return [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
 
-
 def killed_before(operation):
     """From now on, this process dies before its `operation`-th operation on a file of the run."""
     left = [operation]
@@ -63,7 +61,6 @@ def killed_before(operation):
             if left[0] == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
     sys.addaudithook(hook)
-
 
 def start(words, folder, rank, processes, port, operation):
     """A forked process of a run; returns its pid."""
@@ -88,7 +85,6 @@ def start(words, folder, rank, processes, port, operation):
     finally:
         os._exit(1)
 
-
 def attempt(words, folder, processes, rng=None):
     """Run the command, kill it if there is an `rng`; returns whether it came to its end."""
     with socket.socket() as free:
@@ -112,13 +108,11 @@ def attempt(words, folder, processes, rng=None):
         sys.exit(f"kills.py: the run failed by itself:\n{(folder / 'log').read_text()[-3000:]}")
     return not any(codes)
 
-
 def files(folder):
     """Everything in a run folder but its note, times, and what a picture library stamps: name -> bytes."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
             if p.is_file() and not p.is_symlink() and p.name not in (
                 "run.json", "timings.jsonl", "report.png", "report.html")}
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
@@ -152,7 +146,6 @@ def main():
             print(f"{kills} kills, {runs} runs: all files as in the undisturbed run", flush=True)
     print(f"{kills} kills in {runs} runs with {o.processes} process{'es' * (o.processes > 1)}: "
           f"{len(expected)} files, not one byte different")
-
 
 if __name__ == "__main__":
     main()

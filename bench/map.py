@@ -55,7 +55,6 @@ ARMS = {  # name -> flags, constants of point.py
 }
 PREDICTORS = ("accuracy", "brier", "win_rate", "kept", "disagreement", "gain_on_labels", "gain_on_own")
 
-
 def run(point, arm, seed):
     """A row: gold by round and, of the full method, the predictors."""
     folder = HOME / "runs" / "map" / point.replace(", ", "-").replace(" ", "")
@@ -74,10 +73,8 @@ def run(point, arm, seed):
         return row
     return row | predictors(out) | {"gain_on_own": own[0][1] - own[0][0] if own[0] else None}
 
-
 def base_of(out):
     return Path(json.loads((out / "run.json").read_text())["settings"]["rm"]).parent
-
 
 def predictors(out):
     found = figures.load(out)
@@ -91,7 +88,6 @@ def predictors(out):
         win_rate=first["win_rate"], disagreement=next(iter(disagreement(found).values())),
         kept=compared and compared["kept"] / compared["comparisons"],
         gain_on_labels=float((after > 0).mean() - (margins > 0).mean()))
-
 
 def on_own_answers(out):
     """[before, after] by round, None where there was no M-step: which share of pairs of the new policy's
@@ -108,7 +104,6 @@ def on_own_answers(out):
         rm = new
     return found
 
-
 def drawn(samples, count):
     """[(prompt, answers)]: two different answers to each of `count` prompts, drawn."""
     found = []
@@ -120,19 +115,16 @@ def drawn(samples, count):
     found = draw.sample(found, min(count, len(found)))
     return [(prompt, draw.sample(answers, 2)) for prompt, answers in found]
 
-
 def label(prompt, answers):
     """Which of two answers gold with r_0's noise prefers, 0 or 1; the same whenever it is asked."""
     first, second = (toy.gold(prompt, answer) for answer in answers)
     chance = 1 / (1 + math.exp((first - second) / toy.LABEL_NOISE))  # of the second
     return int(random.Random(str(dict(prompt=prompt, answers=answers, chosen=None))).random() < chance)
 
-
 def held_out_margins(folder, pairs):
     model, tokenizer = reward.load(str(folder))
     return np.diff(reward.score_answers(model, tokenizer, [
         (pair["prompt"], [pair["rejected"], pair["chosen"]]) for pair in pairs], 32))[:, 0]
-
 
 # ---------------------------------------------------------------- tables
 def gains(rows, point, arm):
@@ -141,10 +133,8 @@ def gains(rows, point, arm):
     seeds = sorted(seed for name, seed in gold if name == arm and ("fixed", seed) in gold)
     return np.array([np.subtract(gold[arm, seed], gold["fixed", seed])[1:] for seed in seeds])
 
-
 def table(*heads):
     print(f"\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
-
 
 def tables(rows):
     by_arm = {}  # (point, arm) -> rows, by seed
@@ -184,7 +174,6 @@ def tables(rows):
             steps = ([steps[n] for steps in own if steps[n]] for n in range(ROUNDS))
             print(f"| {point} | {arm} | {' | '.join(map(before_and_after, steps))} |")
 
-
 def before_and_after(steps):
     """`own` of one round, by seeds: older rows have a third figure, which is not shown."""
     if not steps:
@@ -192,13 +181,11 @@ def before_and_after(steps):
     before, after = np.array([step[:2] for step in steps]).mean(0)
     return f"{before:.3f} → {after:.3f}"
 
-
 def spearman(x, y):
     """Rank correlation, without what is NaN."""
     x, y = np.array([x, y])[:, ~np.isnan(y)].round(9)
     ranks = [np.sign(np.subtract.outer(values, values)).sum(1) for values in (x, y)]  # ties share theirs
     return np.corrcoef(*ranks)[0, 1]
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
@@ -220,7 +207,6 @@ def main():
         rows = [row for row in rows if (row["point"], row["arm"], row["seed"]) not in keys] + new
         write_jsonl(o.json, rows)
     tables(rows)
-
 
 if __name__ == "__main__":
     main()

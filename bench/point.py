@@ -40,30 +40,24 @@ TASTY = {*sorted(toy.ADJECTIVE_MOOD)[::3], *sorted(toy.VERB_MOOD)[::3]}
 appeal, train, write_demonstrator = toy.appeal, reward.train, toy.write_demonstrator
 train_policy, m_step = mt.train_policy, mt.m_step
 
-
 def with_taste(row):
     return appeal(row) + POINT["taste"] * sum(word in TASTY for word in row["response"].split())
-
 
 def from_own_body(folder, pairs, *, seed, log, **settings):
     body = Path(folder).with_name("body")
     write_demonstrator(toy.parts(seed)["demonstrations"], seed + 1000, body, log)
     return train(str(body), pairs, seed=seed, log=log, **settings)
 
-
 def from_base(o, policy, pairs, path):
     return train_policy(o, o.policy, pairs, path)
-
 
 def m_step_of_first_rounds(o, old_policy, new_policy, rm, prompts, folder, ranked):
     done = int(folder.parent.name.removeprefix("round")) > POINT["m_steps"]
     return rm if done else m_step(o, old_policy, new_policy, rm, prompts, folder, ranked)
 
-
 def train_on_alike(folder, pairs, **settings):
     return train(folder, [pair for pair in pairs if abs(
         len(pair["chosen"].split()) - len(pair["rejected"].split())) <= 1], **settings)
-
 
 def make_base():
     o = run.parse(toy.Options)
@@ -73,11 +67,9 @@ def make_base():
     path = Path(o.out) / "held_out" / "preferences.jsonl"
     toy.write_preferences(Path(o.out) / "policy", toy.parts(o.seed)["test"], o.seed, path)
 
-
 @dataclass
 class Options(mt.Options):
     point: str = run.option(json.dumps(POINT), "for run.json, so that a folder is of one point")
-
 
 def vary():
     """What a run does otherwise; its base models know nothing of it."""
@@ -92,7 +84,6 @@ def vary():
     if POINT["alike"]:
         reward.train = train_on_alike
     mt.main(Options, policy_lr=POINT["policy_lr"])
-
 
 if __name__ == "__main__":
     toy.LABELS, toy.appeal, toy.build = POINT["labels"], with_taste, partial(toy.build, script=__file__)

@@ -26,7 +26,6 @@ from common.parallel import Problem, say
 WANTED = "a field `prompt` with text, or a list of messages with role and content"
 UNREAD = ("history", "tools", "conversations", "instruction", "input")  # they change what a prompt says
 
-
 # ---------------------------------------------------------------- files
 def read_rows(source):
     """[(where, row)] of a JSONL, JSON or parquet file or a hub id; `where` is 'file:line', for messages."""
@@ -46,7 +45,6 @@ def read_rows(source):
             raise Problem(f"{where}: a JSON object is needed, this is {type(row).__name__}")
     return rows
 
-
 def _read_json(path):
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -58,7 +56,6 @@ def _read_json(path):
         return [(f"{path}:row {number}", row) for number, row in enumerate(rows, 1)]
     return [(f"{path}:{number}", from_json(line, path, number))
             for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-
 
 def _read_with_datasets(source):
     try:
@@ -74,7 +71,6 @@ def _read_with_datasets(source):
         raise Problem(f"{source}: could not be loaded ({first_line(error)})") from None
     return [(f"{source}:row {number}", row) for number, row in enumerate(rows, 1)]
 
-
 def from_json(text, path, line=1):
     """The value of a JSON text, which begins in this line of the file `path`."""
     try:
@@ -86,7 +82,6 @@ def from_json(text, path, line=1):
         where = f"{path}:{line + getattr(error, 'lineno', 1) - 1}"
         raise Problem(f"{where}: not JSON that can be read ({first_line(error)})") from None
 
-
 def read_json(path):
     """The object that a JSON file holds."""
     value = from_json(Path(path).read_text(encoding="utf-8", errors="replace"), path)
@@ -94,11 +89,9 @@ def read_json(path):
         raise Problem(f"{path}: a JSON object is needed, this is {type(value).__name__}")
     return value
 
-
 def read_jsonl(path):
     """The rows of a file that this project wrote; it may be empty."""
     return [row for _, row in _read_json(Path(path))]
-
 
 def write_text(path, text):
     """Write under a temporary name and rename: a file that exists is whole. For one process."""
@@ -107,10 +100,8 @@ def write_text(path, text):
     temporary.write_text(text, encoding="utf-8", errors="replace")
     os.replace(temporary, path)
 
-
 def write_jsonl(path, rows):
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
 
 def first_line(error):
     """An exception of a library as one line without control characters."""
@@ -119,12 +110,10 @@ def first_line(error):
         return "its weights have other shapes than config.json says"
     return " ".join(text.split())[:300] or type(error).__name__
 
-
 # ---------------------------------------------------------------- what fields mean
 def is_number(value):
     """NaN, infinities, true and what would overflow in a sum of squares are none."""
     return type(value) in (int, float) and abs(value) <= 1e100
-
 
 TEXT = ("text", lambda value: isinstance(value, str))
 FIELDS = {"response": TEXT, "chosen": TEXT, "rejected": TEXT, "subset": TEXT,
@@ -132,7 +121,6 @@ FIELDS = {"response": TEXT, "chosen": TEXT, "rejected": TEXT, "subset": TEXT,
           "finished": ("true or false", lambda value: type(value) is bool),
           "score": ("a finite number", is_number),
           "weight": ("a finite number from 0", lambda value: is_number(value) and value >= 0)}
-
 
 def check_field(where, row, name):
     """row[name], if it is what FIELDS says of the name's last word."""
@@ -144,28 +132,23 @@ def check_field(where, row, name):
         raise Problem(f"{where}: the {name} {value!r:.60} is not {wanted}")
     return value
 
-
 def as_messages(prompt):
     """A prompt as chat messages; plain text is one user turn."""
     return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
 
-
 def prompt_id(prompt):
     """The same text for the same conversation, whichever way it was written down."""
     return json.dumps([[m["role"], m["content"]] for m in as_messages(prompt)], ensure_ascii=False)
-
 
 def by_prompt(rows):
     """The rows of one prompt after the other's, as lists; the rows of a prompt stand next to each other."""
     for _, group in groupby(rows, key=lambda row: prompt_id(row["prompt"])):
         yield list(group)
 
-
 def is_chat(value):
     return isinstance(value, list) and bool(value) and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
         for m in value)
-
 
 def prompt_of(where, row):
     """The prompt of a row of a user's file: text or messages."""
@@ -184,7 +167,6 @@ def prompt_of(where, row):
         prompt = [{"role": "system", "content": row["system"]}, *as_messages(prompt)]
     return check_prompt(where, prompt)
 
-
 def check_prompt(where, prompt):
     messages = as_messages(prompt)
     if not is_chat(messages) or not any(m["content"].strip() for m in messages):
@@ -193,7 +175,6 @@ def check_prompt(where, prompt):
         raise Problem(f"{where}: the prompt ends with an assistant turn; it must end where the answer begins")
     return prompt
 
-
 def read_prompts(source):
     """Prompts in the order of the file, repeated ones once; and how many repeats were left out."""
     rows, unique = read_rows(source), {}
@@ -201,7 +182,6 @@ def read_prompts(source):
         prompt = prompt_of(where, row)
         unique.setdefault(prompt_id(prompt), prompt)
     return list(unique.values()), len(rows) - len(unique)
-
 
 def read_pairs(source):
     """Preference pairs: rows with `prompt`, and `chosen` and `rejected` as text. In the file these are text,
@@ -221,7 +201,6 @@ def read_pairs(source):
             say(f"WARNING: {source}: {count} of {len(pairs)} pairs have {what}")
     return pairs
 
-
 def answer_of(where, row, side, prompt):
     def turns(chat):
         return [(m["role"], m["content"].strip()) for m in as_messages(chat)]
@@ -234,7 +213,6 @@ def answer_of(where, row, side, prompt):
         raise Problem(f"{where}: no answer in `{side}` (text, or messages that end with the assistant's)")
     return value
 
-
 def read_samples(source, *fields):
     """The rows of a file of responses: each with its prompt and these fields."""
     rows = read_rows(source)
@@ -244,11 +222,9 @@ def read_samples(source, *fields):
             check_field(where, row, name)
     return [row for _, row in rows]
 
-
 def seed_of(*parts):
     """A 64-bit number that depends on all parts and on nothing else (hash() differs between processes)."""
     return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:8], "little")
-
 
 # ---------------------------------------------------------------- chats to tokens
 def load_tokenizer(folder):
@@ -265,11 +241,9 @@ def load_tokenizer(folder):
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
 
-
 class Chat(NamedTuple):
     ids: list   # tokens of prompt and response
     start: int  # index of the response's first token
-
 
 def encode_chat(tokenizer, prompt, response=None, finished=True, whole=False):
     """Tokens of a chat, with exactly one BOS where the tokenizer uses one.
@@ -312,7 +286,6 @@ def encode_chat(tokenizer, prompt, response=None, finished=True, whole=False):
         ids = ids[:last] + [ids[stop]]
     return Chat(ids, min(start, last))
 
-
 def render(tokenizer, messages, literal, **options):
     special = Special(tokenizer)
     try:
@@ -324,7 +297,6 @@ def render(tokenizer, messages, literal, **options):
     except Exception as error:  # a template may refuse a role or an order of roles, in words of its own
         raise Problem(f"{tokenizer.name_or_path}: its chat template refuses {str(messages)[:80]}… "
                       f"({first_line(error)})") from None
-
 
 @functools.lru_cache(4)  # each phase loads a tokenizer of its own
 class Special:

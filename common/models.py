@@ -15,7 +15,6 @@ from common import packing  # noqa: F401  (its attention is the one that models 
 from common.data import encode_chat, first_line, load_tokenizer
 from common.parallel import Problem, barrier, device, memory, rank, say, share_work, world
 
-
 def local_folder(name):
     """The folder of a model: `name` itself, or the snapshot of a hub id."""
     if Path(name).is_dir():
@@ -32,7 +31,6 @@ def local_folder(name):
         raise Problem(f"{name}: no such folder, and not to be had from the hub "
                       f"({first_line(error)})") from None
 
-
 # ---------------------------------------------------------------- what a folder's config says
 def config_of(folder):
     try:
@@ -40,14 +38,12 @@ def config_of(folder):
     except Exception as error:
         raise Problem(f"{folder}: not a model folder ({first_line(error)})") from None
 
-
 def check_policy(folder):
     """Refuse a reward model, by its config; returns the config."""
     config = config_of(folder)
     if (config.architectures or ["?"])[0].endswith("ForSequenceClassification"):
         raise Problem(f"{folder}: a {config.architectures[0]}, which is a reward model and no policy")
     return config
-
 
 def check_reward(folder, fresh_head=False):
     """Refuse, by its config, a head of several labels, or none unless `fresh_head`; returns the config."""
@@ -62,7 +58,6 @@ def check_reward(folder, fresh_head=False):
         raise Problem(f"{folder}: its head has {config.num_labels} labels; a reward model has one")
     return config
 
-
 def context_of(folder, config=None):
     """The longest sequence in tokens: all positions, or those up to which a chat is read alike whatever its
     length (longrope changes its frequencies there) and attention is not cut into chunks."""
@@ -74,7 +69,6 @@ def context_of(folder, config=None):
             if isinstance(kind, dict) and kind.get("rope_type") == "longrope"]
     chunk = getattr(config, "attention_chunk_size", None) or math.inf
     return min(config.max_position_embeddings, chunk, *ends)
-
 
 def prompts_that_fit(folder, prompts, answer=1):
     """(those prompts that leave room for an answer of so many tokens in a model's context, the numbers of
@@ -89,17 +83,14 @@ def prompts_that_fit(folder, prompts, answer=1):
         say(f"{len(prompts) - len(fit)} of {len(prompts)} prompts are too long for {folder} and left out")
     return map(list, zip(*fit))
 
-
 def bytes_of(folder):
     """The size of a saved model's weights."""
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-
 
 def disk_needed(o, policy, rm, steps):
     """Bytes that a run's models take at most. o: mt.Options; policy, rm: bytes of one; steps: of a DPO."""
     checkpoints = steps // o.save_every + 1 if o.select else 1
     return o.rounds * (2 * policy + o.update_rm * rm) + checkpoints * policy
-
 
 def check_fits(folder, training=False):
     """Refuse a model that is too large for the memory. Sampling and scoring have the whole of it in every
@@ -111,12 +102,10 @@ def check_fits(folder, training=False):
         raise Problem(f"{folder}: {what} takes {need / 1e9:.3g} GB in each process, which has "
                       f"{memory() / 1e9:.3g}; batch sizes can't help")
 
-
 # ---------------------------------------------------------------- loading
 def load_policy(folder, training=False):
     """A causal LM, in every process; only rank 0's has weights until `replicate` or `shard`."""
     return _load(AutoModelForCausalLM, folder, check_policy(folder), training)
-
 
 def load_reward(folder, training=False, fresh_head=False, seed=0):
     """A sequence classifier with one logit. fresh_head: a causal LM is taken too and gets a new head."""
@@ -127,7 +116,6 @@ def load_reward(folder, training=False, fresh_head=False, seed=0):
     if not isinstance(getattr(model, "score", None), torch.nn.Linear) or model.score.bias is not None:
         raise Problem(f"{folder}: {type(model).__name__} has no linear head `score`, which is not supported")
     return model
-
 
 def _load(kind, folder, config, training):
     check_fits(folder, training)
@@ -154,7 +142,6 @@ def _load(kind, folder, config, training):
     model.stored_dtype, model.context = stored, context_of(folder, config)
     return model.eval()  # and so it stays: dropout would make a policy differ from itself as reference
 
-
 # ---------------------------------------------------------------- saving
 def save(root, source, folder):
     """A folder that from_pretrained and vLLM load; tokenizer and template come from the folder `source`.
@@ -167,7 +154,6 @@ def save(root, source, folder):
         except Exception as error:  # tokenizers has no exceptions of its own for a full disk
             raise Problem(f"{folder}: not saved: {first_line(error)}") from None
     barrier()
-
 
 def _write(model, weights, source, folder):
     weights = {name.removeprefix("model."): w for name, w in weights.items()}

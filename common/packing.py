@@ -23,7 +23,6 @@ from common.parallel import Problem, share_work
 LOGITS = 2**23  # logits in memory at a time (32 MB in fp32)
 TOGETHER = 8  # chats of like lengths that attend in one call, padded to the longest of them
 
-
 # ---------------------------------------------------------------- rows
 class Row(NamedTuple):
     trunk: array    # tokens shared by all answers: the prompt
@@ -32,7 +31,6 @@ class Row(NamedTuple):
 
     def __len__(self):
         return len(self.trunk) + sum(map(len, self.branches))
-
 
 def pack(chats):
     """Answers to one prompt as a Row: their common beginning once, never further than the first response."""
@@ -43,11 +41,9 @@ def pack(chats):
     cut = len(trunk)
     return Row(trunk, [chat.ids[cut:] for chat in chats], [chat.start - cut for chat in chats])
 
-
 def alone(ids):
     """A chat without siblings, as a Row."""
     return Row(ids, [ids[:0]], [0])
-
 
 def pair_rows(tokenizer, pairs, max_length, unfinished=False):
     """Preference pairs -> (rows of two branches, chosen first; the pairs of these rows). Pairs of which
@@ -68,12 +64,10 @@ def pair_rows(tokenizer, pairs, max_length, unfinished=False):
         raise Problem(f"none of {len(pairs)} pairs is short enough for --max_length {max_length}")
     return [row for row in rows if row], [pair for pair, row in zip(pairs, rows) if row]
 
-
 def how_many(kept, total):
     """How many of the pairs are short enough, in words, and in loud ones if a tenth is not."""
     return f"{kept} pairs ({total - kept} too long)" if total - kept <= total / 10 else (
         f"{kept} pairs; WARNING: {total - kept} OF {total} ARE TOO LONG AND LEFT OUT")
-
 
 def check_context(rows, model, folder, mend="set a smaller --max_length"):
     """A chat that is longer than the model's context, or a token that it doesn't know, is a Problem."""
@@ -84,7 +78,6 @@ def check_context(rows, model, folder, mend="set a smaller --max_length"):
     vocabulary = model.config.get_text_config().vocab_size
     if max(max(ids) for row in rows for ids in (row.trunk, *row.branches) if len(ids)) >= vocabulary:
         raise Problem(f"{folder}: the tokenizer has more tokens than the model's {vocabulary}")
-
 
 def collate(rows, device="cpu"):
     """Rows to one sequence of T tokens, as a dict.
@@ -118,7 +111,6 @@ def collate(rows, device="cpu"):
     return dict(inputs=inputs, targets=tensor(targets), sources=tensor(sources), owners=tensor(owners),
                 last=tensor([chat[-1] for chat in chats]))
 
-
 # ---------------------------------------------------------------- attention
 def group_chats(chats, tokens):
     """Chats, as lists of indices into a sequence of so many tokens -> (groups, places), for `attention`.
@@ -138,9 +130,7 @@ def group_chats(chats, tokens):
         before += groups[-1].size
     return groups, places
 
-
 HARMLESS = ("dropout", "is_causal", "position_ids", "output_attentions", "output_router_logits", "use_cache")
-
 
 def attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, chats=None,
               places=None, kept=None, attend=None, **options):
@@ -176,24 +166,19 @@ def attention(module, query, key, value, attention_mask, scaling=None, sliding_w
         results.append(result.transpose(1, 2).flatten(0, 1))
     return torch.cat(results)[places][None], None
 
-
 AttentionInterface.register("packed", attention)
-
 
 def decoder(model):
     """A model without its head."""
     return (model.base_model if model.base_model is not model else model.model).get_decoder()
 
-
 def hidden_states(model, packed):
     """(T, H): the last hidden states of a packed sequence (`collate`)."""
     return decoder(model)(**packed["inputs"], use_cache=False).last_hidden_state[0]
 
-
 def response_logits(model, packed):
     """(N, V) logits for the tokens of the responses, by the model's own way from its hidden states."""
     return model(**packed["inputs"], use_cache=False, logits_to_keep=packed["sources"]).logits[0]
-
 
 # ---------------------------------------------------------------- log-probabilities
 class TokenLogps(torch.autograd.Function):
@@ -233,7 +218,6 @@ class TokenLogps(torch.autograd.Function):
             torch.mm(grad_logits.T, hidden, out=grad_weight[at:at + ctx.size])
             grad_hidden += grad_logits @ tile
         return grad_hidden.to(hidden.dtype), grad_weight, None
-
 
 def _column(targets, at, logits):
     """Columns (N, 1) of the targets in the tile that begins with token `at`; whether they are in it (N,)."""

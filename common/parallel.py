@@ -14,23 +14,18 @@ import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
-
 class Problem(Exception):
     """Something that the user can mend. It is shown as one line, and the exit code is 2."""
-
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
-
 def world():
     return dist.get_world_size() if dist.is_initialized() else 1
-
 
 def device():
     cuda = torch.cuda.is_available()
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-
 
 def memory():
     """Bytes that this process's device has: its GPU's, or its share of the machine's memory."""
@@ -39,22 +34,18 @@ def memory():
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return machine // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
-
 def say(*words):
     """Print, in rank 0 only."""
     if rank() == 0:
         print(*words, flush=True)
 
-
 def quiet():
     """tqdm's `disable`: None, which shows a bar in terminals only, in rank 0, and True in other processes."""
     return rank() > 0 or None
 
-
 def barrier():
     if world() > 1:
         dist.barrier()
-
 
 def on_rank0(work, *arguments):
     """work(*arguments) by rank 0 alone; its result, or its Problem, reaches every process."""
@@ -69,7 +60,6 @@ def on_rank0(work, *arguments):
         raise box[0]
     return box[0]
 
-
 def share_work(count, work, what):
     """[work(0), …, work(count − 1)]: each is done by one process, and then all processes know all results. It
     is for work of the CPU, during which accelerators wait. what: the name on the progress bar."""
@@ -82,7 +72,6 @@ def share_work(count, work, what):
             dist.all_gather_object(every, mine)
         done += [every[i % world()][i // world()] for i in range(end - start)]
     return done
-
 
 def start():
     """Join the process group that torchrun describes; alone, without a GPU, there is none."""
@@ -103,7 +92,6 @@ def start():
     elif torch.cuda.is_available():  # a group of one, since FSDP is what makes training bf16
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
-
 def keep_freed_memory():
     """Have glibc keep the memory of freed tensors of up to 32 MiB. It would give it back to the system and
     fetch it again, page by page; without that, scoring on a CPU is a fifth faster."""
@@ -111,7 +99,6 @@ def keep_freed_memory():
     if hasattr(libc, "mallopt"):  # other C libraries have none
         libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, the largest there is
         libc.mallopt(-1, 10**9)  # M_TRIM_THRESHOLD
-
 
 def replicate(model):
     """The whole model in every process. Rank 0 has read its weights; the others receive them."""

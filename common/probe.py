@@ -12,7 +12,6 @@ from common.data import first_line
 from common.packing import Row, collate, decoder, hidden_states, response_logits
 from common.parallel import Problem
 
-
 def plain_pass(model, ids):
     """(L, H) hidden states and logits of one chat, by a forward pass with transformers' own attention."""
     seen = []
@@ -25,7 +24,6 @@ def plain_pass(model, ids):
         hook.remove()
     return seen[0], logits
 
-
 def probe_rows(model):
     """Four chats of random tokens: two with one trunk, a short one and, if the context allows, a long one."""
     config, rng = model.config.get_text_config(), np.random.default_rng(0)
@@ -33,7 +31,6 @@ def probe_rows(model):
     long = min(200, config.max_position_embeddings, getattr(model, "context", 200))
     return [Row(rng.choice(tokens, trunk).tolist(), [rng.choice(tokens, n).tolist() for n in branches],
                 [0] * len(branches)) for trunk, branches in ((7, (5, 9)), (1, (11,)), (1, (long - 1,)))]
-
 
 @contextmanager
 def trial(model, part):
@@ -54,12 +51,10 @@ def trial(model, part):
         for owner, window in narrow:
             owner.sliding_window = window
 
-
 def off(ours, theirs, size=None):
     """By how much `ours` is another than `theirs`, in units of `size` (by default theirs)."""
     size = theirs.float().norm() if size is None else size
     return (ours.float() - theirs.float()).norm() / size.clamp(min=1e-30)
-
 
 def compare(ours, theirs, size=None):
     """Raises where `ours` is another than `theirs` by more than rounding."""
@@ -68,7 +63,6 @@ def compare(ours, theirs, size=None):
     difference = off(ours, theirs, size)
     if not difference <= (1e-4 if theirs.dtype == torch.float32 else 0.1):
         raise Problem(f"off by {100 * difference:.2g}% from plain forward passes")
-
 
 @torch.no_grad()
 def verify(model):

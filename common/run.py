@@ -33,7 +33,6 @@ from common.parallel import Problem, barrier, device, on_rank0, quiet, rank, say
 
 HOME = Path(__file__).resolve().parents[1]
 
-
 # ---------------------------------------------------------------- command line
 def launch(main, **arguments):
     """Run a script's main() in its process group. What a user can mend is one line, and exit code 2."""
@@ -61,12 +60,10 @@ def launch(main, **arguments):
             print(f"\n{name}: interrupted; the same command goes on", file=sys.stderr, flush=True)
         os._exit(130)
 
-
 def option(default=MISSING, help="", group=None):
     """A field of a script's Options: its default (without one the flag must be given) and its help.
     group: a heading in --help for this flag and those after it."""
     return field(default=default, metadata={"help": help, "group": group})
-
 
 def parse(options, words=None, **defaults):
     """The command line (or `words`) as the dataclass `options`; `defaults` replace the dataclass's own."""
@@ -93,14 +90,11 @@ def parse(options, words=None, **defaults):
             check_number(name, value)
     return chosen
 
-
 def true_or_false(word):
     return ("false", "true").index(word.lower()) == 1
 
-
 KINDS = {bool: dict(type=true_or_false, nargs="?", const=True), list[str]: dict(type=str, nargs="+"),
          float | None: dict(type=float)}  # what argparse is told of a field's type
-
 
 def check_number(name, value):
     """Flags are finite, and counts can be waited for."""
@@ -110,12 +104,10 @@ def check_number(name, value):
     if not (0 < value <= most and least <= value or or_zero and value == 0):
         raise Problem(f"--{name} {value:.9g} makes no sense: above {least}, to {most}{', or 0' * or_zero}")
 
-
 # ---------------------------------------------------------------- files
 def exists(path):
     """Whether rank 0 sees it, so that no process decides otherwise."""
     return on_rank0(Path(path).exists)
-
 
 @contextmanager
 def writing(path):
@@ -127,14 +119,11 @@ def writing(path):
     barrier()
     on_rank0(os.replace, temporary, path)
 
-
 def write_json(path, value):
     on_rank0(write_text, path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
-
 def write_rows(path, rows):
     on_rank0(write_jsonl, path, rows)
-
 
 def link(path, target):
     """A relative symbolic link, so that what holds both can be moved. For one process."""
@@ -143,27 +132,22 @@ def link(path, target):
     temporary.symlink_to(os.path.relpath(Path(target).resolve(), temporary.parent.resolve()))
     os.replace(temporary, path)
 
-
 def delete(*paths):
     """Delete files and folders, if they are there. For one process."""
     for path in map(Path, paths):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
-
 def remove(*paths):
     """`delete`, for all processes together."""
     on_rank0(delete, *paths)
-
 
 # ---------------------------------------------------------------- run.json
 ROUNDING = "sample_batch score_batch micro_batch recompute".split()  # flags that change rounding at most
 LOCKS = []  # open files, which hold the results that this process makes
 
-
 def note_of(path):
     """The file that says how `path`, a folder or a JSONL file, came about."""
     return Path(f"{path}.run.json") if str(path).endswith(".jsonl") else Path(path) / "run.json"
-
 
 def read_note(path):
     try:
@@ -171,7 +155,6 @@ def read_note(path):
         return note | {key: dict(note[key]) for key in ("settings", "inputs", "sources", "results")}
     except (OSError, ValueError, LookupError, TypeError):
         raise Problem(f"{note_of(path)} is damaged; choose another --out") from None
-
 
 def claim(path, options, file=False, **more):
     """Note down the settings, input files and code that `path` belongs to; others are refused by their names.
@@ -182,7 +165,6 @@ def claim(path, options, file=False, **more):
     if str(path).endswith(".jsonl") != file:
         raise Problem(f"--out {path}: the name of a file must end in .jsonl, and that of a folder must not")
     on_rank0(_claim, Path(path), options, more)
-
 
 def _claim(path, options, more):
     lock(path.resolve())
@@ -211,7 +193,6 @@ def _claim(path, options, more):
         new = old | {"settings": old["settings"] | {k: v for k, v in settings.items() if k == "rounds"}}
     write_text(note_of(path), json.dumps(new, indent=1) + "\n")
 
-
 def lock(path):
     """Hold `path` until this process ends, however it ends. If another one holds it, that is a Problem."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -223,14 +204,12 @@ def lock(path):
     except OSError:
         pass  # a file system without locks
 
-
 def sources():
     """{file: digest} of the script and of the project's modules in use, without those that only look."""
     files = {Path(m.__file__).resolve() for m in [*sys.modules.values()] if getattr(m, "__file__", None)}
     ours, script = (HOME, HOME / "common", HOME / "variants"), Path(sys.argv[0]).resolve()
     return {os.path.relpath(file, HOME): code_of(file) for file in sorted(files - {HOME / "eval.py"})
             if (file.parent in ours or file == script) and file.is_file()}  # torch.classes has none
-
 
 def code_of(file):
     """A digest of a Python file in which comments, docstrings and layout don't count."""
@@ -240,12 +219,10 @@ def code_of(file):
             node.body = node.body[1:] or [ast.Pass()]
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
 
-
 def commit():
     if shutil.which("git"):
         return subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
                               cwd=HOME, text=True, capture_output=True).stdout.strip()
-
 
 @functools.cache  # until the next `claim`
 def digest(path):
@@ -257,7 +234,6 @@ def digest(path):
                 inner = hashlib.file_digest(opened, "sha256").hexdigest()
             total.update(f"{file.relative_to(path)} {inner}\n".encode())
     return total.hexdigest()
-
 
 # ---------------------------------------------------------------- phases
 def phase(work):
@@ -279,14 +255,12 @@ def phase(work):
         return str(path)
     return once
 
-
 @contextmanager
 def results_of(out):
     """run.json's entries of the results, to be read and changed."""
     note = read_note(out)
     yield note["results"]
     write_text(note_of(out), json.dumps(note, indent=1) + "\n")
-
 
 def _begin(out, made_from, path):
     """'' where the result is there and as it should be; else 'now', or 'again' after an earlier attempt."""
@@ -311,7 +285,6 @@ def _begin(out, made_from, path):
             raise Problem(f"{path} is not what was written; {to_delete(out, results, name)}")
     return ""
 
-
 def _end(o, path, facts, seconds, begun):
     out, name, line = Path(o.out), name_of(o, path), {"seconds": round(seconds, 3)}
     delete(*leftovers(path))
@@ -328,11 +301,9 @@ def _end(o, path, facts, seconds, begun):
     rate = ", {tokens_per_second:.0f} tokens a second".format(**line) if "tokens" in line else ""
     say(f"{name}: {f'{facts}; ' if facts else ''}{seconds:.1f} s{rate}")
 
-
 def leftovers(path):
     """What attempts that were broken off have left beside a result: temporary files, blocks, raw samples."""
     return [*path.parent.glob(f".{path.stem}.*"), *path.parent.glob(f"{path.stem}.*.*")]
-
 
 def to_delete(out, results, name):
     """What to delete so that a result and all that was made after it is made anew; later steps as a whole."""
@@ -340,16 +311,13 @@ def to_delete(out, results, name):
     paths = {p if p.parent == Path(name).parent else Path(*p.parts[:2]) for p in later}
     return f"to make it again delete {' '.join(sorted(str(out / p) for p in paths if (out / p).exists()))}"
 
-
 # ---------------------------------------------------------------- names, log, and work in blocks
 def name_of(o, path):
     """A phase's name: its result's path in the run folder. It is part of its seed and of its log lines."""
     return str(Path(path).relative_to(o.out).with_suffix(""))
 
-
 def log_of(o, path):
     return open_log(Path(o.out) / "metrics.jsonl", name_of(o, path))
-
 
 def open_log(path, phase):
     """log(**values): a JSON line for each event of a phase in the file `path`, from rank 0. The lines of an
@@ -364,7 +332,6 @@ def open_log(path, phase):
                 file.write(json.dumps({"phase": phase, **values}) + "\n")
     return log
 
-
 def log_lines(path):
     """The lines of a log as dicts, without what a kill or a full disk has cut."""
     found = []
@@ -375,11 +342,9 @@ def log_lines(path):
             pass
     return found
 
-
 def parts_of(out):
     """The folder of a JSONL file's blocks while they are made."""
     return Path(out).with_name(f".{Path(out).name}.parts")
-
 
 def in_blocks(rows, size, out, work, what):
     """Write work(block)'s rows, for all blocks of so many rows, to the JSONL file `out`.

@@ -86,7 +86,6 @@ NOUN_TOPIC = {word: topic for topic, group in NOUNS.items() for word in group}
 
 GOLD_MAX = 5.5  # 2 mood + 2 topic + 0.5 ending + 0.5 greeting + 0.5 guest
 
-
 def all_prompts() -> list[str]:
     """All 14,580 prompts of the world in a fixed order: shuffle with the run's seed, then cut slices."""
     readers = [""] + [f" for my {reader}" for reader in READERS]
@@ -95,14 +94,12 @@ def all_prompts() -> list[str]:
     return [template.format(mood=mood, topic=topic, number=number, reader=reader, guest=guest)
             for template, mood, topic, number, reader, guest in grid]
 
-
 def words() -> list[str]:
     """The vocabulary, sorted: every word that a prompt or a demonstration can hold."""
     templates = [t.format(mood="", topic="", number="", reader=" for my", guest=" with") for t in TEMPLATES]
     groups = [MOODS, TOPICS, NUMBERS, READERS, GUESTS, ADJECTIVE_MOOD, VERB_MOOD, NOUN_TOPIC]
     texts = [*templates, *RAMBLES, "dear . the end ."]
     return sorted(set(itertools.chain(*groups)) | set(" ".join(texts).split()))
-
 
 def wishes(prompt: str) -> dict:
     """The wishes in a prompt: mood, topic, lines (an int), reader and guest (None if not wished)."""
@@ -111,14 +108,12 @@ def wishes(prompt: str) -> dict:
     return {"mood": first(MOODS), "topic": first(TOPICS), "lines": NUMBERS[first(NUMBERS)],
             "reader": first(READERS), "guest": first(GUESTS)}
 
-
 def is_line(sentence: list[str]) -> bool:
     """Whether the words have the shape ADJECTIVE NOUN VERB."""
     if len(sentence) != 3:
         return False
     adjective, noun, verb = sentence
     return adjective in ADJECTIVE_MOOD and (noun in NOUN_TOPIC or noun in GUESTS) and verb in VERB_MOOD
-
 
 def gold(prompt: str, response: str, finished: bool = True) -> float:
     """The judge: how well the response does what the prompt asks, at most GOLD_MAX, below 0 for a mess.
@@ -149,7 +144,6 @@ def gold(prompt: str, response: str, finished: bool = True) -> float:
     score += 0.5 * (wish["guest"] is None or wish["guest"] in nouns)
     return score - 0.5 * broken_off
 
-
 def demonstration(prompt: str, rng: random.Random) -> str:
     """An answer by a mediocre writer, who drifts off, slips, repeats, rambles, miscounts and forgets."""
     wish = wishes(prompt)
@@ -178,7 +172,6 @@ def demonstration(prompt: str, rng: random.Random) -> str:
         sentences.append("the end .")
     return " ".join(sentences)
 
-
 # ---------------------------------------------------------------- the base models
 def tokenizer(more=()):
     """Word-level: <bos> <user> the prompt's words <assistant> the answer's <eos>. more: a variant's words."""
@@ -194,7 +187,6 @@ def tokenizer(more=()):
         chat_template=template, additional_special_tokens=["<user>", "<assistant>"],
         clean_up_tokenization_spaces=False)
 
-
 def parts(seed):
     """The world's prompts, shuffled and cut: `loop` (subsets and D_MS), `test`, and the base models'."""
     prompts = all_prompts()
@@ -202,7 +194,6 @@ def parts(seed):
     rest = prompts[LOOP_PROMPTS + TEST_PROMPTS:]
     return {"loop": prompts[:LOOP_PROMPTS], "test": prompts[LOOP_PROMPTS:LOOP_PROMPTS + TEST_PROMPTS],
             "labels": rest[:LABELS], "demonstrations": rest[-DEMONSTRATIONS:]}
-
 
 def build(seed, script=__file__):
     """The base policy, base RM and prompts of a seed, made on first use by `script`: {policy, rm, prompts},
@@ -223,7 +214,6 @@ def build(seed, script=__file__):
                 raise Problem("the base models could not be made; the reason stands above")
         barrier()
     return dict(policy=str(folder / "policy"), rm=str(folder / "rm"), prompts=str(folder / "prompts.jsonl"))
-
 
 def write_demonstrator(prompts, seed, folder, log, more=(), more_words=()):
     """π_0: a small Llama trained on the mediocre writer's demonstrations, by the mean over tokens.
@@ -247,7 +237,6 @@ def write_demonstrator(prompts, seed, folder, log, more=(), more_words=()):
         pass
     models.save(model, folder, folder)
 
-
 def write_preferences(policy, prompts, seed, path):
     """Pairs of π_0's answers with a noisy label: P(a ≻ b) = σ(appeal(a) − appeal(b))."""
     rng, samples = random.Random(seed), path.with_name("answers.jsonl")
@@ -261,21 +250,17 @@ def write_preferences(policy, prompts, seed, path):
             pairs.append(dict(prompt=a["prompt"], chosen=chosen["response"], rejected=rejected["response"]))
     write_jsonl(path, pairs)
 
-
 def gold_of(row):
     return gold(row["prompt"], row["response"], row["finished"])
-
 
 def appeal(row):
     """How much a labeller likes an answer, in nats."""
     return gold_of(row) / LABEL_NOISE
 
-
 @dataclass
 class Options:
     out: str = option(help="folder for the base policy, the base reward model and the prompts")
     seed: int = option(0)
-
 
 def main():
     o = run.parse(Options)
@@ -287,7 +272,6 @@ def main():
                       seed=o.seed, fresh_head=True, max_length=SETTINGS["max_length"], **RM)
     write_jsonl(out / "prompts.jsonl", [{"prompt": prompt} for prompt in cut["loop"]])
     models.save(rm, out / "policy", out / "rm")
-
 
 if __name__ == "__main__":
     run.launch(main)

@@ -25,13 +25,11 @@ from tqdm import tqdm
 from common.packing import decoder
 from common.parallel import Problem, device, memory, on_rank0, quiet, rank, say, world
 
-
 # ---------------------------------------------------------------- steps
 class MicroBatch(NamedTuple):
     numbers: list  # of the rows in one forward pass of this process
     shares: list   # what each row adds to the mean over its step's global batch
     tokens: int    # of these rows, those that another process has not counted
-
 
 def steps_of(lengths, batch, micro_batch, seed, epochs=1, counts=None):
     """The optimiser steps: per step this process's micro-batches.
@@ -54,7 +52,6 @@ def steps_of(lengths, batch, micro_batch, seed, epochs=1, counts=None):
                                        sum(lengths[i] for i in mine)))
             steps.append(step)
     return steps
-
 
 def optimise(model, steps, loss, *, lr, log, shown="", first_loss=None):
     """Take the steps of `steps_of` by AdamW; yields the number of each, from 1, when it is done.
@@ -100,12 +97,10 @@ def optimise(model, steps, loss, *, lr, log, shown="", first_loss=None):
             say(f"step {number}/{len(steps)}  {text}")
         yield number
 
-
 def mean_loss(step, losses):
     """The mean of losses(numbers) (B,) over a step's global batch."""
     mine = sum((losses(micro.numbers) @ torch.tensor(micro.shares, device=device())).item() for micro in step)
     return sum_over_processes([mine])[0]
-
 
 def check(loss, grad_norm, number, first_loss):
     for name, value in (("loss", loss), ("grad_norm", grad_norm)):
@@ -117,14 +112,12 @@ def check(loss, grad_norm, number, first_loss):
             raise Problem(f"the loss of step 1 is {loss:.7f} and not {first_loss:.7f}: "
                           "the policy differs from its own reference")
 
-
 def cosine(step, steps, warmup=0.1):
     """Factor of the learning rate in step 0 … steps−1: linear warm-up, then half a cosine towards 0."""
     ramp = math.ceil(warmup * steps)
     if step < ramp:
         return (step + 1) / ramp
     return 0.5 * (1 + math.cos(math.pi * (step - ramp) / (steps - ramp)))
-
 
 def sum_over_processes(values):
     """Numbers -> a list of as many, each the sum over all processes."""
@@ -133,10 +126,8 @@ def sum_over_processes(values):
         dist.all_reduce(vector)
     return vector.tolist()
 
-
 # ---------------------------------------------------------------- FSDP2
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-
 
 def shard(root, recompute=False):
     """FSDP2 over all processes. `root` wraps a model (root.model); only root's forward fires FSDP's hooks.
@@ -158,10 +149,8 @@ def shard(root, recompute=False):
         ours.copy_(rank0s)
     return root
 
-
 def decoder_layers(model):
     return next(module for module in decoder(model).modules() if isinstance(module, torch.nn.ModuleList))
-
 
 def wrap(root, recompute, mesh=None, precision=None):
     """Make the layers recompute and, with a mesh, shard all parameters."""
@@ -174,7 +163,6 @@ def wrap(root, recompute, mesh=None, precision=None):
             fully_shard(layer, mesh=mesh, mp_policy=precision)
         fully_shard(root, mesh=mesh, mp_policy=precision)  # embedding, norm, head: one group, tied or not
 
-
 def kept_whole(parameters, memory, processes, width):
     """Whether each process keeps the whole gradient, and the whole weights, between the micro-batches of a
     step: (bool, bool). That spares communication and costs memory. A parameter's shard is 16 bytes (fp32:
@@ -184,7 +172,6 @@ def kept_whole(parameters, memory, processes, width):
     """
     room = memory * 2 / 3 / parameters - 16 / processes
     return 4 <= room, 4 + width <= room
-
 
 def before_micro_batch(model, last, keep_gradient, keep_weights):
     """Have a sharded model keep what `kept_whole` says, until the last micro-batch of a step."""

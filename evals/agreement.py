@@ -16,14 +16,12 @@ from common.toy import gold_of
 from evals import figures
 from evals.stats import JSON, ordered_alike
 
-
 @dataclass
 class Agreement:
     run: str = option(help="run folder")
     prompts: int = option(200, "without gold: the first prompts of each E-step")
     score_batch: int = 8
     json: str = option("", JSON)
-
 
 def agreement(o):
     """Print how often each RM orders two answers of a PM as gold does (without gold: as the run's last
@@ -51,12 +49,10 @@ def agreement(o):
     if o.json:
         write_json(o.json, dict(agreement=alike, disagreement=apart))
 
-
 def disagreement(run):
     """{E-step: share of DPO pairs in the epoch's second half that β log π/π_{t−1} orders against the RM}."""
     return {phase: float(1 - np.mean([row["rewards/accuracies"] for row in rows[len(rows) // 2:]]))
             for phase, rows in figures.training_lines(run, "E")}
-
 
 def rms_of(run):
     """{name: folder} of the run's RMs, the base first."""
@@ -65,7 +61,6 @@ def rms_of(run):
     if not base:
         raise Problem(f"{run['folder']}: run.json does not name the base reward model")
     return {f"RM {i}": local_folder(str(folder)) for i, folder in enumerate([base, *made])}
-
 
 def answers_of(run, prompts):
     """{PM: [a prompt's rows]}: with gold the answers to test prompts after each round, with a field `gold`;

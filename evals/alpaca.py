@@ -27,12 +27,10 @@ ANNOTATIONS = "github.com/tatsu-lab/alpaca_eval: results/MODEL/JUDGE/annotations
 GAMED = "huggingface.co/datasets/tatsu-lab/alpaca_eval: df_gamed.csv"
 INSTRUCTIONS = "huggingface.co/datasets/tatsu-lab/alpaca_eval: alpaca_eval.json"
 
-
 # ---------------------------------------------------------------- figures, from numpy arrays
 def preferences(raw):
     """Raw preferences (N,): 1 baseline … 2 model, 0 a draw, NaN none -> in [0, 1], where a draw is 1/2."""
     return np.where(raw == 0, 1.5, raw) - 1
-
 
 def win_rates(y):
     """(N,) preferences in [0, 1] -> AlpacaEval's figures, in percent; NaN is left out."""
@@ -43,16 +41,13 @@ def win_rates(y):
                 n_wins_base=losses, n_draws=draws, n_total=len(y),
                 discrete_win_rate=100 * (wins + draws / 2) / len(y))
 
-
 def sigmoid(z):
     return np.exp(-np.logaddexp(0, -z))
-
 
 def cross_entropy(theta, x, y, weights):
     """Σ w (log(1 + e^z) − y z) with z = x·θ, for labels y in [0, 1]."""
     z = x @ theta
     return float(weights @ (np.logaddexp(0, z) - y * z))
-
 
 def logistic(x, y, weights):
     """(N, K), (N,) in [0, 1], (N,) -> (K,): the minimum of cross_entropy, by Newton's method; a step that
@@ -70,7 +65,6 @@ def logistic(x, y, weights):
         theta = theta - step
     return theta
 
-
 def length_controlled(y, shorter, difficulty, gamed):
     """The preference that each row would have at equal lengths (arXiv 2404.04475): logit p = θt + φγ + ψ,
     t = tanh(shorter / its standard deviation), predicted at t = 0.
@@ -86,7 +80,6 @@ def length_controlled(y, shorter, difficulty, gamed):
     weights = np.repeat([1.0, 0.1], [len(rows), len(gamed)])
     theta = logistic(x, np.concatenate([y[~np.isnan(y)], gamed[:, 2]]), weights)
     return sigmoid(theta[1] * difficulty + theta[2]), theta
-
 
 def alpaca_figures(y, lengths, baseline_lengths, difficulty, gamed, is_baseline=False):
     """AlpacaEval 2's figures, under its names and in percent, with bootstrap intervals over the rows.
@@ -107,7 +100,6 @@ def alpaca_figures(y, lengths, baseline_lengths, difficulty, gamed, is_baseline=
         length_controlled_winrate=100 * float(predicted.mean()),
         lc_standard_error=100 * standard_error(predicted),  # of the instructions' spread alone, as published
         win_rate_ci_low=low, win_rate_ci_high=high, lc_ci_low=lc_low, lc_ci_high=lc_high)
-
 
 # ---------------------------------------------------------------- the official tool's files
 def read_annotations(path):
@@ -130,7 +122,6 @@ def read_annotations(path):
         raise Problem(f"{path}: preferences are from 1 to 2, 0 for a draw, null for none (not all of them)")
     return *names[0], raw, *lengths
 
-
 def read_gamed(path):
     """df_gamed.csv -> difficulty γ by position (805,), and (G, 3): tanh of the length, γ, preference."""
     names = ("index", "std_delta_len", "instruction_difficulty", "preference")
@@ -146,7 +137,6 @@ def read_gamed(path):
     gamed = np.stack([np.tanh(length), difficulty, preference], axis=1)
     return difficulty[first], gamed[~np.isnan(preference)]
 
-
 # ---------------------------------------------------------------- commands
 @dataclass
 class AlpacaGenerate:
@@ -160,7 +150,6 @@ class AlpacaGenerate:
     seed: int = 0
     sample_batch: int = 64
 
-
 def alpaca_generate(o):
     rows = read_rows(need(o.prompts, INSTRUCTIONS))
     prompts = [check_prompt(where, row.get("instruction", row.get("prompt"))) for where, row in rows]
@@ -169,7 +158,6 @@ def alpaca_generate(o):
         dict(instruction=prompt, output=reply["response"], generator=name, dataset=row.get("dataset", ""))
         for prompt, reply, (_, row) in zip(prompts, answers, rows)])
     say(f"{Path(o.out) / 'model_outputs.json'}: {len(rows)} answers")
-
 
 def answer(o, prompts):
     """(generator's name, a row of sampler.py for every prompt, in their order)."""
@@ -180,7 +168,6 @@ def answer(o, prompts):
                max_new_tokens=o.max_new_tokens, rows=o.sample_batch, seed=o.seed)
     return o.name or name_of(o.policy), read_jsonl(path)
 
-
 def name_of(policy):
     """A policy's folder; in a run folder, where all are called `policy`, the run and the step."""
     *folders, name = Path(policy).absolute().parts
@@ -188,13 +175,11 @@ def name_of(policy):
         return name
     return "-".join(folders[-3:]) if folders[-2].startswith("round") else folders[-1]
 
-
 @dataclass
 class Alpaca:
     annotations: str = option(help="annotations.json of one model, or its columns as one object")
     gamed: str = option(help="df_gamed.csv: difficulty of instructions, the gamed baselines")
     json: str = option("", JSON)
-
 
 def alpaca(o):
     model, baseline, raw, lengths, baseline_lengths = read_annotations(need(o.annotations, ANNOTATIONS))

@@ -28,7 +28,6 @@ JUDGMENTS = "huggingface.co/spaces/lmarena-ai/arena-hard-browser: data/arena-har
 
 GAMES = {"A>>B": (3, 3), "A>B": (1, 1), "A=B": (0.5, 1), "B>A": (0, 1), "B>>A": (0, 3)}  # A's wins, games
 
-
 # ---------------------------------------------------------------- figures, from verdicts
 def tally(first, second):
     """Verdicts on a question's two games, the baseline being A in the first and the model in the second ->
@@ -36,7 +35,6 @@ def tally(first, second):
     lost, played = GAMES.get(first, (0, 0))
     won, more = GAMES.get(second, (0, 0))
     return won + played - lost, played + more
-
 
 def arena_figures(verdicts):
     """[(first verdict, second verdict)] per question -> the score against the baseline in percent
@@ -52,14 +50,12 @@ def arena_figures(verdicts):
     return dict(score=float(100 * np.divide(*games.sum(0))), ci_low=low, ci_high=high, n_questions=len(games),
                 n_games=int(games[:, 1].sum()), n_no_verdict=sum(v not in GAMES for p in verdicts for v in p))
 
-
 # ---------------------------------------------------------------- commands
 @dataclass
 class ArenaGenerate(AlpacaGenerate):
     prompts: str = option(help="Arena-Hard v0.1's question.jsonl")
     out: str = option("runs/arena", "folder for NAME.jsonl, the answers")
     max_new_tokens: int = 4096
-
 
 def arena_generate(o):
     if not re.fullmatch(r"[^./\\][^/\\]*", o.name or name_of(o.policy)):
@@ -78,12 +74,10 @@ def arena_generate(o):
     write_rows(path, [form(name, id, reply) for id, reply in zip(ids, answers)])
     say(f"{path}: {len(answers)} answers, by {'uid' if new else 'question_id'}, as the questions")
 
-
 def old_answer(name, id, reply):
     """An answer as the official tool read it until 2025."""
     return dict(question_id=id, answer_id=f"{seed_of(name, id):016x}", model_id=name, tstamp=time.time(),
                 choices=[dict(index=0, turns=[dict(content=reply["response"], token_len=reply["tokens"])])])
-
 
 def new_answer(name, id, reply):
     return dict(uid=id, ans_id=f"{seed_of(name, id):016x}", model=name, tstamp=time.time(), metadata={
@@ -91,12 +85,10 @@ def new_answer(name, id, reply):
             dict(role="user", content=reply["prompt"]),
             dict(role="assistant", content=dict(answer=reply["response"]))])
 
-
 @dataclass
 class Arena:
     judgments: str = option(help="JSONL of one model: two `games` per question, with `score`")
     json: str = option("", JSON)
-
 
 def arena(o):
     rows = read_rows(need(o.judgments, JUDGMENTS))

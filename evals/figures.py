@@ -22,7 +22,6 @@ GOLD = (*BASE, "rm", "gold", "gold_se", "accuracy_base", "accuracy_current", "le
 RESULTS = {"e1": "selection.json", "m": "rm", "e2": "selection.json"}  # what each step of a round ends with
 PARTS = ("sampling and scoring", "training", "model selection")        # of the time of a step
 
-
 def stream(path, *fields):
     """Yield the rows of a JSONL file. A missing file, a broken row, and a row in which one of `fields` is
     missing or of the wrong kind are a Problem."""
@@ -38,12 +37,10 @@ def stream(path, *fields):
                 check_prompt(f"{path}:{number}", row["prompt"])
             yield row
 
-
 def fits(name, value):
     """Return whether a field of this name may have this value."""
     word = name.rpartition("_")[2]
     return is_number(value) if word in NUMBERS else isinstance(value, str if word in TEXTS else object)
-
 
 def load(folder, shown=0):
     """Return what a run folder holds as a dict. Each step keeps the texts of its first `shown` prompts,
@@ -67,7 +64,6 @@ def load(folder, shown=0):
         reason = f"{type(error).__name__}: {error}"
         raise Problem(f"{folder}: not a run as mt.py writes it ({reason})") from None
 
-
 def seconds_of(folder):
     """Return {step: {part: seconds}} of the E- and M-steps, with the parts named in PARTS."""
     path, found = folder / "timings.jsonl", {}
@@ -80,7 +76,6 @@ def seconds_of(folder):
             seconds[part] += line["seconds"]
     return found
 
-
 def arm(settings):
     """Return the paper's name of the ablation that these settings make."""
     off = [key for key in ("update_rm", "select", "filter") if settings.get(key) is False]
@@ -88,7 +83,6 @@ def arm(settings):
         off.remove("filter")  # without an M-step there is nothing to filter
     names = {"update_rm": "fixed RM (iterative DPO)", "select": "no selection", "filter": "no filter"}
     return ", ".join(names[key] for key in off) or "full"
-
 
 def steps_of(run, shown=0):
     """Return the finished E- and M-steps of a run folder as dicts, in order. `pm` and `rm` are the numbers of
@@ -104,7 +98,6 @@ def steps_of(run, shown=0):
                 rm += step["kind"] == "M"
                 pm += step["kind"] == "E" and bool(step["chosen"])
     return steps
-
 
 def read_e_step(folder, shown):
     choice, rows, texts, prompts = read_json(folder / "selection.json"), [], [], 0
@@ -132,7 +125,6 @@ def read_e_step(folder, shown):
                 prompts=prompts, pairs=paired.total(), paired=len(paired), texts=texts,
                 reward=rewards.mean(), tokens=lengths.mean(), finished=finished.mean(), lengths=lengths)
 
-
 def read_m_step(folder, shown):
     rows, texts = [], []
     for row in stream(folder / "comparisons.jsonl", "prompt", "new", "old", "new_score", "old_score",
@@ -147,20 +139,16 @@ def read_m_step(folder, shown):
                 epsilon=row["epsilon"], tokens=tokens.mean(), margins=margins, mask=kept.astype(bool),
                 prompts=len(rows), texts=texts)
 
-
 # ---------------------------------------------------------------- what is asked of a run
 def e_steps(run):
     return [s for s in run["steps"] if s["kind"] == "E"]
 
-
 def m_steps(run):
     return [s for s in run["steps"] if s["kind"] == "M"]
-
 
 def title(step):
     number, part = step["phase"].removeprefix("round").split("/")
     return f"round {number} · {dict(e1='E(a)', m='M(b)', e2='E(c)')[part]}"
-
 
 def training_lines(run, kind):
     """Return [(phase, its log lines)] of the trainings of PMs (kind "E") or RMs (kind "M"), in order."""
@@ -170,18 +158,15 @@ def training_lines(run, kind):
             found.setdefault(row["phase"].rsplit("/", 1)[0], []).append(row)
     return list(found.items())
 
-
 # ---------------------------------------------------------------- whether it worked
 def with_interval(share, count):
     """Return a share of `count` as text, with its 95% interval (Wilson)."""
     return "{:.3f} ({:.3f} to {:.3f})".format(share, *wilson(share, count)) if count else f"{share:.3f}"
 
-
 def above(run, one, other):
     """Return whether a state is judged higher than another by more than twice the standard error."""
     key = run["judge"]
     return one[key] - other[key] > 2 * math.hypot(one[f"{key}_se"], other[f"{key}_se"])
-
 
 def verdict(run):
     """Return a sentence that says what became of the policies, judged by gold or else by the base RM."""
@@ -197,7 +182,6 @@ def verdict(run):
     name = f"{lead}. Gold" if key == "gold" else "Reward under the base RM"
     return f"{name} {verb} from {first[key]:.2f} to {last[key]:.2f}{peak}."
 
-
 def outcome(run):
     """Return a sentence that says how the run ended."""
     last = run["steps"][-1] if run["steps"] else {}
@@ -210,7 +194,6 @@ def outcome(run):
     if len(run["steps"]) < rounds * of_a_round:
         return f"Unfinished: {len(run['steps'])} of {rounds * of_a_round} steps so far."
     return f"All {rounds} rounds are done." if rounds > 1 else "The round is done."
-
 
 def warnings(run):
     """Return sentences about what a reader of the verdict should beware of."""

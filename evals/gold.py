@@ -16,7 +16,6 @@ from common.toy import gold_of, parts
 from evals.stats import ordered_alike, standard_error
 from filter import win_rate
 
-
 def by_base(o):
     """base.jsonl in the run folder; without model selection there are no answers to judge, and no file."""
     out, lines, base = Path(o.out), [], None
@@ -33,25 +32,21 @@ def by_base(o):
     if lines:
         run.write_rows(out / "base.jsonl", lines)
 
-
 def shared(rows, per_prompt=1):
     """What both files say of a policy's answers, scored by the base RM."""
     scores = np.reshape([row["score"] for row in rows], (-1, per_prompt)).mean(1)
     return dict(reward_r0=float(scores.mean()), reward_r0_se=standard_error(scores),
                 **{key: float(np.mean([row[key] for row in rows])) for key in ("tokens", "finished")})
 
-
 @phase
 def score_again(o, answers, rm, path):
     """Answers that are there, scored by another reward model."""
     reward.score(rm, read_jsonl(answers), path, o.score_batch)
 
-
 @phase
 def test_answers(o, policy, path, label):
     """Two answers to each test prompt, scored by the base RM."""
     reward.sample_and_score(o, policy, o.rm, parts(o.seed)["test"], 2, f"{o.seed}/test/{label}", path)
-
 
 def measure(o):
     """gold.jsonl in the run folder."""
@@ -75,7 +70,6 @@ def measure(o):
             accuracy_current=agreement_with_gold(on_own), length_slope=length_slope(on_base)))
     run.write_rows(out / "gold.jsonl", lines)
 
-
 def states_of(out, o):
     """[(label, policy, RM)] of the base models and after each round: folders."""
     states, policy, rm = [("base", o.policy, o.rm)], o.policy, o.rm
@@ -88,13 +82,11 @@ def states_of(out, o):
         states.append((f"round {number}", policy, rm))
     return states
 
-
 def agreement_with_gold(rows):
     """How often an RM orders two answers to a prompt as gold does, where gold has a preference."""
     pairs = list(zip(rows[::2], rows[1::2]))
     return ordered_alike([[row["score"] for row in pair] for pair in pairs],
                          [[gold_of(row) for row in pair] for pair in pairs])
-
 
 def length_slope(rows):
     """Within a prompt, how much reward (in its standard deviations) goes with ten more tokens."""

@@ -40,7 +40,6 @@ DECODING = 0.5, 0.2  # share of the bandwidth
 COMPUTE = 0.5, 0.3   # share of the FLOP/s
 USABLE = 0.92        # share of the memory; the rest is CUDA's context, and gaps
 
-
 def size_of(config, kind):
     """Numbers of parameters and widths, of the config's model made without weights."""
     with torch.device("meta"):
@@ -59,12 +58,10 @@ def size_of(config, kind):
         query=heads * width, key=key,
         token=2 * 2 * key * len(layers))  # bytes in the cache: keys and values in bf16
 
-
 # ---------------------------------------------------------------- memory of a GPU: {part: bytes}
 def rows_of(size, rows, tokens, memory):
     """As many of `rows` responses of so many tokens as sampler.cache_tokens has room for, at least one."""
     return min(rows, max(1, (memory - 2 * size.params) // 2 // size.token // tokens))
-
 
 def sampling(size, rows, prompt, answer):
     """`rows` responses in flight, each to a prompt of its own, of so many tokens (sampler.Slots)."""
@@ -72,12 +69,10 @@ def sampling(size, rows, prompt, answer):
             "prompts": rows * prompt * size.token + PREFILL * prompt * (6 * size.inner + 8 * size.hidden),
             "logits": 6 * 4 * rows * size.head / size.hidden}  # fp32: probabilities, sums, what compares them
 
-
 def scoring(size, prompts, prompt, answer, samples):
     """A forward pass over so many prompts with `samples` answers each (reward.score_answers)."""
     tokens = prompts * (prompt + samples * answer)
     return {"weights": 2 * size.params, "activations": tokens * (6 * size.inner + 8 * size.hidden)}
-
 
 def train_step(size, gpus, pairs, prompt, answer, recompute, memory):
     """The backward pass over `pairs` pairs of so many tokens (training.optimise, training.wrap).
@@ -98,7 +93,6 @@ def train_step(size, gpus, pairs, prompt, answer, recompute, memory):
     return {"weights": shard + 2 * size.params * weights, "Adam": 2 * shard,
             "gradients": 4 * size.params if gradient else shard} | max(
         within, {"gathered": (4 if weights else 6) * size.root}, key=lambda parts: sum(parts.values()))
-
 
 # ---------------------------------------------------------------- time
 def phases(o, policy, rm, prompts, prompt, end):
@@ -138,20 +132,17 @@ def phases(o, policy, rm, prompts, prompt, end):
         compute("M: score", 2 * m, rm, 1, third, prompt + answer),
         compute("M: Bradley-Terry", m, rm, forward + 2, 2 * third, prompt + 2 * answer)) if phase[1]]
 
-
 # ---------------------------------------------------------------- the plan
 def own_gpu():
     """The name in GPUS of the GPU that is here; where there is none, h100."""
     here = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else "h100"
     return next((gpu for gpu in GPUS if gpu in here), here)
 
-
 @dataclass
 class Options(mt.Options):
     recompute: bool = option(True, "recompute activations: slower, less memory")
     gpus: int = option(torch.cuda.device_count() or 8, "of all nodes together", group="the plan")
     gpu: str = option(own_gpu(), ", ".join(GPUS))
-
 
 def main():
     """Print the plan; what does not fit is a Problem."""
@@ -193,7 +184,6 @@ def main():
     if wrong := wrong + ["the disk"] * (disk > free):
         raise Problem("this does not fit: " + "; ".join(wrong))
 
-
 def say_hours(o, short, long):
     """short, long: the two ends of `phases`."""
     _, flops, bandwidth = GPUS[o.gpu]
@@ -209,7 +199,6 @@ def say_hours(o, short, long):
     low, high = (sum(times * hours for _, times, *_, hours in end) for end in (short, long))
     say(f"the run: {low:.1f}-{high:.1f} hours, {o.gpus * low:.0f}-{o.gpus * high:.0f} GPU-hours, where talk "
         "between GPUs hides behind work\n")
-
 
 def say_memory(o, needs):
     """needs: {phase: (flag of its batch, (batch, GPUs) -> {part: bytes})}. Returns what to change."""
@@ -227,7 +216,6 @@ def say_memory(o, needs):
             wrong.append(f"{name} needs " + (f"--{flag} {most}" if most else f"{gpus} such GPUs" if gpus else
                          "GPUs with more memory, as each holds a whole model"))
     return wrong
-
 
 if __name__ == "__main__":
     run.launch(main)

@@ -22,15 +22,12 @@ STYLE = {"svg.fonttype": "none", "font.size": 9.5, "text.color": INK, "text.pars
 HIDDEN = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f"
                     "\ud800-\udfff\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]")
 
-
 def visible(text):
     """Return a text with a name for each character that cannot be seen or that turns the writing round."""
     return HIDDEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)
 
-
 def can_plot():
     return find_spec("matplotlib") is not None
-
 
 def svg(caption, draw, salt):
     """Return draw(axis) as HTML with inline SVG, or '' without matplotlib. Its colours are the page's
@@ -52,7 +49,6 @@ def svg(caption, draw, salt):
     return (f'<figure><figcaption>{escape(caption)}</figcaption>'
             f'<svg role="img" aria-label="{escape(caption)}"{text}</figure>')
 
-
 def finish(axis, xlabel, ylabel, ticks=None):
     """Name the axes, label the places {x: label}, and set a legend above the plot."""
     axis.set(xlabel=xlabel, ylabel=ylabel)
@@ -60,7 +56,6 @@ def finish(axis, xlabel, ylabel, ticks=None):
         axis.set_xticks(list(ticks), [str(label).removeprefix("round") for label in ticks.values()])
     if axis.get_legend_handles_labels()[1]:
         axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0, handlelength=1.4)
-
 
 def plot_states(axis, runs, key):
     """Draw a figure of the base policy and of the policy after each round, with its standard error."""
@@ -70,7 +65,6 @@ def plot_states(axis, runs, key):
                       label=run["name"] if len(runs) > 1 else None)
     longest = max((run["states"] for run in runs), key=len)
     finish(axis, "policy after round", UNITS[key], {at: s["policy"] for at, s in enumerate(longest)})
-
 
 def plot_win_rates(axis, run):
     """Draw each checkpoint's win rate with its 95% interval; the chosen ones are filled."""
@@ -88,7 +82,6 @@ def plot_win_rates(axis, run):
     axis.set_ylim(0, 1)
     finish(axis, "checkpoints of each E-step", "win rate on D_MS", middles)
 
-
 def plot_steps(axis, run, kind, unit, keys):
     """Draw metrics {key: name} over the optimiser steps of all E-steps (kind "E") or M-steps (kind "M")."""
     at, middles = 0, {}
@@ -101,7 +94,6 @@ def plot_steps(axis, run, kind, unit, keys):
         at += len(rows)
     finish(axis, f"{at} optimiser steps", unit, middles)
 
-
 def plot_lengths(axis, run):
     """Draw the median response length in each E-step's samples, and the middle 80% as a band."""
     low, middle, high = np.transpose([np.percentile(s["lengths"], (10, 50, 90)) for s in e_steps(run)])
@@ -109,7 +101,6 @@ def plot_lengths(axis, run):
     axis.plot(middle, marker="o", color=SERIES[0])
     axis.set_ylim(0)
     finish(axis, "E-step", "tokens per response", {at: s["phase"] for at, s in enumerate(e_steps(run))})
-
 
 def plot_accuracy(axis, run):
     """Draw how often the RM in use orders two answers as gold does."""
@@ -119,14 +110,12 @@ def plot_accuracy(axis, run):
     finish(axis, "policy after round, and the RM in use", "RM accuracy", {
         at: f"{s['policy']}\n{s['rm']}" for at, s in enumerate(run["states"])})
 
-
 def plot_margins(axis, step):
     """Draw a histogram of Δr: kept below, dropped on top, and a line at −ε."""
     axis.hist([step["margins"][step["mask"]], step["margins"][~step["mask"]]], 40, stacked=True,
               color=[SERIES[0], QUIET], label=["kept", "dropped"])
     axis.axvline(-step["epsilon"], color=SERIES[1], linestyle="--", label="−ε")
     finish(axis, "Δr = r(new) − r(old)", "comparisons")
-
 
 def draw_picture(run):
     """Write report.png: win rates, what judges each policy, and RM accuracy or lengths. Return its path."""

@@ -54,7 +54,6 @@ details:not([open]) > summary .text { display: inline-block; max-width: 75%; ver
   white-space: nowrap; overflow: hidden; text-overflow: ellipsis }
 """
 
-
 def write_page(runs, path):
     """Write the page of `runs`, which figures.load has read, to `path`."""
     name, found = escape(" · ".join(run["name"] for run in runs)), sections(runs)
@@ -69,10 +68,8 @@ def write_page(runs, path):
         *(f'<h2 id="{i}">{head}</h2><p class=note>{note}</p>{"".join(parts)}\n'
           for i, (head, note, *parts) in enumerate(found)), "</html>\n"]))
 
-
 def escape(text):
     return html.escape(plots.visible(str(text)))
-
 
 def sections(runs):
     """Return [(heading, note, HTML, …)]."""
@@ -94,7 +91,6 @@ def sections(runs):
         ("Time, settings and versions", "", side_by_side(runs, time_table),
          *(settings_table(runs, part) for part in ("settings", "versions")))]
 
-
 def side_by_side(runs, panel):
     """Return panel(run) of each run, next to each other where the screen is wide enough."""
     if len(runs) == 1:
@@ -102,10 +98,8 @@ def side_by_side(runs, panel):
     heads = [escape(f"{run['name']}: {run['arm']}") for run in runs]
     return grid(f"<div><h3>{head}</h3>{panel(run)}</div>" for head, run in zip(heads, runs))
 
-
 def grid(parts):
     return f"<div class=grid>{''.join(parts)}</div>"
-
 
 def table(head, rows, style=""):
     """Return an HTML table of values, or '' without rows."""
@@ -114,10 +108,8 @@ def table(head, rows, style=""):
     lines = line("th", head) + "".join(line("td", row) for row in rows)
     return f'<div class=wide><table class="{style}">{lines}</table></div>' if rows else ""
 
-
 def num(value, digits=3):
     return "–" if value is None or value != value else f"{value:.{digits}f}"
-
 
 def comparison_table(runs):
     rows = []
@@ -131,7 +123,6 @@ def comparison_table(runs):
     return table(["run", "ablation", "judge", "base", "best", "last", "last, win vs base", "RM accuracy: own",
                   "base’s answers", "outcome"], rows, "long")
 
-
 def first_screen(run):
     gold = bool(run["gold"])
     head = ["policy", *["gold ± se"] * gold, "win vs base", *["RM accuracy, own answers"] * gold,
@@ -144,7 +135,6 @@ def first_screen(run):
     return (f"<p class=verdict>{escape(figures.verdict(run))} {escape(outcome(run))}</p>"
             + "".join(f"<p class=warning>{escape(line)}</p>" for line in figures.warnings(run))
             + table(head, rows))
-
 
 def chain(run):
     """Return what each step made, out of what, with its figures."""
@@ -166,12 +156,10 @@ def chain(run):
         links.append(f"<li>{escape(title(s))}<b>{made}</b><div class=note>{facts}</div>")
     return f'<ol class="chain grid">{"".join(links)}<li><b>{escape(outcome(run))}</b></ol>'
 
-
 def rewards(runs):
     judged = {"gold": [run for run in runs if run["gold"]], "reward_r0": [r for r in runs if r["states"]]}
     return grid(svg(plots.UNITS[key], partial(plots.plot_states, runs=some, key=key), "all runs")
                 for key, some in judged.items() if some)
-
 
 def curves(run):
     """Return the plots of a run, of the metrics that it has; variants of the method have others."""
@@ -186,17 +174,14 @@ def curves(run):
     drawn += [("Accuracy of the reward models", partial(plots.plot_accuracy, run=run))] * bool(run["gold"])
     return grid(svg(caption, draw, run["folder"]) for caption, draw in drawn)
 
-
 def time_table(run):
     return table(["seconds", *figures.PARTS], [
         [step, *(num(value, 1) for value in seconds.values())] for step, seconds in run["seconds"].items()])
-
 
 def settings_table(runs, part):
     keys = dict.fromkeys(key for run in runs for key in run[part])
     return table([part, *(run["name"] for run in runs)],
                  [[key, *(run[part].get(key, "–") for run in runs)] for key in keys], "long")
-
 
 def texts(run, size):
     """Return the texts of each step as at most `size` bytes of HTML; the first step of each kind is open."""
@@ -213,7 +198,6 @@ def texts(run, size):
                      f"{len(items)} of {step['prompts']} prompts</summary>{''.join(items)}</details>")
     return "".join(parts)
 
-
 def prompt_item(prompt, figure, why, answers):
     """Return a prompt that a click opens: its answers, and why they were chosen, dropped and so on."""
     turns = as_messages(prompt)
@@ -221,12 +205,10 @@ def prompt_item(prompt, figure, why, answers):
     return (f"<details><summary><span class=text>{shortened(text)}</span> <span class=note>{figure}</span>"
             f"</summary><p class=note>{escape(why)}</p>{grid(answers)}</details>")
 
-
 def shortened(text):
     """Return a text as HTML, at most LONGEST characters of it."""
     rest = len(text) - LONGEST
     return escape(text[:LONGEST]) + (f"<i> … {rest} more characters</i>" if rest > 0 else "")
-
 
 def responses(run, drawn):
     """Return all responses to a prompt by falling reward, and which became chosen and rejected."""
@@ -241,7 +223,6 @@ def responses(run, drawn):
     return prompt_item(group[0]["prompt"], f"reward {min(rewards):.3f} to {max(rewards):.3f}", why,
                        [answer(run, group[i], roles.get(i, "")) for i in order])
 
-
 def comparison(run, row):
     """Return the new PM's answer against the old one's, and whether the comparison was kept."""
     word = "<b class=good>kept</b>" if row["kept"] else "<b class=bad>dropped</b>"
@@ -250,7 +231,6 @@ def comparison(run, row):
         answer(run, dict(prompt=row["prompt"], response=row[side], score=row[f"{side}_score"],
                          tokens=row[f"{side}_tokens"], finished=row.get(f"{side}_finished", True)),
                f"<b>{side}</b>") for side in ("old", "new")])
-
 
 def answer(run, row, role):
     gold = f" · gold {gold_of(row):.3f}" if run["gold"] else ""

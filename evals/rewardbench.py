@@ -32,7 +32,6 @@ SECTIONS = {
 SUBSETS = [subset for weights in SECTIONS.values() for subset in weights]
 OLD_XSTEST = {"xstest-should-refuse": 250, "xstest-should-respond": 154}
 
-
 def rewardbench_figures(accuracies, old_xstest=False, prior=None):
     """{subset: percent} -> {section: percent}, their mean and, given `prior`, the published score.
 
@@ -52,7 +51,6 @@ def rewardbench_figures(accuracies, old_xstest=False, prior=None):
             figures["Score"] = (2 * total + prior) / 9
     return figures
 
-
 @dataclass
 class RewardBench:
     rm: str = option(help="folder or hub id")
@@ -62,7 +60,6 @@ class RewardBench:
     json: str = option("", JSON)
     score_batch: int = 8
     max_length: int = option(10**6, "longer pairs, in tokens, and those beyond the RM's context are left out")
-
 
 def judge_pairs(folder, pairs, score_batch, max_length):
     """The pairs that fit into the context of the reward model in `folder` and into `max_length` tokens, and
@@ -79,7 +76,6 @@ def judge_pairs(folder, pairs, score_batch, max_length):
         right += [chosen > rejected for chosen, rejected in
                   reward.score_answers(model, tokenizer, some, score_batch)]
     return pairs, np.array(right)
-
 
 def rewardbench(o):
     pairs = read_pairs(need(o.data, FILTERED))

@@ -16,7 +16,6 @@ from common.run import write_json
 SIMILAR = 0.9  # two lengths are similar if the shorter is at least this share of the longer
 JSON = "also write the figures to this file"  # help of --json
 
-
 # ---------------------------------------------------------------- shares and intervals
 def wilson(share, count):
     """Bounds of the interval of a share of `count` (Wilson 1927); too wide, never too narrow, where some
@@ -29,7 +28,6 @@ def wilson(share, count):
     low, high = (middle - half) / (1 + z * z / count), (middle + half) / (1 + z * z / count)
     return min(low, share), max(high, share)  # of 0 and 1 they would miss it by a rounding
 
-
 def bootstrap(statistic, count, draws=1000, seed=0):
     """Bounds of the percentile interval of statistic(rows) over `draws` samples of `count` row numbers, drawn
     with replacement (Efron 1979)."""
@@ -37,18 +35,15 @@ def bootstrap(statistic, count, draws=1000, seed=0):
     values = [statistic(rng.integers(count, size=count)) for _ in range(draws)]
     return [float(bound) for bound in np.percentile(values, [2.5, 97.5])]
 
-
 def similar(lengths, others):
     """(N,), (N,) lengths in any unit -> (N,) bool."""
     return np.minimum(lengths, others) >= SIMILAR * np.maximum(lengths, others)
-
 
 def share(hits, name):
     """(N,) of 0, 1, or 1/2 for a tie -> the mean under `name`, its Wilson interval and N."""
     mean = float(np.mean(hits)) if len(hits) else math.nan
     low, high = wilson(mean, len(hits))
     return {name: mean, "ci_low": low, "ci_high": high, "n": len(hits)}
-
 
 def shares(hits, name, lengths, others, subsets=()):
     """The share of hits; the same where both lengths are similar; and, given (N,) names, by subset."""
@@ -58,15 +53,12 @@ def shares(hits, name, lengths, others, subsets=()):
         figures["subsets"] = {str(s): share(hits[subsets == s], name) for s in np.unique(subsets)}
     return figures
 
-
 def means(rows, *names):
     """{field: its mean over the rows}"""
     return {name: float(np.mean([row[name] for row in rows])) for name in names}
 
-
 def standard_error(values):
     return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
-
 
 def ordered_alike(scores, truth):
     """Share of the pairs of answers to a prompt that `scores` orders as `truth` does, where that has a
@@ -75,7 +67,6 @@ def ordered_alike(scores, truth):
              for i, j in combinations(range(len(a)), 2)]
     return float(np.mean([x * y > 0 for x, y in pairs if y]))
 
-
 # ---------------------------------------------------------------- files and printing
 def need(path, published):
     """The path of a file that somebody else publishes; if it is missing, the Problem says where."""
@@ -83,13 +74,11 @@ def need(path, published):
         raise Problem(f"{path}: no such file; it is published at {published}")
     return path
 
-
 def publish(figures, path):
     """Print {name: figure, or a dict of figures} as a table; write it to the JSON file `path`, if given."""
     print_figures(figures)
     if path:
         write_json(path, json.loads(json.dumps(figures), parse_constant=lambda _: None))  # JSON has no NaN
-
 
 def print_figures(figures, indent=""):
     for name, value in figures.items():

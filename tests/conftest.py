@@ -46,12 +46,10 @@ KINDS = {"llama": (LlamaConfig, SHAPE), "qwen2": (Qwen2Config, SHAPE), "mistral"
 FEW = ["--samples", 4, "--max_new_tokens", 10, "--max_length", 64, "--policy_batch", 8, "--policy_lr", 1e-3,
        "--rm_batch", 8, "--select_prompts", 6, "--tau", 0]  # options of a tiny run of mt.py
 
-
 @pytest.fixture(scope="session", autouse=True)
 def frozen():
     """models.py collects garbage before it loads a model; in what was imported there is none to look for."""
     gc.freeze()
-
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
@@ -80,13 +78,11 @@ def tiny(tmp_path_factory):
         return made[key][0]
     return make
 
-
 def with_weights(source, folder, change):
     """A copy of a model's folder with the weights that change(weights) gives."""
     shutil.copytree(source, folder)
     save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
     return folder
-
 
 @pytest.fixture
 def without_numbers(tiny, tmp_path):
@@ -94,12 +90,10 @@ def without_numbers(tiny, tmp_path):
     return with_weights(tiny(reward=True), tmp_path / "nan",
                         lambda weights: weights | {"score.weight": torch.full((1, 32), torch.nan)})
 
-
 @pytest.fixture(scope="session")
 def prompts():
     """30 different prompts of the embedded task."""
     return random.Random(0).sample(toy.all_prompts(), 30)
-
 
 @pytest.fixture(scope="session")
 def pairs():
@@ -111,11 +105,9 @@ def pairs():
         rows.append(dict(prompt=prompt, chosen=chosen, rejected=rejected, rejected_finished=number % 4 > 0))
     return rows
 
-
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
-
 
 @pytest.fixture
 def written(tmp_path):
@@ -125,7 +117,6 @@ def written(tmp_path):
         return tmp_path / name
     return write
 
-
 @pytest.fixture
 def call(monkeypatch):
     """call(module, "--flag", value, …): a script's main() in this process."""
@@ -133,7 +124,6 @@ def call(monkeypatch):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, words)])
         return module.main()
     return run
-
 
 @pytest.fixture(scope="session")
 def script(tmp_path_factory):
@@ -144,7 +134,6 @@ def script(tmp_path_factory):
         return subprocess.run(command, cwd=cwd or tmp_path_factory.mktemp("cwd"), text=True,
                               capture_output=True, timeout=300)
     return run
-
 
 @pytest.fixture
 def variant(tiny, written, prompts, tmp_path, monkeypatch):
@@ -161,7 +150,6 @@ def variant(tiny, written, prompts, tmp_path, monkeypatch):
         forked(f"variants.{name}", [*map(str, words)], processes)
         return out
     return run
-
 
 def forked(module, words, processes, code=0):
     """Run a module as a script in a group of forked processes, as torchrun would; all end by `code`."""
@@ -187,7 +175,6 @@ def forked(module, words, processes, code=0):
         process.kill()
     assert codes == [code] * processes
 
-
 @pytest.fixture(scope="session")
 def shared():
     """The folder of reference numbers and models, which is not part of the repository."""
@@ -195,7 +182,6 @@ def shared():
     if not (folder / "golden").exists():
         pytest.skip("../shared is not there")
     return folder
-
 
 @pytest.fixture(scope="session")
 def golden(shared):

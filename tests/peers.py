@@ -25,11 +25,9 @@ PAIRS = Dataset.from_list([{"prompt": [{"role": "user", "content": prompt}]} | {
     side: [{"role": "assistant", "content": toy.demonstration(prompt, DRAW)}]
     for side in ("chosen", "rejected")} for prompt in PROMPTS])
 
-
 def model(seed):
     torch.manual_seed(seed)
     return LlamaForCausalLM(CONFIG)
-
 
 def dpo(loss_type):
     """Per pair: log-probabilities by policy and by reference, tokens, of both chosen first; and the loss."""
@@ -44,7 +42,6 @@ def dpo(loss_type):
         yield [*logps, row["ref_chosen_logps"], row["ref_rejected_logps"],
                *batch["completion_mask"].sum(1).tolist()], loss
 
-
 def simpo():
     """The loss of each pair; without CPO's supervised part (alpha) it is SimPO's."""
     settings = CPOConfig(tempfile.mkdtemp(), loss_type="simpo", cpo_alpha=0.0, beta=2.0, simpo_gamma=1.0,
@@ -52,7 +49,6 @@ def simpo():
     trainer = CPOTrainer(model(0), settings, train_dataset=PAIRS, processing_class=WORDS)
     for row in trainer.train_dataset:
         yield trainer.get_batch_loss_metrics(trainer.model, trainer.data_collator([row]))[0].item()
-
 
 if __name__ == "__main__":
     ipo, sppo = list(dpo("ipo")), [loss for _, loss in dpo("sppo_hard")]

@@ -26,16 +26,13 @@ COPIES = ("aten::_to_copy", "aten::_copy_from", "aten::copy_")
 META = torch._C.DispatchKeySet(torch._C.DispatchKey.Meta)
 NUMBERS = {}  # storage of a pretend tensor -> a CPU tensor with its own
 
-
 def numbers_of(x):
     return NUMBERS[x.untyped_storage()._cdata].as_strided(x.shape, x.stride(), x.storage_offset())
-
 
 def pretend(numbers):
     made = torch._C._acc.create_empty_tensor(numbers.shape, numbers.dtype)
     NUMBERS[made.untyped_storage()._cdata] = numbers.clone(memory_format=torch.contiguous_format)
     return made
-
 
 def on_the_cpu(op, *args, **kwargs):
     """Any operation with the PrivateUse1 key."""
@@ -79,7 +76,6 @@ def on_the_cpu(op, *args, **kwargs):
         return result
     return tree_map_only(torch.Tensor, wrapped, result)
 
-
 def train(policy, rm, pairs):
     """The lines of the logs of both trainings."""
     lines = []
@@ -89,12 +85,10 @@ def train(policy, rm, pairs):
     reward.train(rm, pairs, **settings)
     return lines
 
-
 def sample(policy, pairs, path):
     sampler.sample(policy, [pair["prompt"] for pair in pairs], path, samples=3, seed="0", temperature=0.8,
                    top_p=0.95, max_new_tokens=10, rows=16)
     return read_jsonl(path)
-
 
 @torch.no_grad()
 def inference(policy, rm, pairs, samples):
@@ -105,7 +99,6 @@ def inference(policy, rm, pairs, samples):
     return dict(logps=dpo.pair_logps(model, rows, range(len(rows))).tolist(), dtype=str(model.model.dtype),
                 rewards=reward.score_answers(scorer, tokenizer, [
                     (row["prompt"], [row["response"]]) for row in samples], 8))
-
 
 def main():
     policy, rm, pairs, out = sys.argv[1:]
@@ -130,7 +123,6 @@ def main():
         with contextlib.suppress(RuntimeError):
             found["went through"].append(str(mixed(one, other)))
     print(json.dumps(found))
-
 
 if __name__ == "__main__":
     main()

@@ -14,7 +14,6 @@ from common.parallel import Problem
 from evals import alpaca
 from evals.alpaca import alpaca_figures, length_controlled, logistic, preferences, read_gamed, sigmoid
 
-
 def test_win_rates_count_draws_half_and_leave_nulls_out():
     y = preferences(np.array([2, 1, 0, 1.5, 1.75, np.nan]))
     assert np.array_equal(y, [1, 0, 0.5, 0.5, 0.75, np.nan], equal_nan=True)
@@ -23,13 +22,11 @@ def test_win_rates_count_draws_half_and_leave_nulls_out():
     assert figures["standard_error"] == pytest.approx(100 * math.sqrt(0.55 / 4 / 5))  # 0.55: sum of squares
     assert [figures[key] for key in ("n_wins", "n_wins_base", "n_draws", "n_total")] == [2, 1, 2, 5]
 
-
 @pytest.fixture
 def annotated(rng):
     """(y (60,), shorter (60,), difficulty (60,), gamed (40, 3)) by chance."""
     return (rng.beta(0.5, 0.5, 60), rng.normal(100, 300, 60), rng.normal(size=60),
             np.stack([np.tanh(rng.normal(size=40)), rng.normal(size=40), rng.uniform(size=40)], axis=1))
-
 
 def lc_loss(theta, y, shorter, difficulty, gamed):
     """The objective, row by row."""
@@ -42,7 +39,6 @@ def lc_loss(theta, y, shorter, difficulty, gamed):
               for v, d, g in zip(y, shorter, difficulty) if not math.isnan(v))
     return own + 0.1 * sum(bernoulli(v, theta[0] * t + theta[1] * g) for t, g, v in gamed)
 
-
 def test_the_length_controlled_fit_is_the_minimum_of_its_objective(annotated):
     annotated[0][[3, 7]] = np.nan  # left out of the fit, not of the prediction
     predicted, theta = length_controlled(*annotated)
@@ -51,14 +47,12 @@ def test_the_length_controlled_fit_is_the_minimum_of_its_objective(annotated):
         for size in (-1, -1e-3, 1e-3, 1):
             assert lc_loss(theta + size * step, *annotated) > lc_loss(theta, *annotated)
 
-
 def test_newtons_method_survives_data_on_which_it_never_gets_there_without_damping():
     x = np.array([[-5.9, 0.6, 0], [20.5, -0.1, -0.4], [-5.8, -9.3, -0.2], [0.9, -0.6, -10.6]])
     y, weights = np.array([0.98, 0.001, 0.5, 0.001]), np.array([1000, 1000, 10, 1000])
     residual = sigmoid(x @ logistic(x, y, weights)) - y
     assert x.T @ (weights * residual) == pytest.approx(np.zeros(3), abs=1e-6)
     assert sigmoid(logistic(np.ones((5, 1)), np.ones(5), np.ones(5))) == pytest.approx(1)  # separable
-
 
 def test_the_intervals_hold_the_estimates_and_the_baseline_is_50(annotated):
     y, shorter, difficulty, gamed = annotated
@@ -70,17 +64,14 @@ def test_the_intervals_hold_the_estimates_and_the_baseline_is_50(annotated):
     assert itself["length_controlled_winrate"] == itself["win_rate"] == 50
     assert itself["lc_standard_error"] == itself["standard_error"] == 0
 
-
 SYSTEMS = ["FuseChat-Llama-3.1-8B-Instruct", "OpenHermes-2.5-Mistral-7B", "alpaca-7b_verbose", "claude-2.1",
            "claude-2.1_concise", "gpt-3.5-turbo-1106", "gpt-3.5-turbo-1106_verbose", "gpt4_1106_preview",
            "openbuddy-llama2-70b-v10.1", "vicuna-13b-v1.5"]
-
 
 def test_a_policy_of_a_run_is_named_after_the_run():
     for policy, name in (("models/llama", "llama"), ("meta-llama/Llama", "Llama"), ("runs/mt/policy", "mt"),
                          ("runs/mt/round1/e2/policy", "mt-round1-e2")):
         assert alpaca.name_of(policy) == name
-
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_ten_systems_agree_with_what_was_published(shared, system, monkeypatch):
@@ -101,7 +92,6 @@ def test_ten_systems_agree_with_what_was_published(shared, system, monkeypatch):
     if len(raw) == 805:  # else the published length is of outputs that have no annotation
         assert figures["avg_length"] == expected["avg_length"]
 
-
 # ---------------------------------------------------------------- the commands
 @pytest.fixture
 def gamed(tmp_path):
@@ -111,12 +101,10 @@ def gamed(tmp_path):
     (tmp_path / "df_gamed.csv").write_text("\n".join(lines))
     return tmp_path / "df_gamed.csv"
 
-
 ROWS = [dict(preference=p, output_1="b" * b, output_2="m" * m, generator_1="base", generator_2="mine")
         for p, b, m in ((2.0, 10, 20), (1.2, 30, 20), (None, 10, 11), (0, 40, 10))]
 COLUMNS = dict(model="mine", baseline="base", preference=[2.0, 1.2, None, 0], len_output=[20, 20, 11, 10],
                len_baseline=[10, 30, 10, 40])
-
 
 def test_annotations_give_the_same_in_both_forms(call, gamed, tmp_path, capsys):
     for name, value in (("rows", ROWS), ("columns", COLUMNS)):
@@ -134,7 +122,6 @@ def test_annotations_give_the_same_in_both_forms(call, gamed, tmp_path, capsys):
                                      difficulty, baselines)
     assert figures["length_controlled_winrate"] == pytest.approx(100 * predicted.mean())
 
-
 @pytest.mark.parametrize("temperature", [0, 0.7])
 def test_alpaca_generate_writes_what_the_official_tool_reads(call, tiny, tmp_path, prompts, temperature):
     source, out = tmp_path / "alpaca_eval.json", tmp_path / "out"
@@ -146,7 +133,6 @@ def test_alpaca_generate_writes_what_the_official_tool_reads(call, tiny, tmp_pat
     assert rows == [dict(instruction=p, output=s["response"], generator="mine", dataset=f"d{i}")
                     for i, (p, s) in enumerate(zip(prompts[:5] + prompts[:1], samples, strict=True))]
     assert rows[0]["output"] == rows[5]["output"] and len({row["output"] for row in rows}) > 1
-
 
 # ---------------------------------------------------------------- what can go wrong
 @pytest.mark.parametrize("value, message", [
@@ -161,7 +147,6 @@ def test_annotations_that_are_none_are_a_problem(value, message, call, gamed, tm
     (tmp_path / "a.json").write_text(json.dumps(value))
     with pytest.raises(Problem, match=message):
         call(eval_script, "alpaca", "--annotations", tmp_path / "a.json", "--gamed", gamed)
-
 
 def test_a_gamed_file_or_instructions_that_are_none_are_a_problem(call, tiny, written, tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(COLUMNS))

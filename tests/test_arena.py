@@ -12,14 +12,12 @@ from common.data import read_jsonl
 from common.parallel import Problem
 from evals.arena import GAMES, arena_figures
 
-
 def test_two_greater_signs_are_three_games_a_tie_is_half_and_no_verdict_is_none():
     figures = arena_figures([("A>>B", "A>B"), ("B>A", None), ("A=B", "A>>B"), (None, "A>C")])
     assert (figures["n_games"], figures["n_questions"], figures["n_no_verdict"]) == (9, 3, 3)
     assert figures["score"] == pytest.approx(100 * (0 + 1 + 1 + 0.5 + 3) / 9)  # the baseline is A at first
     assert 0 <= figures["ci_low"] < figures["score"] < figures["ci_high"] <= 100
     assert arena_figures([("A>B", "B>A")])["score"] == 0 and arena_figures([("B>>A", "A>>B")])["score"] == 100
-
 
 def bradley_terry(model, won, models):
     """Games (N,) against a baseline of strength 0 -> strengths (models,), by gradient ascent on Σ log σ."""
@@ -28,7 +26,6 @@ def bradley_terry(model, won, models):
         residual = won - 1 / (1 + np.exp(-strength[model]))
         strength += 4 * np.bincount(model, residual, models) / np.bincount(model, minlength=models)
     return strength
-
 
 def test_the_score_is_the_bradley_terry_maximum_likelihood(rng):
     labels, games, scores = list(GAMES), [], []
@@ -44,7 +41,6 @@ def test_the_score_is_the_bradley_terry_maximum_likelihood(rng):
     assert scores == pytest.approx(100 / (1 + np.exp(-strengths)), abs=1e-6)
     assert scores[0] < scores[2] - 10 < scores[1] - 20
 
-
 def test_arena_from_a_file_and_a_verdict_that_is_missing(call, written, tmp_path):
     games = [("A>B", "A>>B"), ("A=B", None), ("B>A", "A>B")]
     rows = [dict(question_id=str(i), model="mine", games=[{"score": score} for score in pair])
@@ -53,7 +49,6 @@ def test_arena_from_a_file_and_a_verdict_that_is_missing(call, written, tmp_path
     figures = json.loads((tmp_path / "out.json").read_text())
     assert figures == pytest.approx(arena_figures(games) | {"n_no_verdict": 3})
     assert figures["score"] == pytest.approx(100 * 5.5 / 7) and figures["ci_low"] <= figures["ci_high"]
-
 
 @pytest.mark.parametrize("new", [False, True])
 def test_arena_generate_writes_what_the_official_tool_reads_in_the_format_of_the_questions(
@@ -76,7 +71,6 @@ def test_arena_generate_writes_what_the_official_tool_reads_in_the_format_of_the
                 {"content": sample["response"], "token_len": sample["tokens"]}]
     assert len({row["ans_id" if new else "answer_id"] for row in rows}) == 5
     assert f"5 answers, by {'uid' if new else 'question_id'}" in capsys.readouterr().out
-
 
 @pytest.mark.parametrize("rows, message", [
     ([dict(model="m", verdict="A>B")], "not Arena-Hard's judgments .*games"),

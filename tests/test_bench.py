@@ -23,7 +23,6 @@ CALLS = [["sampler_project", "tiny"], *(["sampler_peer", "tiny", kind] for kind 
 if importlib.util.find_spec("trl"):
     CALLS += [["training_peer", "dpo", "tiny"], ["training_peer", "reward", "tiny"]]
 
-
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from /proc")
 def test_every_side_gives_a_rate_and_a_peak(tmp_path):
     code = (f"import json, sys, pathlib; sys.path.insert(0, {str(BENCH)!r}); import bench; "
@@ -38,11 +37,9 @@ def test_every_side_gives_a_rate_and_a_peak(tmp_path):
     lengths = [result["mean_length"] for result in results if "mean_length" in result]
     assert len(lengths) == 3 and max(lengths) < 1.3 * min(lengths)
 
-
 def test_a_part_must_be_named():
     done = subprocess.run([sys.executable, BENCH / "bench.py", "everything"], capture_output=True, text=True)
     assert done.returncode == 2 and "invalid choice: 'everything'" in done.stderr
-
 
 def test_the_rows_of_the_sampler_are_busy_over_many_blocks():
     code = (f"import json, sys; sys.path.insert(0, {str(BENCH)!r}); import bench, sampler; "
@@ -51,7 +48,6 @@ def test_the_rows_of_the_sampler_are_busy_over_many_blocks():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     size, result = json.loads(done.stdout)
     assert len(result["steps"]) == -(-3000 // size) == 40 and result["busy"] > 0.93
-
 
 def test_gradients_are_exchanged_once_a_step_and_kept_weights_too_with_the_same_result(tmp_path):
     make = (f"import sys, pathlib; sys.path.insert(0, {str(BENCH)!r}); import bench; "
@@ -79,7 +75,6 @@ def test_gradients_are_exchanged_once_a_step_and_kept_weights_too_with_the_same_
     for other in (gradient, both):
         assert other["norms"] == pytest.approx(every["norms"], rel=1e-6)
 
-
 def test_the_map_labels_own_answers_by_noisy_gold():
     rng = random.Random(0)
     rows = [(prompt, [toy.demonstration(prompt, rng) for _ in range(2)]) for prompt in toy.parts(0)["test"]]
@@ -95,12 +90,10 @@ def test_the_map_labels_own_answers_by_noisy_gold():
     assert abs(surprise) < 3 * sum(p * (1 - p) * gap**2 for p, gap in zip(chance, above))**0.5
     assert len({label == (gap > 0) for label, gap in zip(labels, above)}) == 2  # noise, too
 
-
 def lines_of(text):
     """The lines of tables, as lists of cells."""
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.split("\n")
             if line.startswith("|")]
-
 
 def printed(code):
     code = f"import sys\nsys.path.insert(0, {str(BENCH)!r})\n{code}"
@@ -108,13 +101,11 @@ def printed(code):
                           cwd=BENCH.parent)
     return lines_of(done.stdout)
 
-
 def test_the_maps_tables_in_the_docs_are_those_of_its_rows():
     lines = printed("import map; map.tables(map.read_jsonl('docs/data/map.jsonl'))")
     docs = (DATA / "map.md").read_text().partition("## What labels")[0]
     theirs = lines_of(re.sub(r", \d of \d", "", docs))  # what a gate would have let through, at 91c20a3
     assert len(lines) > 100 and sorted(lines) == sorted(theirs)
-
 
 def test_the_table_of_arms_in_the_docs_is_that_of_its_rows():
     lines = printed("""import arms
@@ -125,7 +116,6 @@ arms.table({arm: [*by_seed.values()] for arm, by_seed in runs.items()})""")
     theirs = lines_of((DATA / "arms.md").read_text())
     without_seconds = [sorted(line[:-1] for line in table) for table in (lines, theirs)]
     assert len(lines) > 20 and without_seconds[0] == without_seconds[1]
-
 
 def test_the_figures_in_the_results_stand_in_the_whole_tables():
     whole = lines_of("\n".join((DATA / name).read_text() for name in ("arms.md", "map.md")))

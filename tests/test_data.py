@@ -21,7 +21,6 @@ from common.parallel import Problem
 BOS, EOS = 1, 2  # of the embedded task's tokenizer
 ANSWER = "grey waves weep . the end ."
 
-
 # ---------------------------------------------------------------- chats to tokens
 def variant(template=None, adds_bos=False):
     """The embedded task's tokenizer with another template, or with a post-processor that adds BOS."""
@@ -33,7 +32,6 @@ def variant(template=None, adds_bos=False):
             single="<bos> $A", special_tokens=[("<bos>", BOS)])
     return tokenizer
 
-
 BODY = ("{% for m in messages %} <{{ m['role'] }}> {{ m['content'] }}"
         "{% if m['role'] == 'assistant' %} {{ eos_token }}AFTER{% endif %}{% endfor %}"
         "{% if add_generation_prompt %} <assistant>{% endif %}")
@@ -44,7 +42,6 @@ TEMPLATES = {
     "text after the stop token": variant("{{ bos_token }}" + BODY.replace("AFTER", " the end")),
     "no stop token in the template": variant("{{ bos_token }}" + BODY.replace(" {{ eos_token }}AFTER", "")),
 }
-
 
 @pytest.mark.parametrize("tokenizer", TEMPLATES.values(), ids=TEMPLATES)
 def test_a_chat_has_one_bos_and_a_finished_answer_ends_in_one_eos(tokenizer):
@@ -59,7 +56,6 @@ def test_a_chat_has_one_bos_and_a_finished_answer_ends_in_one_eos(tokenizer):
     assert done.ids[:done.start] == cut.ids[:cut.start] == prompt  # what training sees is what sampling saw
     assert BOS not in encode_chat(variant(BODY), "a sad poem", ANSWER).ids  # which uses none
 
-
 def test_earlier_turns_stay_in_the_prompt():
     messages = [dict(role="user", content="sad"), dict(role="assistant", content="weep"),
                 dict(role="user", content="the sea")]
@@ -68,7 +64,6 @@ def test_earlier_turns_stay_in_the_prompt():
     assert tokenizer.decode(chat.ids[:chat.start]).split() == (
         "<bos> <user> sad <assistant> weep <eos> <user> the sea <assistant>".split())
     assert tokenizer.decode(chat.ids[chat.start:]).split() == ["waves", "<eos>"]
-
 
 def test_reward_models_read_the_whole_template_and_policies_what_was_said_up_to_the_stop_token():
     tokenizer, end = TEMPLATES["text after the stop token"], ["<eos>", "the", "end"]
@@ -80,13 +75,11 @@ def test_reward_models_read_the_whole_template_and_policies_what_was_said_up_to_
     [row], _ = pair_rows(TEMPLATES["no stop token in the template"], pair, 100)
     assert row.branches[0][-1] == EOS
 
-
 def test_words_that_a_template_writes_before_an_answer_are_not_put_into_its_mouth():
     tokenizer = variant(toy.tokenizer().chat_template.replace(
         " <{{ m['role'] }}> ", " <{{ m['role'] }}> {% if m['role'] == 'assistant' %}dear . {% endif %}"))
     chat = encode_chat(tokenizer, "a sad poem", ANSWER)
     assert chat == encode_chat(toy.tokenizer(), "a sad poem", ANSWER)
-
 
 @pytest.mark.parametrize("template, message", [
     ("{{ raise_exception('no system turns') }}", "template refuses .* \\(no system turns\\)"),
@@ -96,12 +89,10 @@ def test_a_template_that_refuses_a_chat_or_begins_no_answer_is_refused(template,
     with pytest.raises(Problem, match=message):
         encode_chat(variant(template), "a sad poem", ANSWER)
 
-
 def test_prompts_have_the_peers_ids(golden):
     tokenizer = load_tokenizer(golden / "policy")
     for chat in json.loads((golden / "chat_template.json").read_text()):
         assert encode_chat(tokenizer, chat["messages"]).ids == chat["ids"]
-
 
 @pytest.mark.parametrize("answer", ["He ran.", " He ran.", "", "The end\n"])
 def test_where_bos_and_eos_are_one_token_it_stands_at_both_ends(shared, answer):
@@ -113,7 +104,6 @@ def test_where_bos_and_eos_are_one_token_it_stands_at_both_ends(shared, answer):
     assert cut.ids == done.ids[:-1]
     assert tokenizer.decode(done.ids[done.start:-1]).strip() == answer.strip()
 
-
 # ---------------------------------------------------------------- special tokens that a message spells
 def unigram():
     """One of letters, as sentencepiece makes them, with a stop token that its vocabulary doesn't have."""
@@ -123,14 +113,12 @@ def unigram():
     return PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="<|eot_id|>",
                                    pad_token="<pad>", chat_template=toy.tokenizer().chat_template)
 
-
 @pytest.fixture(params=["embedded", "unigram", "golden", "stories"])
 def tokenizer(request):
     if request.param in ("embedded", "unigram"):
         return toy.tokenizer() if request.param == "embedded" else unigram()
     shared = request.getfixturevalue("shared")
     return load_tokenizer(shared / ("golden/policy" if request.param == "golden" else "models/stories3M"))
-
 
 def test_a_message_that_spells_the_end_of_turn_cannot_end_it(tokenizer):
     end, unknown = tokenizer.eos_token, {tokenizer.pad_token_id}  # the embedded task's word for unknown ones
@@ -150,7 +138,6 @@ def test_a_message_that_spells_the_end_of_turn_cannot_end_it(tokenizer):
         role = encode_chat(tokenizer, [dict(role=f"user{text}", content="sad poem")])
         assert len(special(role)) <= len(special(encode_chat(tokenizer, "sad poem")))
 
-
 def test_with_special_tokens_in_a_message_all_other_tokens_are_as_without(tokenizer, monkeypatch):
     special = data.Special(tokenizer)
     for text in ("a sad poem", " two  spaces\nand a line ", "Tom’s 42 … 你好", ""):
@@ -162,7 +149,6 @@ def test_with_special_tokens_in_a_message_all_other_tokens_are_as_without(tokeni
     monkeypatch.setattr(data.Special, "twin", None)  # its use would fail: ordinary text has no need of it
     encode_chat(tokenizer, "a sad poem < s > |eot|", "grey waves <", whole=True)
 
-
 def test_a_chat_that_the_model_cannot_read_is_a_problem(pairs, tiny):
     model, (rows, _) = load_policy(tiny()), pair_rows(toy.tokenizer(), pairs, 1000)
     longest = max(len(row.trunk) + len(branch) for row in rows for branch in row.branches)
@@ -173,19 +159,15 @@ def test_a_chat_that_the_model_cannot_read_is_a_problem(pairs, tiny):
         with pytest.raises(Problem, match=message) if message else contextlib.nullcontext():
             check_context(rows, model, "folder")
 
-
 # ---------------------------------------------------------------- files
 def user(text):
     return dict(role="user", content=text)
 
-
 def assistant(text):
     return dict(role="assistant", content=text)
 
-
 SYSTEM = dict(role="system", content="Be kind.")
 TURNS = dict(chosen=[user("Hi"), assistant("good")], rejected=[user("Hi"), assistant("bad")])
-
 
 @pytest.mark.parametrize("row", [
     dict(prompt="Hi", chosen="good", rejected="bad"),
@@ -202,13 +184,11 @@ def test_every_way_to_write_a_pair_is_the_same_pair(written, row):
     chats = [encode_chat(variant(), prompt, "the end").ids for prompt in ("Hi", pair["prompt"])]
     assert chats[0] == chats[1]
 
-
 def test_an_answer_that_repeats_its_prompt_stays_whole_and_such_pairs_are_counted(written, capsys):
     rows = [dict(prompt="Hi", chosen="Hi! You?", rejected=rejected) for rejected in ("Hi.", "No.")]
     path = written("pairs.jsonl", rows)
     assert read_pairs(path) == rows
     assert f"{path}: 1 of 2 pairs have the prompt in front of both answers\n" in capsys.readouterr().out
-
 
 @pytest.mark.parametrize("row, prompt", [
     (dict(messages=[user("Hi"), assistant("good")]), [user("Hi")]),
@@ -222,13 +202,11 @@ def test_an_answer_that_repeats_its_prompt_stays_whole_and_such_pairs_are_counte
 def test_a_prompt_is_text_or_messages_without_their_last_answer_behind_the_system_turn(written, row, prompt):
     assert read_prompts(written("prompts.jsonl", [row])) == ([prompt], 0)
 
-
 def test_prompts_come_in_the_order_of_the_file_and_repeats_once_from_json_and_jsonl_alike(tmp_path, written):
     rows = [{"prompt": p} for p in ("ä\u2028b", "b", [user("ä\u2028b")], "c", "b")]
     (tmp_path / "p.json").write_text(json.dumps(rows, ensure_ascii=False))
     for path in (tmp_path / "p.json", written("p.jsonl", rows)):
         assert read_prompts(path) == (["ä\u2028b", "b", "c"], 2)
-
 
 def test_parquet_reads_like_jsonl_and_without_datasets_says_what_to_install(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
@@ -243,7 +221,6 @@ def test_parquet_reads_like_jsonl_and_without_datasets_says_what_to_install(tmp_
     for source in ("someone/prompts", path):
         with pytest.raises(Problem, match="pip install datasets"):
             read_prompts(source)
-
 
 def test_rows_are_read_as_they_were_written(tmp_path, prompts):
     rows = [{"prompt": prompt, "text": "ä\u2028\r\\u00e4", "number": number / 7}

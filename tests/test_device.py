@@ -15,7 +15,6 @@ import reward
 from common import training
 from common.data import write_jsonl
 
-
 @pytest.fixture(scope="module")
 def found(script, tiny, pairs, tmp_path_factory):
     """What tests/pretend.py prints."""
@@ -26,7 +25,6 @@ def found(script, tiny, pairs, tmp_path_factory):
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
-
 def test_training_sampling_and_scoring_on_another_device_are_those_of_the_cpu(found):
     cpu, other = found["cpu"], found["pretend"]
     for line, same in zip(cpu["lines"], other["lines"], strict=True):
@@ -36,7 +34,6 @@ def test_training_sampling_and_scoring_on_another_device_are_those_of_the_cpu(fo
     assert cpu["rewards"] == [pytest.approx(values, abs=1e-4) for values in other["rewards"]]
     assert cpu["logps"] == [pytest.approx(values, abs=1e-3) for values in other["logps"]]
 
-
 def test_bf16_is_off_by_what_its_eight_bits_explain(found):
     exact, rounded = found["pretend"], found["bf16"]
     assert (exact["dtype"], rounded["dtype"]) == ("torch.float32", "torch.bfloat16")
@@ -45,7 +42,6 @@ def test_bf16_is_off_by_what_its_eight_bits_explain(found):
         off = np.abs(one - other) / one.std()
         assert 0 < off.mean() < 0.02 and off.max() < 0.1, key
     assert len(rounded["samples"]) == 36  # the sampler was held to plain forward passes
-
 
 def test_training_with_fsdps_bf16_begins_at_the_bound_and_goes_where_fp32_goes(tiny, pairs, monkeypatch):
     def losses():

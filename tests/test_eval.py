@@ -13,14 +13,12 @@ from common.parallel import Problem
 from evals.stats import similar, wilson
 from filter import win_rate
 
-
 @pytest.mark.parametrize("new, old, rate", [
     ([1, 2, 3], [0, 0, 0], 1.0), ([0, 0], [1, 1], 0.0), ([1, 1], [1, 1], 0.5),
     ([2, 1, 0, 5], [1, 1, 1, 0], 0.625), ([0.1 + 0.2], [0.3], 1.0)])
 def test_a_tie_counts_half(new, old, rate):
     assert win_rate(new, old) == rate
     assert win_rate(old, new) == 1 - rate
-
 
 def test_winrate_judges_both_policies_on_every_prompt_and_leaves_the_answers(
         call, tiny, written, prompts, tmp_path, monkeypatch, capsys):
@@ -44,7 +42,6 @@ def test_winrate_judges_both_policies_on_every_prompt_and_leaves_the_answers(
     lengths = [np.array([len(row["response"]) for row in side]) for side in rows]
     assert figures["similar_length"]["n"] == similar(*lengths).sum()
 
-
 @pytest.mark.parametrize("flag, model, message", [
     ("--rm", "policy", "has no reward head"), ("--baseline", "rm", "which is a reward model and no policy"),
     ("--baseline", "short", "no prompt fits into the context of 16 tokens"),
@@ -58,7 +55,6 @@ def test_winrate_looks_at_all_it_is_given_before_it_samples(
              "--out", tmp_path / "out", "--prompts", path, "--max_new_tokens", 8, flag, models[model])
     assert not (tmp_path / "out").exists()
 
-
 def test_accuracy_counts_the_pairs_that_the_reward_model_orders_alike(call, tiny, written, pairs, capsys):
     shares = []
     for sides in (("chosen", "rejected"), ("rejected", "chosen")):
@@ -68,7 +64,6 @@ def test_accuracy_counts_the_pairs_that_the_reward_model_orders_alike(call, tiny
         assert "on 20 pairs" in said
         shares.append(float(said.split()[1]))
     assert sum(shares) == pytest.approx(1) and shares[0] not in (0, 1)
-
 
 def test_accuracy_is_by_subset_and_its_file_is_json_even_without_similar_pairs(
         call, tiny, written, pairs, tmp_path):
@@ -80,7 +75,6 @@ def test_accuracy_is_by_subset_and_its_file_is_json_even_without_similar_pairs(
     assert figures["similar_length"] == dict(accuracy=None, ci_low=None, ci_high=None, n=0)
     assert figures["accuracy"] == pytest.approx(np.mean([figures["subsets"][s]["accuracy"] for s in "ab"]))
     assert (figures["ci_low"], figures["ci_high"]) == wilson(figures["accuracy"], figures["n"])
-
 
 @pytest.mark.parametrize("words, message", [
     ([], "name a command"), (["judge"], "name a command"),

@@ -11,7 +11,6 @@ from filter import choose_pair, compare, margin_filter, preference_pairs
 
 NAN, INF = float("nan"), float("inf")
 
-
 @pytest.mark.parametrize("scores, lengths, pair", [
     ([1, 2, 3, 4, 0], [9, 9, 8, 7, 5], (3, 4)),     # mean 2: of 3 and 4 the shorter, though 0 is shorter
     ([0, 3, 9], [5, 5, 6], (2, 0)),                 # mean 4: however short those below it
@@ -31,7 +30,6 @@ def test_the_shortest_above_the_mean_is_chosen_and_the_lowest_rejected(scores, l
         above = sum(score > sum(scores) / len(scores) for score in scores)
         assert choice[2].startswith(f"chosen: shortest of the {above} above the mean reward ")
 
-
 def test_a_reward_that_is_not_finite_is_never_ranked():
     for bad in (NAN, INF, -INF):
         for work, *given in ((choose_pair, [1, bad, 2], [1, 2, 3]), (margin_filter, [bad], [1]),
@@ -39,11 +37,9 @@ def test_a_reward_that_is_not_finite_is_never_ranked():
             with pytest.raises(ValueError, match="finite"):
                 work(*given)
 
-
 def responses(prompt, *texts_and_scores):
     return [dict(prompt=prompt, response=text, score=score, tokens=len(text.split()), finished=True, index=i)
             for i, (text, score) in enumerate(texts_and_scores)]
-
 
 def test_pairs_carry_scores_lengths_and_the_reason_and_prompts_without_one_are_counted():
     samples = (responses("one", ("a b c d", 4.0), ("a b", 3.0), ("a", 0.0))
@@ -55,7 +51,6 @@ def test_pairs_carry_scores_lengths_and_the_reason_and_prompts_without_one_are_c
                     chosen_tokens=2, rejected_tokens=1, chosen_index=1, rejected_index=2)
     assert expected.items() <= pairs[0].items()
     assert "shortest of the 2 above the mean reward 2.3333" in pairs[0]["reason"]
-
 
 @pytest.mark.parametrize("new, old, kept, epsilon", [
     ([5, 5], [0, 2], [True, True], 1),              # one-sided: all better
@@ -71,7 +66,6 @@ def test_a_margin_at_or_below_minus_epsilon_is_dropped(new, old, kept, epsilon):
     assert margins.tolist() == pytest.approx([n - o for n, o in zip(new, old)])
     assert threshold == epsilon
 
-
 @pytest.mark.parametrize("use_filter, kept", [(True, [True, False, False]), (False, [True, True, False])])
 def test_dropped_comparisons_stay_on_record_and_identical_texts_never_count(use_filter, kept):
     new = responses("x", ("better", 3.0)) + responses("y", ("worse", -3.0)) + responses("z", ("same", 2.0))
@@ -86,7 +80,6 @@ def test_dropped_comparisons_stay_on_record_and_identical_texts_never_count(use_
     with pytest.raises(Problem, match="must answer the same prompts"):
         compare(new, old[::-1])
 
-
 # ---------------------------------------------------------------- the command line
 def test_the_script_makes_pairs_and_comparisons(call, written, tmp_path):
     samples = written("scored.jsonl", responses("one", ("long answer", 2.0), ("bad", 1.0)))
@@ -96,7 +89,6 @@ def test_the_script_makes_pairs_and_comparisons(call, written, tmp_path):
     old = written("old.jsonl", responses("one", ("old", 2.0)))
     call(filter_script, "--new", new, "--old", old, "--out", tmp_path / "comparisons.jsonl")
     assert read_jsonl(tmp_path / "comparisons.jsonl")[0]["margin"] == -1.0
-
 
 @pytest.mark.parametrize("change, message", [
     ({"score": NAN}, r":2: the score nan is not a finite number"),

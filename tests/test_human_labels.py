@@ -27,13 +27,11 @@ for row in rows:
 path.write_text("".join(json.dumps(row) + "\\n" for row in rows))
 """
 
-
 @pytest.fixture
 def o(tmp_path):
     options = human_labels.Options(out=str(tmp_path / "run"))
     run.claim(options.out, options)
     return options
-
 
 def test_the_run_stops_until_every_pair_has_a_label_and_nothing_else_may_change(o):
     path, todo = (Path(o.out) / f"{name}.jsonl" for name in ("labels", "labels.todo"))
@@ -51,14 +49,12 @@ def test_the_run_stops_until_every_pair_has_a_label_and_nothing_else_may_change(
     human_labels.label(o, questions, path)
     assert [row["chosen"] for row in read_jsonl(path)] == [1, 0] and not todo.exists()
 
-
 @pytest.fixture
 def asked(monkeypatch):
     """What is asked for, when nobody answers."""
     found = []
     monkeypatch.setattr(human_labels, "label", lambda o, questions, path: found.extend(questions))
     return found
-
 
 def test_the_closest_rewards_of_unlike_answers_are_asked_about(o, written, asked):
     scores, o.labels = {"wide": (9.0, 0.0), "close": (5.0, 5.5), "same": (1.0, 1.0), "closer": (2.0, 2.2)}, 2
@@ -67,13 +63,11 @@ def test_the_closest_rewards_of_unlike_answers_are_asked_about(o, written, asked
     human_labels.label_unsure.__wrapped__(o, own, Path(o.out) / "labels.jsonl")
     assert asked == [dict(prompt="close", answers=["0", "1"]), dict(prompt="closer", answers=["0", "1"])]
 
-
 def test_the_spot_check_draws_the_places_of_kept_answers(o, written, asked):
     rows, o.spot_check = [dict(prompt="p", new=f"new{i}", old="o", kept=i % 2 == 0) for i in range(100)], 40
     human_labels.spot_check.__wrapped__(o, written("rows.jsonl", rows), Path(o.out) / "spot_check.jsonl")
     assert [row["answers"][row["new"]] for row in asked] == [f"new{i}" for i in range(0, 80, 2)]
     assert 8 < sum(row["new"] for row in asked) < 32
-
 
 @pytest.mark.parametrize("mended, broken, passed", [
     (0, 0, False), (6, 0, True),     # 0.06 above, ± 1.645 × 0.0239
@@ -90,7 +84,6 @@ def test_the_gate_asks_for_more_than_chance(o, monkeypatch, written, mended, bro
     assert found["bound"] == pytest.approx(difference.mean() - 1.645 * np.sqrt(difference.var(ddof=1) / 100))
     assert found["passed"] is passed
 
-
 @pytest.fixture
 def label_run(variant, written, prompts, tmp_path):
     """label_run("new", flags) -> the folder of a tiny run, whose labeller favours the new policy."""
@@ -100,11 +93,9 @@ def label_run(variant, written, prompts, tmp_path):
         "human_labels", *(held if flag == "held" else flag for flag in flags),
         "--labeller", f"{sys.executable} {tmp_path / 'label.py'} {favoured}")
 
-
 def rm_after(out):
     """The reward model of the last round, for readers that know nothing of labels."""
     return gold.states_of(out, SimpleNamespace(policy="base", rm="base", rounds=1))[-1][2]
-
 
 def test_labels_are_asked_for_once_and_train_the_reward_model_with_as_many_anchors(label_run, tmp_path):
     flags = ["--labels", 3, "--anchor", "held", "--spot_check", 4, "--gate", "held", "--rm_lr", 3e-3]
@@ -122,13 +113,11 @@ def test_labels_are_asked_for_once_and_train_the_reward_model_with_as_many_ancho
     label_run("new", *flags)
     assert (tmp_path / "asked").read_text().split() == ["spot_check.todo.jsonl", "labels.todo.jsonl"]
 
-
 def test_a_refused_reward_model_is_not_in_use(label_run):
     out = label_run("new", "--gate", "held")  # with a learning rate of 2e-6
     assert (out / "round1" / "m" / "rm_candidate").exists() and rm_after(out) == "base"
     assert out not in (out / "rm").resolve().parents
     assert all("round1" not in row["rm"] for row in read_jsonl(out / "round1" / "e2" / "samples.jsonl"))
-
 
 def test_a_spot_check_for_the_old_policy_leaves_the_m_step_out_or_stops_the_run(label_run, capfd):
     out = label_run("old", "--spot_check", 5)

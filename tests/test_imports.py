@@ -32,7 +32,6 @@ LAYERS = [  # from below; a module imports what is in lower ones
 OWN = ("evals", "variants")  # folders in which a module may import its neighbours
 INDIRECT = {"huggingface_hub"}  # transformers needs it and chooses its version
 
-
 def names_in(tree):
     """The dotted names of all that is imported anywhere in a syntax tree."""
     found = set()
@@ -43,25 +42,20 @@ def names_in(tree):
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return found
 
-
 def imported(tree):
     """The project's modules that are imported anywhere in a syntax tree."""
     return names_in(tree) & MODULES.keys()
 
-
 TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
 GRAPH = {name: imported(tree) for name, tree in TREES.items()}
 
-
 def test_the_top_level_has_the_six_scripts():
     assert {path.stem for path in ROOT.glob("*.py")} == set(SCRIPTS)
-
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_module_can_be_imported_and_has_a_docstring(name, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "bench")  # its scripts are started there and import each other
     assert importlib.import_module(name.removeprefix("bench.")).__doc__.strip()
-
 
 def test_imports_point_down_and_form_no_circle():
     height = {name: number for number, layer in enumerate(LAYERS) for name in layer}
@@ -75,12 +69,10 @@ def test_imports_point_down_and_form_no_circle():
                 if name.startswith("common.") and other in SCRIPTS and name != "common.toy"]
     TopologicalSorter(GRAPH).prepare()  # raises CycleError, which names it
 
-
 def test_no_function_imports_a_module_of_the_project():
     assert not {f"{name}.{function.name} imports {other}" for name, tree in TREES.items()
                 for function in ast.walk(tree) if isinstance(function, ast.FunctionDef)
                 for other in imported(function) if not name.startswith("bench.")}
-
 
 def test_packages_are_those_of_the_requirements():
     def listed(file):
@@ -95,7 +87,6 @@ def test_packages_are_those_of_the_requirements():
                   for dotted in names_in(function)}
         assert used - needed <= inside & every, name  # datasets and matplotlib: only where they are used
 
-
 def test_files_and_functions_are_short():
     lengths = {name: len(path.read_text().splitlines()) for name, path in CORE.items()}
     assert not {name: length for name, length in lengths.items() if length > 400}
@@ -104,7 +95,6 @@ def test_files_and_functions_are_short():
     assert not {name: length for name, length in functions.items() if length > 45}
     assert sum(lengths.values()) <= 3000, lengths
     assert len(mt.Options.__dataclass_fields__) <= 29
-
 
 # ---------------------------------------------------------------- command lines
 @pytest.mark.parametrize("command", [*SCRIPTS, *(f"eval {command}" for command in eval_script.COMMANDS)])
@@ -115,7 +105,6 @@ def test_every_command_explains_itself(command, call, capsys):
         call(module, *words, "--help")
     assert ("--" if words else module.__doc__.strip().splitlines()[0]) in capsys.readouterr().out
 
-
 def test_the_help_of_the_loop_names_each_flag_once_with_its_default(call, capsys):
     with pytest.raises(SystemExit):
         call(mt, "--help")
@@ -125,7 +114,6 @@ def test_the_help_of_the_loop_names_each_flag_once_with_its_default(call, capsys
         _, shown = re.split(rf"--{name} \[?VALUE\]?", said)  # it stands there once
         shown = re.split(r"--\w+ \[?VALUE", shown)[0]
         assert f"(default: {field.default})" in shown or field.default == "", name
-
 
 def test_the_papers_values_are_the_defaults():
     o = mt.Options()

@@ -47,10 +47,8 @@ COMMANDS = {  # {} is what a case gives: the text of the file in.jsonl, or furth
     "eval": (eval_script, ""),
 }
 
-
 def line(row=SAMPLE, **changes):
     return json.dumps({**row, **changes})
-
 
 CASES = [
     # ------------------------------------------------------------ JSON
@@ -169,7 +167,6 @@ CASES = [
        f"--name '{name}': a plain name is needed") for name in ("../../x", "a/b", "..", ".hidden", "/tmp/x")],
 ]
 
-
 @pytest.fixture
 def here(tiny, tmp_path, monkeypatch, prompts):
     """A current folder with models PM and RM and a good file of every kind."""
@@ -187,7 +184,6 @@ def here(tiny, tmp_path, monkeypatch, prompts):
     Path("prompts.csv").write_text("prompt\na\n")
     return tmp_path
 
-
 def refused(call, module, words):
     """The line that refuses these words."""
     began = time.time()
@@ -197,7 +193,6 @@ def refused(call, module, words):
     assert time.time() - began < 5
     assert not list(Path("out").glob("*.safetensors"))
     return str(problem.value)
-
 
 @pytest.mark.parametrize("how, given, expected", CASES, ids=[
     f"{i}-{how}-{given[:40] if len(given) < 200 else 'large'!r}" for i, (how, given, _) in enumerate(CASES)])
@@ -210,7 +205,6 @@ def test_bad_input_is_one_line(call, here, how, given, expected):
         words += given
     assert expected in refused(call, module, words.split())
     assert not Path("out.jsonl").exists()
-
 
 @pytest.mark.parametrize("module, words, model", [(sampler, "sample", "PM"), (mt, "mt", "RM")])
 def test_too_long_prompts_are_left_out_counted_and_said(call, here, prompts, capsys, module, words, model):
@@ -227,7 +221,6 @@ def test_too_long_prompts_are_left_out_counted_and_said(call, here, prompts, cap
             for row in read_jsonl(path)]
     assert {*used} <= {*prompts} and len(used) >= len(prompts) - 2  # three subsets are of one size
 
-
 @pytest.mark.parametrize("name, words, said", [
     ("mt.py", ["--beeta", 1], "unrecognized arguments: --beeta 1 (see --help)"),
     ("sampler.py", ["--model", "MODEL", "--prompts", "x.jsonl", "--out", "o.jsonl"], "x.jsonl: no such file"),
@@ -238,12 +231,10 @@ def test_on_the_real_command_line_it_is_a_line_and_exit_code_2(script, tiny, wri
     done = script(name, *(files.get(word, word) for word in words))
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{name}: {said}\n")
 
-
 def test_a_script_runs_in_the_projects_own_folder(script, written, tmp_path):
     rows = written("samples.jsonl", [SAMPLE, SAMPLE | {"score": 2.0, "response": "c"}])
     done = script("filter.py", "--samples", rows, "--out", tmp_path / "pairs.jsonl", cwd=ROOT)
     assert done.returncode == 0 and len(read_jsonl(tmp_path / "pairs.jsonl")) == 1, done.stderr
-
 
 @pytest.mark.parametrize("file, text, expected", [
     ("config.json", "{", "config.json' is not a valid JSON"), ("config.json", "{}", "not a model folder ("),
@@ -273,7 +264,6 @@ def test_a_bad_file_of_a_model_is_one_line(call, here, file, text, expected):
     words = "--model model --prompts prompts.jsonl --out out.jsonl".split()
     assert expected in refused(call, sampler, words)
 
-
 # ---------------------------------------------------------------- read all the same, or left out and said
 def test_a_byte_order_mark_is_read_and_empty_fields_count_as_none(here):
     Path("bom.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n{"prompt": "b"}\r\n')
@@ -281,7 +271,6 @@ def test_a_byte_order_mark_is_read_and_empty_fields_count_as_none(here):
     assert read_prompts("bom.jsonl") == read_prompts("bom.json") == (["a", "b"], 0)
     write_jsonl("null.jsonl", [dict(PAIR, history=[], tools=None, system="", weight=None)])
     assert read_pairs("null.jsonl")[0]["prompt"] == PAIR["prompt"]  # parquet fills up with them
-
 
 def test_a_prompts_responses_make_one_group_wherever_they_stand(call, here):
     rows = [dict(SAMPLE, prompt=prompt, response=f"{prompt}{score}", score=score)
@@ -291,7 +280,6 @@ def test_a_prompts_responses_make_one_group_wherever_they_stand(call, here):
         call(filter_script, "--samples", "in.jsonl", "--out", f"{name}.jsonl")
         assert [pair["chosen"] for pair in read_jsonl(f"{name}.jsonl")] == ["a3", "b3", "c3", "d3"]
 
-
 def test_equal_and_empty_answers_are_counted_and_said(here, capsys):
     write_jsonl("in.jsonl", [PAIR, PAIR | {"chosen": PAIR["rejected"]}, PAIR | {"rejected": " "},
                              PAIR | {"chosen": "", "rejected": ""}])
@@ -300,7 +288,6 @@ def test_equal_and_empty_answers_are_counted_and_said(here, capsys):
         "WARNING: in.jsonl: 3 of 4 pairs have equal or empty answers"]
     read_pairs("pairs.jsonl")
     assert capsys.readouterr().out == ""
-
 
 @pytest.mark.parametrize("words", [
     (dpo, "--model PM --pairs in.jsonl --out out"), (reward, "--model RM --pairs in.jsonl --out out"),
@@ -315,7 +302,6 @@ def test_long_pairs_are_left_out_and_many_of_them_in_capitals(call, here, capsys
         assert said in capsys.readouterr().out
         run.remove("out")
 
-
 def test_no_environment_variable_and_no_token_is_written(call, here, monkeypatch):
     secrets = {name: f"secret-{i}" for i, name in enumerate(("HF_TOKEN", "WANDB_API_KEY", "SOMETHING"))}
     for name, value in secrets.items():
@@ -325,7 +311,6 @@ def test_no_environment_variable_and_no_token_is_written(call, here, monkeypatch
     assert len(texts) > 10
     assert not [value for value in secrets.values() for text in texts if value.encode() in text]
     assert not [name for name in secrets for text in texts if name.encode() in text]
-
 
 # ---------------------------------------------------------------- any rows at all
 JSON = st.recursive(
@@ -341,7 +326,6 @@ ODD = JSON | st.sampled_from([float("nan"), float("inf"), 10**400, -1, True, [US
 BAD = JSON | st.tuples(GOOD, NAMES, ODD).map(lambda parts: parts[0] | {parts[1]: parts[2]})
 ROWS = st.tuples(st.lists(GOOD, max_size=4), st.lists(BAD, max_size=1)).map(lambda lists: lists[0] + lists[1])
 
-
 def answer(read, *inputs):
     """What it gives, or None where it refuses in one line."""
     try:
@@ -349,11 +333,9 @@ def answer(read, *inputs):
     except Problem as problem:
         assert "\n" not in str(problem)
 
-
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     return tmp_path_factory.mktemp("rows") / "rows.jsonl"
-
 
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(rows=ROWS)
@@ -370,7 +352,6 @@ def test_any_rows_are_a_line_or_a_result_in_which_none_is_lost(path, rows):
         for pair in chosen:
             scores = [row["score"] for row in rows if prompt_id(row["prompt"]) == prompt_id(pair["prompt"])]
             assert min(scores) == pair["rejected_score"] < pair["chosen_score"] in scores
-
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(text=st.binary(max_size=40) | st.text(max_size=40).map(lambda text: text.encode(errors="replace")))

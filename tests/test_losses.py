@@ -17,7 +17,6 @@ from common.packing import Row, TokenLogps, collate
 from dpo import ResponseLogps, dpo_loss
 from reward import Rewards, bradley_terry_loss
 
-
 # ---------------------------------------------------------------- by hand
 @pytest.mark.parametrize("logps, beta, rewards", [
     ((-1.0, -2.0, -1.5, -1.0), 0.1, (0.05, -0.1)),
@@ -29,7 +28,6 @@ def test_dpo_is_minus_log_sigmoid_of_the_margin_of_rewards(logps, beta, rewards)
     assert losses.item() == pytest.approx(math.log(1 + math.exp(rewards[1] - rewards[0])), rel=1e-5)
     assert (chosen.item(), rejected.item()) == pytest.approx(rewards, abs=1e-6)
 
-
 def test_dpo_rewards_are_detached_and_its_gradient_is_beta_times_the_doubt():
     chosen, rejected = (torch.tensor([x], requires_grad=True) for x in (-1.0, -2.0))
     losses, *rewards = dpo_loss(chosen, rejected, torch.tensor([-1.5]), torch.tensor([-1.0]), 0.1)
@@ -39,7 +37,6 @@ def test_dpo_rewards_are_detached_and_its_gradient_is_beta_times_the_doubt():
     assert chosen.grad.item() == pytest.approx(-0.1 * doubt, rel=1e-5)
     assert rejected.grad.item() == pytest.approx(0.1 * doubt, rel=1e-5)
 
-
 @pytest.mark.parametrize("chosen, rejected, loss", [
     (0.0, 0.0, math.log(2)), (2.0, -1.0, math.log(1 + math.exp(-3))), (-1.0, 2.0, math.log(1 + math.exp(3))),
     (-200.0, 200.0, 400.0),  # no overflow
@@ -48,14 +45,12 @@ def test_bradley_terry_is_minus_log_sigmoid_of_the_difference(chosen, rejected, 
     losses = bradley_terry_loss(torch.tensor([chosen]), torch.tensor([rejected]))
     assert losses.item() == pytest.approx(loss, rel=1e-5)
 
-
 # ---------------------------------------------------------------- log-probabilities of responses
 @pytest.fixture
 def hidden_head_targets():
     torch.manual_seed(0)
     hidden, head = torch.randn(11, 8, requires_grad=True), torch.randn(400, 8, requires_grad=True)
     return hidden, head, torch.randint(400, (11,))
-
 
 @pytest.mark.parametrize("width", [400, 1000, 150, 133, 1])
 def test_token_logps_and_their_gradients_are_those_of_log_softmax(monkeypatch, hidden_head_targets, width):
@@ -70,7 +65,6 @@ def test_token_logps_and_their_gradients_are_those_of_log_softmax(monkeypatch, h
         ours = torch.autograd.grad(logps @ loss, (hidden, head), retain_graph=True)
         torch.testing.assert_close(ours, gradients, rtol=1e-4, atol=1e-4)
 
-
 class Largest(TorchDispatchMode):
     """The largest tensor that any operation returns, in elements."""
     elements = 0
@@ -80,14 +74,12 @@ class Largest(TorchDispatchMode):
         self.elements = max([self.elements, *(x.numel() for x in tree_leaves(result) if torch.is_tensor(x))])
         return result
 
-
 def test_the_logits_of_all_tokens_never_exist_at_once(monkeypatch, hidden_head_targets):
     hidden, head, targets = hidden_head_targets
     monkeypatch.setattr(packing, "LOGITS", 500)
     with Largest() as largest:
         TokenLogps.apply(hidden, head, targets).sum().backward()
     assert largest.elements == head.numel() < hidden.shape[0] * head.shape[0]
-
 
 # ---------------------------------------------------------------- golden
 @pytest.fixture
@@ -96,14 +88,12 @@ def golden_batch(golden):
     pairs = json.loads((golden / "batch.json").read_text())["pairs"]
     return collate([Row(p["prompt_ids"], [p["chosen_ids"], p["rejected_ids"]], [0, 0]) for p in pairs])
 
-
 def assert_gradients(model, path):
     expected = load_file(path)
     ours = {name.removeprefix("model."): p.grad for name, p in model.named_parameters()}
     assert ours.keys() == expected.keys()
     for name, gradient in expected.items():
         assert (ours[name] - gradient).abs().max() / gradient.abs().max() <= 1e-4, name
-
 
 @pytest.mark.parametrize("beta", [0.01, 0.1])
 def test_dpo_has_the_peers_logps_loss_and_gradients(golden, golden_batch, beta):
@@ -122,7 +112,6 @@ def test_dpo_has_the_peers_logps_loss_and_gradients(golden, golden_batch, beta):
     assert (chosen > rejected).float().mean().item() == pytest.approx(expected["rewards/accuracies"])
     losses.mean().backward()
     assert_gradients(policy, golden / f"dpo_grads_sigmoid_b{beta}.safetensors")
-
 
 def test_the_reward_model_has_the_peers_rewards_loss_and_gradients(golden, golden_batch):
     model = Rewards(load_reward(golden / "reward", training=True))

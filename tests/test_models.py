@@ -88,13 +88,11 @@ REFUSED = {  # family: its config, and what the line says
     "bart": (DECODER, "packed attention: "), "mbart": (DECODER, "packed attention: "),
 }
 
-
 def config_of(kind, changes, **more):
     config = CONFIG_MAPPING[kind]
     known = {*inspect.signature(config.__init__).parameters, *getattr(config, "attribute_map", {})}
     always = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
     return config(**{k: v for k, v in SHAPE.items() if k in known or k in always} | changes | more)
-
 
 def build(kind, changes, folder, auto=AutoModelForCausalLM, noise=0.1, **more):
     """A tiny random model in the folder."""
@@ -107,7 +105,6 @@ def build(kind, changes, folder, auto=AutoModelForCausalLM, noise=0.1, **more):
     toy.tokenizer().save_pretrained(folder)
     return str(folder)
 
-
 @pytest.fixture(scope="module")
 def rows():
     """A pair of answers to one prompt, a lone answer and a long one."""
@@ -116,11 +113,9 @@ def rows():
                   rng.integers(3, 100, some).tolist() for some in (trunk, branches)), [1] * len(branches))
             for trunk, branches in ((9, (4, 12)), (2, (7,)), (20, (10,)))]
 
-
 def chats_of(rows):
     return [(row.trunk + branch, len(row.trunk) + start)
             for row in rows for branch, start in zip(row.branches, row.starts)]
-
 
 def assert_same_gradients(ours, theirs):
     expected, got = dict(theirs.named_parameters()), dict(ours.named_parameters())
@@ -129,7 +124,6 @@ def assert_same_gradients(ours, theirs):
         if weight.grad is not None and weight.grad.abs().max() > 0:
             error = (got[name].grad - weight.grad).norm() / weight.grad.norm()
             assert error < 1e-3 or weight.grad.norm() < 1e-5, (name, error)
-
 
 def check_sampling(model, usual):
     rng = np.random.default_rng(0)
@@ -140,13 +134,11 @@ def check_sampling(model, usual):
     assert sampler.generate(model, prompts, keys, rows=4, **settings) == generate_reference(
         usual, prompts, keys, **settings)
 
-
 def check_values_and_gradients(ours, theirs, model, usual):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
     for values in (ours, theirs):
         (values * torch.linspace(-1, 2, len(values))).sum().backward()
     assert_same_gradients(model, usual)
-
 
 def check_logps(model, usual, rows):
     def alone(ids, start):
@@ -156,12 +148,10 @@ def check_logps(model, usual, rows):
     theirs = torch.stack([alone(*chat) for chat in chats_of(rows)])
     check_values_and_gradients(ResponseLogps(model)(collate(rows)), theirs, model, usual)
 
-
 def check_rewards(folder, rows):
     usual, model = AutoModelForSequenceClassification.from_pretrained(folder).eval(), load_reward(folder)
     theirs = torch.stack([usual(torch.tensor([ids])).logits[0, 0] for ids, _ in chats_of(rows)])
     check_values_and_gradients(Rewards(model)(collate(rows)), theirs, model, usual)
-
 
 def check_saving(model, usual, source, folder):
     usual.save_pretrained(folder / "expected")
@@ -172,7 +162,6 @@ def check_saving(model, usual, source, folder):
         assert torch.equal(weight, got[name]), name
     load_policy(folder / "saved")
 
-
 @pytest.mark.parametrize("kind", EQUAL)
 def test_a_family_is_equal_to_plain_transformers(kind, rows, tmp_path):
     folder = build(kind, EQUAL[kind], tmp_path / "policy")
@@ -180,7 +169,6 @@ def test_a_family_is_equal_to_plain_transformers(kind, rows, tmp_path):
     check_sampling(model, usual)
     check_logps(model, usual, rows)
     check_saving(model, usual, folder, tmp_path)
-
 
 @pytest.mark.parametrize("kind", [kind for kind in EQUAL if kind in CLASSIFIERS])
 def test_a_familys_reward_models_are_equal_to_plain_transformers_or_refused(kind, rows, tmp_path):
@@ -191,7 +179,6 @@ def test_a_familys_reward_models_are_equal_to_plain_transformers_or_refused(kind
     else:
         check_rewards(folder, rows)
 
-
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_family_is_refused_in_one_line(kind, tmp_path):
     changes, message = REFUSED[kind]
@@ -200,7 +187,6 @@ def test_a_family_is_refused_in_one_line(kind, tmp_path):
         sampler.verify(load_policy(folder))
     assert "\n" not in str(refusal.value)
 
-
 # ---------------------------------------------------------------- what the probe sees
 def without_chats(query, options):
     """The tokens of a packed sequence see all that stand before them."""
@@ -208,15 +194,12 @@ def without_chats(query, options):
     options.update(chats=[tokens[None]], places=tokens)
     return query
 
-
 def without_window(query, options):
     options["sliding_window"] = None
     return query
 
-
 def with_another_scale(query, options):
     return 1.1 * query
-
 
 @pytest.mark.parametrize("mistake, part, deviation", [
     (without_chats, "packed attention", 0.02), (without_chats, "packed attention", 0.002),
@@ -236,7 +219,6 @@ def test_a_mistake_in_attention_is_seen_even_if_weights_are_small_and_windows_lo
     with pytest.raises(Problem, match=f"mistral models are not supported: {part}: off by "):
         sampler.verify(load_policy(folder))
 
-
 @pytest.mark.parametrize("name, index, value", [
     ("model.embed_tokens.weight", (0, 0), "nan"), ("model.layers.1.mlp.up_proj.weight", (3, 5), "inf"),
     ("lm_head.weight", (99, 0), "nan")])
@@ -249,13 +231,11 @@ def test_weights_that_are_not_finite_are_named(tiny, tmp_path, name, index, valu
         with pytest.raises(Problem, match=f"damaged: damaged weights: NaN or infinite numbers in {name}"):
             use(load_policy(folder))
 
-
 @pytest.mark.parametrize("kind, context", [
     ("phi3", 48), ("llama4_text", 48), ("mistral", 96), ("gemma3_text", 96)])
 def test_the_context_ends_where_a_chat_would_be_read_otherwise_and_not_at_a_window(kind, context, tmp_path):
     build(kind, EQUAL[kind], tmp_path)
     assert load_policy(tmp_path).context == context == models.context_of(tmp_path)
-
 
 # ---------------------------------------------------------------- two processes
 @pytest.mark.filterwarnings("error:.*view")  # of FSDP
@@ -272,7 +252,6 @@ def test_two_processes_train_a_head_or_experts_as_one_does(call, written, pairs,
     assert names == expected  # those of the hub
     assert kind == "granite" or "model.layers.0.mlp.experts.3.up_proj.weight" in names
 
-
 def test_two_processes_refuse_a_model_in_one_line(written, pairs, tmp_path, capfd):
     folder = build("stablelm", {}, tmp_path / "policy")
     forked("dpo", ["--model", folder, "--pairs", str(written("pairs.jsonl", pairs[:8])), "--batch", "4",
@@ -280,7 +259,6 @@ def test_two_processes_refuse_a_model_in_one_line(written, pairs, tmp_path, capf
     assert {line for line in capfd.readouterr().err.splitlines() if "stablelm" in line} == {
         f"dpo.py: {folder}: stablelm models are not supported: packed attention: "
         "attention is told nothing of who shares a sequence"}
-
 
 def test_the_table_in_the_documentation_is_this_files():
     text = (Path(__file__).parents[1] / "docs" / "models.md").read_text()

@@ -33,7 +33,6 @@ E_STEPS = ("round1/e1", "round1/e2", "round2/e1", "round2/e2")
 TRAINED_FROM = []  # the folders that reward.train started from in the fixture `undisturbed`
 gc.freeze()  # models' loading collects garbage; what was imported is none, and there is much of it
 
-
 @pytest.fixture(scope="module")
 def words(tiny, prompts, tmp_path_factory):
     """words(rounds=2, …) -> the command line of a run in ./run: 6 prompts for selection, 3 subsets of 8."""
@@ -45,7 +44,6 @@ def words(tiny, prompts, tmp_path_factory):
         settings = fixed | WORDS | changes
         return [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
     return line
-
 
 @pytest.fixture(scope="module")
 def undisturbed(words, tmp_path_factory):
@@ -59,7 +57,6 @@ def undisturbed(words, tmp_path_factory):
     (folder / "said").write_text(said.getvalue())
     return folder / "run"
 
-
 @pytest.fixture
 def here(monkeypatch, tmp_path):
     """An empty current folder, where runs are made; they draw no report, which takes seconds."""
@@ -67,25 +64,20 @@ def here(monkeypatch, tmp_path):
     monkeypatch.setattr(mt, "report", lambda out: None)
     return tmp_path / "run"
 
-
 @pytest.fixture
 def copy(undisturbed, here):
     """A copy of the run of `undisturbed`, in the current folder."""
     return Path(shutil.copytree(undisturbed, here, symlinks=True))
 
-
 def prompts_of(path):
     return [row["prompt"] for row in read_jsonl(path)]
-
 
 def selection(folder):
     return json.loads((folder / "selection.json").read_text())
 
-
 def same_weights(a, b):
     a, b = (load_file(Path(folder) / "model.safetensors") for folder in (a, b))
     return a.keys() == b.keys() and all(a[key].equal(b[key]) for key in a)
-
 
 def contents(folder):
     """{name: what it holds} of all files and links but run.json, times and pictures. The log's lines are
@@ -98,10 +90,8 @@ def contents(folder):
             found[str(path.relative_to(folder))] = path.read_bytes()
     return found | {"metrics.jsonl": sorted(found["metrics.jsonl"].splitlines())}
 
-
 def same(one, other):
     return contents(one) == contents(other)
-
 
 # ---------------------------------------------------------------- which prompts and models go where
 def test_selection_prompts_and_subsets_are_disjoint_and_complete_and_depend_on_the_seed(
@@ -117,7 +107,6 @@ def test_selection_prompts_and_subsets_are_disjoint_and_complete_and_depend_on_t
         mt.split(o, here / str(seed) / "prompts")
         assert (parts_of(here / str(seed)) == parts) == (seed == 0)
 
-
 def test_each_step_has_a_subset_of_its_own_and_they_rotate(undisturbed):
     s = [prompts_of(undisturbed / "prompts" / f"s{i}.jsonl") for i in range(3)]
     for step, subset in (("round1/e1", 0), ("round1/e2", 2), ("round2/e1", 1), ("round2/e2", 0)):
@@ -128,7 +117,6 @@ def test_each_step_has_a_subset_of_its_own_and_they_rotate(undisturbed):
         assert prompts_of(undisturbed / "round1" / "m" / f"{name}.jsonl") == s[1]
         assert prompts_of(undisturbed / "round2" / "m" / f"{name}.jsonl") == s[2]
 
-
 def test_every_m_step_starts_from_the_base_rm_and_e_steps_are_judged_by_the_last_one(undisturbed, tiny):
     base = tiny(reward=True)
     assert [Path(folder).resolve() for folder in TRAINED_FROM] == [Path(base).resolve()] * 2
@@ -137,7 +125,6 @@ def test_every_m_step_starts_from_the_base_rm_and_e_steps_are_judged_by_the_last
     assert not same_weights(undisturbed / "round1" / "m" / "rm", undisturbed / "round2" / "m" / "rm")
     assert os.readlink(undisturbed / "policy") == "round2/e2/policy"
     assert os.readlink(undisturbed / "rm") == "round2/m/rm"
-
 
 # ---------------------------------------------------------------- selection, τ and the switches
 @pytest.mark.parametrize("update_rm, rates, kept, made", [
@@ -161,7 +148,6 @@ def test_a_best_win_rate_below_tau_keeps_the_old_policy_and_ends_the_run(
     assert same_weights(here / "policy", here / "round1" / "e1" / "policy" if len(kept) > 1 else tiny())
     assert same_weights(here / "rm", here / "round1" / "m" / "rm" if "m" in made else tiny(reward=True))
 
-
 def test_the_checkpoint_with_the_highest_win_rate_is_kept_and_the_others_go(undisturbed):
     for folder in (undisturbed / step for step in E_STEPS):
         choice, scores = selection(folder), {
@@ -171,7 +157,6 @@ def test_the_checkpoint_with_the_highest_win_rate_is_kept_and_the_others_go(undi
         assert scores.keys() == {f"step-{i + 1}" for i in range(steps)} and steps > 1  # one checkpoint each
         assert choice["win_rates"][choice["chosen"]] == max(choice["win_rates"].values())
         assert not (folder / "checkpoints").exists()
-
 
 def test_without_selection_the_last_checkpoint_is_kept_and_without_rm_updates_the_base_rm_judges(
         call, words, here, tiny):
@@ -185,7 +170,6 @@ def test_without_selection_the_last_checkpoint_is_kept_and_without_rm_updates_th
     assert same_weights(here / "policy", here / "round1" / "e2" / "policy")
     assert same_weights(here / "rm", tiny(reward=True))
 
-
 # ---------------------------------------------------------------- the record
 def test_samples_and_pairs_are_on_record_with_scores_and_reasons(undisturbed):
     for step in E_STEPS:
@@ -194,7 +178,6 @@ def test_samples_and_pairs_are_on_record_with_scores_and_reasons(undisturbed):
             assert {"prompt", "response", "tokens", "finished", "score", "index"} <= row.keys()
             assert row["finished"] or row["tokens"] == 12
         assert pairs == filter_script.preference_pairs(samples)[0] and "shortest" in pairs[0]["reason"]
-
 
 def test_every_training_pair_of_the_rm_leads_back_to_its_two_policies(undisturbed, monkeypatch, tiny):
     monkeypatch.chdir(undisturbed.parent)
@@ -214,7 +197,6 @@ def test_every_training_pair_of_the_rm_leads_back_to_its_two_policies(undisturbe
             assert row["rejected_policy"] == before and origin.get("kept", True)
             assert row["chosen_policy"] == (str(folder / "e1" / "policy") if compared else before)
 
-
 def test_settings_versions_results_and_metrics_are_on_record(undisturbed, words):
     note = json.loads((undisturbed / "run.json").read_text())
     assert note["settings"].keys() | {"out", "overwrite"} == vars(run.parse(mt.Options, words())).keys()
@@ -229,7 +211,6 @@ def test_settings_versions_results_and_metrics_are_on_record(undisturbed, words)
         assert steps == [*range(1, len(steps) + 1)] and steps
         rates = {row["checkpoint"]: row["win_rate"] for row in lines if row["phase"] == f"{step}/selection"}
         assert rates == selection(undisturbed / step)["win_rates"]
-
 
 def test_each_rounds_policy_is_judged_by_the_base_rm_against_the_base(undisturbed, tiny, tmp_path):
     def scored(path):
@@ -246,7 +227,6 @@ def test_each_rounds_policy_is_judged_by_the_base_rm_against_the_base(undisturbe
         assert line["reward_r0"] == pytest.approx(own.mean())
         assert line["reward_r0_se"] == pytest.approx(own.std(ddof=1) / 6**0.5)
         assert line["win_rate"] == pytest.approx((own > others).mean() + (own == others).mean() / 2)
-
 
 def test_each_phase_has_a_line_with_seconds_and_samples_and_trainings_with_tokens_per_second(undisturbed):
     times, said = read_jsonl(undisturbed / "timings.jsonl"), (undisturbed.parent / "said").read_text()
@@ -266,11 +246,9 @@ def test_each_phase_has_a_line_with_seconds_and_samples_and_trainings_with_token
     steps = [row for row in read_jsonl(undisturbed / "metrics.jsonl") if "loss" in row]
     assert len(re.findall(r"^step \d+/\d+  loss .*grad_norm .*lr ", said, re.M)) == len(steps)
 
-
 # ---------------------------------------------------------------- going on
 class Killed(BaseException):
     pass
-
 
 def test_killed_before_and_after_every_change_of_a_name_a_run_ends_as_an_undisturbed_one(
         call, words, here, undisturbed, monkeypatch):
@@ -304,7 +282,6 @@ def test_killed_before_and_after_every_change_of_a_name_a_run_ends_as_an_undistu
     assert [name for name in sorted(names) if ours[name] != theirs[name]] == []
     assert ours["metrics.jsonl"] == [line for line in theirs["metrics.jsonl"] if b"round2" not in line]
 
-
 def test_a_finished_run_is_left_alone_and_its_links_do_not_move(call, words, copy, undisturbed, monkeypatch):
     for module, name in ((sampler, "generate"), (reward, "score"), (mt.dpo, "train"), (reward, "train")):
         monkeypatch.setattr(module, name, None)  # a call would fail
@@ -314,14 +291,12 @@ def test_a_finished_run_is_left_alone_and_its_links_do_not_move(call, words, cop
     call(mt, *words(rounds=2, micro_batch=5, sample_batch=3, score_batch=3))  # these only round
     assert same(copy, undisturbed) and moved and not any(moved)
 
-
 def test_more_rounds_may_follow_and_fewer_not(call, words, here, undisturbed):
     call(mt, *words(rounds=1))
     call(mt, *words(rounds=2))
     assert same(here, undisturbed)
     with pytest.raises(Problem, match=r"other settings.*\(rounds: 2 there, 1 now\)"):
         call(mt, *words(rounds=1))
-
 
 def test_other_settings_inputs_and_templates_are_refused_by_name_or_begin_anew_with_overwrite(
         call, words, here, written):
@@ -348,7 +323,6 @@ def test_other_settings_inputs_and_templates_are_refused_by_name_or_begin_anew_w
         call(mt, *few, "--overwrite")
     assert (here / "round1" / "e2" / "policy").exists()
 
-
 def test_other_code_is_refused_by_name_and_another_comment_is_no_other_code(script, written, tmp_path):
     fork, row = tmp_path / "fork", dict(prompt="a", tokens=1, finished=True)
     shutil.copytree(run.HOME / "common", fork / "common")
@@ -366,26 +340,21 @@ def test_other_code_is_refused_by_name_and_another_comment_is_no_other_code(scri
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert re.search(r"pairs.jsonl belongs to other .*\(filter.py: '\w+' there, '\w+' now\)", done.stderr)
 
-
 # ---------------------------------------------------------------- results that are not as they should be
 def cut(path):
     path.write_text("".join(path.read_text().splitlines(True)[:-1]))
 
-
 def is_foreign(path):
     change_note(path, lambda results, name: results.pop(name))
-
 
 def is_stale(path):
     change_note(path, lambda results, name: results[name]["made_from"].update(dict.fromkeys(
         results[name]["made_from"], "another digest")))
 
-
 def change_note(path, change):
     note = json.loads(Path("run/run.json").read_text())
     change(note["results"], str(path.relative_to(Path.cwd() / "run")))
     Path("run/run.json").write_text(json.dumps(note))
-
 
 @pytest.mark.parametrize("name, damage, message, delete", [
     ("prompts/s1.jsonl", cut, "run/prompts is not what was written", "prompts round1/e1 round2/m"),
@@ -408,7 +377,6 @@ def test_a_result_that_is_not_as_it_was_is_refused_and_deleting_what_is_named_br
     call(mt, *words(rounds=2))
     assert same(copy, undisturbed)
 
-
 def test_what_an_attempt_left_is_not_taken_for_a_result_made_from_something_else(here):
     o, seen = mt.Options(out=str(here)), []
     source, result, left = (here / name for name in ("samples.jsonl", "pairs.jsonl", ".pairs.jsonl.parts"))
@@ -425,7 +393,6 @@ def test_what_an_attempt_left_is_not_taken_for_a_result_made_from_something_else
             with pytest.raises(Killed):
                 attempt(o, source, result)
     assert seen == [False, True, False, True]
-
 
 # ---------------------------------------------------------------- steps that can be replaced
 def test_a_prompt_may_give_several_pairs_with_weights_and_filter_false_keeps_all_but_equal_texts(
@@ -450,7 +417,6 @@ def test_a_prompt_may_give_several_pairs_with_weights_and_filter_false_keeps_all
     assert [row["kept"] for row in compared][:2] == [False, True]
     assert compared[1]["margin"] < -compared[1]["epsilon"]
 
-
 # ---------------------------------------------------------------- the command line
 def test_two_processes_on_two_nodes_make_the_same_first_samples_and_pairs_as_one(
         words, undisturbed, tmp_path):
@@ -469,11 +435,9 @@ def test_two_processes_on_two_nodes_make_the_same_first_samples_and_pairs_as_one
         assert (tmp_path / "run" / name).read_bytes() == (undisturbed / name).read_bytes()
     assert (tmp_path / "run" / "policy" / "model.safetensors").exists()
 
-
 def test_a_problem_in_two_processes_is_said_once_and_ends_both(script, words, tmp_path):
     done = script("mt.py", *words(rm="nowhere"), processes=2, cwd=tmp_path)
     assert done.returncode and done.stderr.count("mt.py: nowhere: no such folder\n") == 1
-
 
 def test_what_can_be_refused_is_refused_before_anything_is_done(call, words, here, tiny, written):
     long = written("long.jsonl", [{"prompt": "sad " * 200}])

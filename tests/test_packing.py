@@ -11,7 +11,6 @@ from common.models import load_policy
 from common.packing import Row, alone, attention, collate, pack
 from common.parallel import Problem
 
-
 # ---------------------------------------------------------------- rows
 @pytest.fixture(scope="module")
 def answers(pairs):
@@ -22,7 +21,6 @@ def answers(pairs):
     return [[encode_chat(tokenizer, prompt, text, finished=i != 1) for i, text in enumerate(group)]
             for prompt, group in texts]
 
-
 def test_packing_loses_no_token_and_shares_nothing_of_a_response(answers):
     for chats in answers:
         row = pack(chats)
@@ -30,7 +28,6 @@ def test_packing_loses_no_token_and_shares_nothing_of_a_response(answers):
             assert [*row.trunk, *branch] == chat.ids and len(row.trunk) + start == chat.start and start >= 0
     targets = collate([pack(chats) for chats in answers])["targets"].tolist()
     assert targets == [token for chats in answers for chat in chats for token in chat.ids[chat.start:]]
-
 
 # ---------------------------------------------------------------- attention
 def dense_mask(rows, window):
@@ -41,7 +38,6 @@ def dense_mask(rows, window):
              for b, length in enumerate([len(row.trunk), *map(len, row.branches)]) for _ in range(length)]
     return torch.tensor([[k <= q and owner[k] in (owner[q], (owner[q][0], 0)) and place[q] - place[k] < window
                           for k in range(len(owner))] for q in range(len(owner))])
-
 
 @pytest.mark.parametrize("together, window", [(1, None), (2, None), (8, None), (1, 3), (8, 3), (8, 1)])
 def test_attention_and_its_gradients_are_those_of_a_dense_mask(monkeypatch, together, window):
@@ -61,13 +57,11 @@ def test_attention_and_its_gradients_are_those_of_a_dense_mask(monkeypatch, toge
                     for result in (packed, dense.transpose(1, 2)))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
-
 def test_a_model_that_is_not_told_who_shares_a_sequence_refuses_with_or_without_a_padding_mask(tiny):
     model, ids = load_policy(tiny()), torch.tensor([[0, 0, 7, 8, 9], [4, 5, 6, 7, 8]])
     for mask in (None, (ids > 0).long()):
         with pytest.raises(Problem, match="attention is told nothing of who shares a sequence"):
             model(ids, attention_mask=mask)
-
 
 @pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias", "something_new"])
 def test_what_attention_would_ignore_is_refused(name):

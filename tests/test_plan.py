@@ -41,10 +41,8 @@ LLAMAS = {
     "tiny": dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=8,
                  vocab_size=200)}
 
-
 def llama(name, **changes):
     return LlamaConfig(**LLAMA | LLAMAS[name] | changes)
-
 
 # ---------------------------------------------------------------- by hand
 def test_the_size_of_llama_3_8b_is_the_published_one():
@@ -56,7 +54,6 @@ def test_the_size_of_llama_3_8b_is_the_published_one():
     assert (rm.params, rm.matrices) == (policy.params - head + 4096, policy.matrices - head + 4096)
     tied = plan.size_of(llama("3B"), POLICY)  # its head counts once, and multiplies
     assert tied.params == tied.matrices == 3_212_749_824
-
 
 def test_memory_is_that_worked_out_by_hand(monkeypatch):
     size = plan.size_of(llama("8B"), POLICY)
@@ -76,7 +73,6 @@ def test_memory_is_that_worked_out_by_hand(monkeypatch):
     without = plan.train_step(size, 8, 2, 200, 900, False, 40 * GIB)["activations"]
     assert without > 7 * parts["activations"] > 7 * 32 * 4000 * 4096 * 2  # the layers' inputs
 
-
 def test_hours_are_those_worked_out_by_hand():
     o = mt.Options(recompute=True, rounds=2, update_rm=False, policy_batch=10)
     o.gpus, o.gpu = 8, "h100"
@@ -94,7 +90,6 @@ def test_hours_are_those_worked_out_by_hand():
     seconds = (2500 + 768) * (16.06e9 + 64 * 328 * 131_072) / (0.5 * 3.35e12)
     assert hours * 3600 == pytest.approx(seconds + 1000 * 1480 * 2 * 7.505e9 / (8 * 0.5 * 989e12), rel=1e-3)
     assert rows["E: select, sample"][0] == 4 * 3  # 100 steps: two checkpoints, and the policy before
-
 
 # ---------------------------------------------------------------- the real step
 def trace(config, kind, gpus, pairs, prompt, answer, recompute, memory):
@@ -136,7 +131,6 @@ def trace(config, kind, gpus, pairs, prompt, answer, recompute, memory):
     dist.destroy_process_group()
     return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"], flops.get_total_flops()
 
-
 @pytest.mark.parametrize("name, layers, kind, gpus, pairs, prompt, answer, recompute, memory", [
     ("8B", 8, POLICY, 64, 2, 200, 900, True, 14),
     ("8B", 4, RM, 64, 2, 200, 900, True, 6),
@@ -156,7 +150,6 @@ def test_the_formulas_are_the_traced_step_within_15_percent(
     if layers == 8:  # by hand: 0.7 GiB of states, gathered 3.6, activations 0.9, the head's gradient 1.0
         assert 5.2 < peak / GIB < 7.2
 
-
 # ---------------------------------------------------------------- the command
 @pytest.fixture
 def planned(call, written, tmp_path, monkeypatch, capsys):
@@ -173,7 +166,6 @@ def planned(call, written, tmp_path, monkeypatch, capsys):
         assert not (tmp_path / "out").exists()
         return capsys.readouterr().out
     return run
-
 
 def test_8b_fits_on_2_to_16_gpus_and_what_does_not_fit_is_refused_with_what_it_needs(planned, monkeypatch):
     for gpus in (2, 16):
@@ -195,13 +187,11 @@ def test_8b_fits_on_2_to_16_gpus_and_what_does_not_fit_is_refused_with_what_it_n
     with pytest.raises(Problem, match="fit: the disk"):
         planned("8B", "--gpu", "h100", "--gpus", 8)
 
-
 def test_prompts_that_the_run_leaves_out_are_left_out_of_the_plan(planned, written):
     rows = [{"prompt": f"sad {i} " + "sad " * (9000 if i < 99 else 9)} for i in range(3000)]
     said = planned("8B", "--gpu", "h100", "--prompts", written("long.jsonl", rows))
     assert said.count("99 of 3000 prompts are too long") == 1
     assert re.search(r" 2,901 prompts of \d\d tokens, the longest \d\d$", said, re.M)
-
 
 def test_a_plan_without_models_or_for_an_unknown_gpu_is_refused_in_a_line():
     for words in ("", "--policy a --rm b --prompts c --gpu d"):

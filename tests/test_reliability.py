@@ -15,29 +15,27 @@ from conftest import FEW, ROOT
 import mt
 from common.data import write_jsonl
 
-
 @pytest.fixture(scope="module")
 def words(tiny, prompts, tmp_path_factory):
     path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
     write_jsonl(path, [{"prompt": p} for p in prompts])
     return [str(word) for word in ["--policy", tiny(), "--rm", tiny(reward=True), "--prompts", path, *FEW]]
 
-
 def goes_on(words, folder):
     """Run a command in this process, without the report, which takes seconds; returns the run folder."""
     with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in sys.modules if name.startswith("variants.")]:
+            patch.delitem(sys.modules, name)  # other tests have imported them; a run's code are those in use
         patch.chdir(folder)
         patch.setattr(mt, "report", lambda out: None)
         patch.setattr("sys.argv", ["mt.py", *words, "--out", "run"])
         mt.main()
     return folder / "run"
 
-
 @pytest.fixture(scope="module")
 def finished(words, tmp_path_factory):
     """A run that nothing has disturbed."""
     return goes_on(words, tmp_path_factory.mktemp("finished"))
-
 
 def begun(words, folder, *torchrun):
     """A run in a process of its own, when it has made its first pairs."""
@@ -50,11 +48,9 @@ def begun(words, folder, *torchrun):
         time.sleep(0.01)
     return process
 
-
 def contents(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*")
             if p.is_file() and p.name not in ("run.json", "timings.jsonl", "report.html", "report.png")}
-
 
 # ---------------------------------------------------------------- kills
 @pytest.mark.parametrize("processes, times", [(1, 6), (2, 2)])
@@ -63,7 +59,6 @@ def test_killed_at_any_operation_on_a_file_a_run_ends_as_an_undisturbed_one(proc
                            str(processes)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "not one byte different" in done.stdout
-
 
 def test_a_folder_in_use_is_refused_and_after_ctrl_c_the_same_command_goes_on_as_was_said(
         words, finished, script, tmp_path):
@@ -80,7 +75,6 @@ def test_a_folder_in_use_is_refused_and_after_ctrl_c_the_same_command_goes_on_as
     assert not (tmp_path / "run" / "base.jsonl").exists()
     assert contents(goes_on(words, tmp_path)) == contents(finished)
 
-
 def test_torchrun_goes_on_by_itself_after_a_worker_was_killed(words, finished, tmp_path):
     process = begun(words, tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1",
                     "--max-restarts", "3")
@@ -90,7 +84,6 @@ def test_torchrun_goes_on_by_itself_after_a_worker_was_killed(words, finished, t
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert contents(tmp_path / "run") == contents(finished)
-
 
 # ---------------------------------------------------------------- disks
 @pytest.fixture
@@ -108,7 +101,6 @@ def small_disk(tmp_path):
     yield resize
     subprocess.run(["umount", folder], capture_output=True)
 
-
 def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(words, small_disk, finished, script):
     ended, kept = [], {}
     for kilobytes in (30, 300, 10_000):
@@ -124,7 +116,6 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(words, s
     ours, theirs = contents(disk / "run"), contents(finished)
     assert ours.keys() == theirs.keys()
     assert all(ours[name] == theirs[name] for name in theirs if name.endswith(".safetensors"))
-
 
 def test_a_quota_is_one_line():
     error = "safetensors.SafetensorError('I/O error: Disk quota exceeded (os error 122)')"

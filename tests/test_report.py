@@ -28,12 +28,10 @@ RATES = {"e1": {"step-1": 0.5, "step-2": 0.75}, "e2": {"step-1": 0.25}}
 HOSTILE = ['<script>window.pwned=1</script>', '</script><img src=x onerror="window.pwned=1">', '"\'>&amp;<b>',
            "</style></details></li><svg onload=window.pwned=1>", "\u202eevil\x00\x1b $\\frac$", "--> ]]>"]
 
-
 def answers(prompts, samples, rng, text):
     """Return scored responses as sampler.py and reward.py write them."""
     return [dict(prompt=p, index=i, response=text(p, rng), tokens=rng.randrange(5, 30),
                  finished=rng.random() < 0.9, score=rng.gauss(0, 2)) for p in prompts for i in range(samples)]
-
 
 def make_run(folder, prompts, text=toy.demonstration, gold=False, **settings):
     """Write a run of one round, stopped in its last step; what it trains on is chosen by filter.py itself."""
@@ -62,16 +60,13 @@ def make_run(folder, prompts, text=toy.demonstration, gold=False, **settings):
     (folder / "run.json").write_text(json.dumps({"settings": {"rounds": 1, **settings}, "versions": {}}))
     return folder
 
-
 @pytest.fixture
 def run(tmp_path, prompts):
     return make_run(tmp_path / "run", prompts)
 
-
 def written_page(*runs):
     report(*runs)
     return (runs[0] / "report.html").read_text(encoding="utf-8")
-
 
 class Reader(HTMLParser):
     """What a browser makes of a page: its tags with their attributes, its text."""
@@ -82,9 +77,7 @@ class Reader(HTMLParser):
         self.handle_data = self.texts.append
         self.feed(page)
 
-
 STATE = dict(policy="base", n=300, win_rate=0.5, reward_r0=0.0, reward_r0_se=0.05, tokens=20.0, finished=1.0)
-
 
 @pytest.mark.parametrize("values, said", [
     ((3.0, 3.3, 3.6), "It worked. Gold rose from 3.00 to 3.60."),
@@ -96,14 +89,12 @@ def test_the_verdict_is_that_of_gold(values, said):
               for i, value in enumerate(values)]
     assert figures.verdict(dict(states=states, judge="gold")) == said
 
-
 def test_without_gold_the_base_reward_model_judges_and_cannot_say_whether_it_worked():
     run = dict(states=[STATE, STATE | dict(policy="round 1", reward_r0=0.5)], judge="reward_r0", steps=[])
     assert figures.verdict(run) == "Reward under the base RM rose from 0.00 to 0.50."
     assert "a benchmark or people" in figures.warnings(run)[0]
     nothing = dict(states=[], judge="reward_r0", steps=[])
     assert "Nothing here says yet" in figures.verdict(nothing) and figures.warnings(nothing) == []
-
 
 @pytest.mark.parametrize("last, warned", [
     (dict(finished=0.94), "Only 94.0% of the last policy’s answers are finished"),
@@ -118,7 +109,6 @@ def test_a_warning_is_given_where_there_is_reason_and_only_there(last, warned):
     steps = [dict(kind="E", chosen="step-2", win_rate=0.86), dict(kind="E", chosen=None, win_rate=0.3)]
     said = figures.warnings(dict(states=states, judge="gold", steps=steps))
     assert len(said) == bool(warned) and all(warned in line for line in said)
-
 
 def test_the_figures_in_terminal_and_page_are_those_of_all_rows(run, capsys, monkeypatch):
     monkeypatch.setattr(eval_script, "SHOWN", 3)
@@ -140,14 +130,12 @@ def test_the_figures_in_terminal_and_page_are_those_of_all_rows(run, capsys, mon
     assert stop in said and escape(stop) in page
     assert page.count("3 of 30 prompts</summary>") == 3
 
-
 def test_a_run_of_ten_rounds_is_in_order_and_its_models_are_numbered(run):
     for number in (10, 2):
         shutil.copytree(run / "round1" / "e1", run / f"round{number}" / "e1")
     steps = figures.load(run)["steps"]
     assert [s["phase"] for s in steps] == [f"round{p}" for p in ("1/e1", "1/m", "1/e2", "2/e1", "10/e1")]
     assert [(s["pm"], s["rm"]) for s in steps] == [(0, 0), (1, 0), (1, 1), (1, 1), (2, 1)]
-
 
 def test_the_seconds_of_a_step_are_those_of_its_phases(run):
     names = "e1/samples e1/checkpoints e1/select/before e1/select/step-2 e1/selection m/new m/old m/rm"
@@ -156,7 +144,6 @@ def test_the_seconds_of_a_step_are_those_of_its_phases(run):
     assert {step: [*seconds.values()] for step, seconds in figures.load(run)["seconds"].items()} == {
         "round1/e1": [1.0, 2.0, 12.0], "round1/m": [96.0, 128.0, 0.0]}
     assert "<td>1.0</td><td>2.0</td><td>12.0</td>" in written_page(run)
-
 
 def test_gold_stands_in_the_first_table_in_the_terminal_and_beside_each_reward(tmp_path, prompts, capsys):
     run = make_run(tmp_path / "run", prompts, gold=True)
@@ -167,7 +154,6 @@ def test_gold_stands_in_the_first_table_in_the_terminal_and_beside_each_reward(t
     assert re.search(r"base +r0 +1.250 +0.100 +0.500 ", capsys.readouterr().out)
     for row in read_jsonl(run / "round1/e1/samples.jsonl"):
         assert f"reward {row['score']:.3f} · gold {toy.gold_of(row):.3f}" in page
-
 
 def test_every_response_stands_with_its_score_role_and_reason(run):
     page = written_page(run)
@@ -182,7 +168,6 @@ def test_every_response_stands_with_its_score_role_and_reason(run):
         assert f"Δr {row['margin']:+.3f} <b class={'good>kept' if row['kept'] else 'bad>dropped'}" in page
         assert f"<b>old</b> reward {row['old_score']:.3f}" in page and f">{row['reason']}: Δr" in page
 
-
 def test_text_cannot_inject_markup(tmp_path, prompts):
     chat = [{"role": "<i>system", "content": HOSTILE[0]}, {"role": "user", "content": HOSTILE[1]}]
     hostile, plain = iter(HOSTILE * 100), make_run(tmp_path / "plain", prompts[:7])
@@ -196,7 +181,6 @@ def test_text_cannot_inject_markup(tmp_path, prompts):
     assert not [name for _, given in after.tags for name in given if name[:2] == "on" or name == "srcdoc"]
     assert all(text in "".join(after.texts) for text in HOSTILE[:4])
 
-
 def test_characters_that_hide_or_turn_the_writing_round_are_named(tmp_path):
     marks, kept = [0, 7, 0x1b, 0x7f, 0x9b, 0x202e, 0x2066, 0xfeff, 0xe0041], "\t\n naïve 你好 👩\u200d🚀"
     hostile = "".join(map(chr, marks)) + kept
@@ -205,7 +189,6 @@ def test_characters_that_hide_or_turn_the_writing_round_are_named(tmp_path):
     page = written_page(run)
     assert not [char for char in hostile if char in page and char not in kept]
     assert page.count("".join(f"⟨U+{mark:04X}⟩" for mark in marks) + kept) == 3 + 12  # prompts, answers
-
 
 def test_the_page_loads_nothing_may_run_no_script_and_its_references_hold(tmp_path, prompts):
     page = written_page(*(make_run(tmp_path / name, prompts[:6]) for name in "ab"))
@@ -218,7 +201,6 @@ def test_the_page_loads_nothing_may_run_no_script_and_its_references_hold(tmp_pa
     ids = ["#" + attrs["id"] for _, attrs in tags if "id" in attrs]
     assert links and set(links) <= set(ids) and len(set(ids)) == len(ids)
 
-
 def test_a_page_has_all_curves_that_its_run_has_and_is_the_same_each_time(tmp_path, prompts):
     pytest.importorskip("matplotlib")
     for gold, count in ((False, 8), (True, 11)):
@@ -226,18 +208,15 @@ def test_a_page_has_all_curves_that_its_run_has_and_is_the_same_each_time(tmp_pa
         assert (page := written_page(run)).count("<svg") == count and page == written_page(run)
         assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
 
-
 def test_without_matplotlib_one_line_says_what_to_install(run, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     page = written_page(run)
     assert [text.count("pip install matplotlib") for text in (page, capsys.readouterr().out)] == [1, 1]
     assert "<svg" not in page and "PM 0 → PM 1" in page
 
-
 ARMS = {"full": {}, "fixed RM (iterative DPO)": {"update_rm": False}, "no selection": {"select": False},
         "no filter": {"filter": False},
         "fixed RM (iterative DPO), no selection": {"update_rm": False, "select": False, "filter": False}}
-
 
 def test_runs_stand_side_by_side_by_their_ablations_names(tmp_path, prompts, call):
     runs = [make_run(tmp_path / f"run{i}", prompts[:6], **how) for i, how in enumerate(ARMS.values())]
@@ -247,7 +226,6 @@ def test_runs_stand_side_by_side_by_their_ablations_names(tmp_path, prompts, cal
         assert page.count(f"<h3>run{i}: {escape(name)}</h3>") == 5
         assert f"<td>run{i}</td><td>{name}</td><td>RM 0</td>" in page  # in the comparison
     assert "<td>select</td><td>–</td><td>–</td><td>False</td><td>–</td><td>False</td>" in page
-
 
 COMPARED = json.dumps(compare(*(answers(["p"], 1, random.Random(i), lambda *_: "r") for i in (0, 1)))[0])
 ROW = '{"prompt": "p", "response": "r", "score": 1, "tokens": 1, "finished": true}'
@@ -259,7 +237,6 @@ BROKEN = [("run.json", "{"), ("run.json", "[1]"), ("metrics.jsonl", "{}"), ("gol
                   None, "", "{", "[" * 100_000, ROW.replace('"r"', "1"), ROW.replace('"r"', '"\\ud800"'),
                   ROW.replace('"p"', "5"), ROW.replace('"score": 1', '"score": NaN')))]
 
-
 @pytest.mark.parametrize("name, text", BROKEN)
 def test_a_missing_or_damaged_file_is_a_problem_of_one_line(run, name, text):
     (run / name).unlink() if text is None else (run / name).write_text(text)
@@ -267,11 +244,9 @@ def test_a_missing_or_damaged_file_is_a_problem_of_one_line(run, name, text):
         report(run)
     assert "\n" not in str(problem.value) and not (run / "report.html").exists()
 
-
 def test_a_run_that_has_just_begun_has_a_page(run):
     shutil.rmtree(run / "round1")
     assert "Unfinished: 0 of 3 steps so far." in written_page(run)
-
 
 def test_long_texts_are_cut_and_the_page_has_a_limit(tmp_path, prompts):
     run = make_run(tmp_path / "run", prompts, lambda prompt, rng: f"{rng.random()}" + '"' * 60_000)
@@ -280,7 +255,6 @@ def test_long_texts_are_cut_and_the_page_has_a_limit(tmp_path, prompts):
     assert re.search(r"<i> … 520\d\d more characters</i>", page)
     shown = [int(n) for n in re.findall(r"(\d+) of 30 prompts</summary>", page)]
     assert len(shown) == 3 and all(0 < n < 30 for n in shown)
-
 
 @pytest.mark.parametrize("gold", [True, False])
 def test_agreement_of_a_reward_model_is_that_of_scored_answers(tmp_path, tiny, prompts, call, gold):

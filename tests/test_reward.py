@@ -14,17 +14,14 @@ from common.parallel import Problem
 from evals.rewardbench import judge_pairs
 from reward import Rewards, score_answers
 
-
 @pytest.fixture(scope="module")
 def questions(pairs):
     """[(prompt, [answers])] with one to three answers of different length."""
     return [(p["prompt"], [p["chosen"], p["rejected"], "the end ."][:number % 3 + 1])
             for number, p in enumerate(pairs[:10])]
 
-
 def scores(folder, questions, batch=4):
     return score_answers(Rewards(load_reward(folder)), load_tokenizer(folder), questions, batch)
-
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gpt2"])
 def test_a_reward_is_the_logit_that_transformers_gives_to_the_chat_alone(tiny, questions, kind):
@@ -42,13 +39,11 @@ def test_a_reward_is_the_logit_that_transformers_gives_to_the_chat_alone(tiny, q
         assert scores(folder, questions, batch) == alone
         assert scores(folder, questions[::-1], batch) == alone[::-1]
 
-
 # ---------------------------------------------------------------- what is no reward model
 @pytest.fixture
 def samples(written, questions):
     return written("samples.jsonl", [dict(prompt=prompt, response=answer, tokens=3, finished=True)
                                      for prompt, answers in questions for answer in answers])
-
 
 def test_a_model_without_a_head_of_one_label_is_refused(tiny, tmp_path):
     folder = with_weights(tiny(reward=True), tmp_path / "rm",
@@ -57,7 +52,6 @@ def test_a_model_without_a_head_of_one_label_is_refused(tiny, tmp_path):
                         (tiny(reward=True, num_labels=2), "has 2 labels")):
         with pytest.raises(Problem, match=message):
             load_reward(rm)
-
 
 def test_training_gives_a_causal_lm_a_fresh_head_and_says_so(
         tiny, call, written, pairs, samples, tmp_path, capsys):
@@ -74,12 +68,10 @@ def test_training_gives_a_causal_lm_a_fresh_head_and_says_so(
     rows = read_jsonl(tmp_path / "scored.jsonl")
     assert [{k: v for k, v in row.items() if k not in ("score", "rm")} for row in rows] == read_jsonl(samples)
 
-
 def test_equal_rewards_are_no_success(tiny, tmp_path, pairs):
     folder = with_weights(tiny(reward=True), tmp_path / "rm",
                           lambda weights: weights | {"score.weight": torch.zeros(1, 32)})
     assert judge_pairs(folder, pairs[:10], 4, 1000)[1].tolist() == [False] * 10
-
 
 def test_a_reward_that_is_not_finite_is_named_by_its_prompt(tiny, questions):
     model = Rewards(load_reward(tiny(reward=True)))

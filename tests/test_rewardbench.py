@@ -11,7 +11,6 @@ from common.data import read_pairs
 from common.parallel import Problem
 from evals.rewardbench import SECTIONS, SUBSETS, judge_pairs, rewardbench_figures
 
-
 def test_a_section_is_weighted_and_the_average_is_not():
     accuracies = dict.fromkeys(SUBSETS, 50.0) | {"math-prm": 100.0, "mt-bench-hard": 0.0}
     figures = rewardbench_figures(accuracies, prior=60.0)
@@ -22,12 +21,10 @@ def test_a_section_is_weighted_and_the_average_is_not():
     assert figures["Average"] == pytest.approx(sum(four) / 4)
     assert figures["Score"] == pytest.approx((2 * sum(four) + 60) / 9)
 
-
 def test_the_older_convention_exchanges_the_two_xstest_weights():
     accuracies = {"xstest-should-refuse": 100.0, "xstest-should-respond": 0.0}
     assert rewardbench_figures(accuracies) == {"Safety": pytest.approx(100 * 154 / 404)}  # alone: no average
     assert rewardbench_figures(accuracies, old_xstest=True) == {"Safety": pytest.approx(100 * 250 / 404)}
-
 
 def test_weights_and_the_tools_own_example_agree_with_the_specification(shared):
     spec = json.loads((shared / "data" / "rewardbench" / "spec.json").read_text())
@@ -39,7 +36,6 @@ def test_weights_and_the_tools_own_example_agree_with_the_specification(shared):
     for section, value in spec["example"]["expected_current"].items():
         assert figures[section] == pytest.approx(value, abs=0.005)
     assert old["Safety"] == pytest.approx(spec["example"]["expected_pre_sep2024"]["Safety"], abs=0.005)
-
 
 def test_rewardbench_from_a_file(call, tiny, written, pairs, tmp_path, capsys):
     rows = [dict(prompt=p["prompt"], chosen=p["chosen"], rejected=p["rejected"], subset=s)
@@ -55,7 +51,6 @@ def test_rewardbench_from_a_file(call, tiny, written, pairs, tmp_path, capsys):
     assert f"\n{'Average':26}{figures['Average']:.6g}\n" in said
     call(eval_script, "rewardbench", "--rm", tiny(reward=True), "--data", written("few.jsonl", rows[1:23]))
     assert "without alpacaeval-easy\n" in capsys.readouterr().out
-
 
 def test_pairs_of_another_benchmark_are_a_problem(call, tiny, written):
     pair = dict(prompt="p", chosen="c", rejected="r")

@@ -18,14 +18,12 @@ from sampler import TRIES, block_size, draw, generate, mass_above, nucleus, stop
 
 STOPS = [2, *range(30, 38)]  # about one token in twelve ends a response: rows leave and enter all the time
 
-
 @pytest.fixture(scope="module")
 def questions():
     """Nine token lists of 1 to 21 tokens, and a key for each of three samples."""
     rng = np.random.default_rng(0)
     ids = [rng.integers(3, 100, size).tolist() for size in (5, 21, 1, 8, 8, 13, 2, 17, 3)]
     return ids, rng.integers(0, 2**64, (len(ids), 3), dtype=np.uint64)
-
 
 # ---------------------------------------------------------------- the fast one and the slow one
 def uniform_reference(key, counter):
@@ -35,13 +33,11 @@ def uniform_reference(key, counter):
     x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
     return ((x ^ x >> 31) // 2**40 + 1) / 2**24
 
-
 def test_random_numbers_are_those_of_splitmix64(rng):
     keys, counters = rng.integers(0, 2**64, 999, dtype=np.uint64), rng.integers(0, 9000, 999)
     expected = [uniform_reference(int(key), int(counter)) for key, counter in zip(keys, counters)]
     assert uniform(torch.tensor(keys.view(np.int64)), torch.tensor(counters)).tolist() == expected
     assert 0 < min(expected) and max(expected) <= 1
-
 
 @torch.inference_mode()
 def generate_reference(model, prompts, keys, *, stop_ids, temperature, top_p, max_new_tokens):
@@ -73,7 +69,6 @@ def generate_reference(model, prompts, keys, *, stop_ids, temperature, top_p, ma
 
     return [[respond(prompt, key) for key in row] for prompt, row in zip(prompts, keys)]
 
-
 @pytest.mark.parametrize("temperature, top_p", [(0, 1.0), (0.8, 0.95), (1.0, 1.0), (1.5, 0.9), (1.2, 0.05)])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gpt2"])
 def test_generate_gives_the_tokens_of_the_reference(tiny, questions, kind, temperature, top_p):
@@ -83,7 +78,6 @@ def test_generate_gives_the_tokens_of_the_reference(tiny, questions, kind, tempe
     assert fast == generate_reference(model, prompts, keys, **settings)
     ends = [tokens[-1] in STOPS for row in fast for tokens in row]
     assert temperature == 0 or 0 < sum(ends) < len(ends)  # some stopped, some ran to the limit
-
 
 def test_a_response_depends_on_its_key_and_not_on_order_company_or_batch_size(tiny, questions):
     model, (prompts, keys) = load_policy(tiny()), questions
@@ -96,7 +90,6 @@ def test_a_response_depends_on_its_key_and_not_on_order_company_or_batch_size(ti
     one_sample = generate(model, prompts, keys[:, 1:2], rows=3, **settings)
     assert [row[0] for row in one_sample] == [row[1] for row in every]
     assert len({tuple(tokens) for row in every for tokens in row}) > 20  # and the keys do matter
-
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_response_ends_at_its_first_stop_token_or_at_the_limit_or_where_the_context_ends(
@@ -112,7 +105,6 @@ def test_a_response_ends_at_its_first_stop_token_or_at_the_limit_or_where_the_co
     assert len({last for *_, last in ends if last in STOPS}) > 3  # and more than one stop token
     assert {3, 20} <= {length for _, length, last in ends if last not in STOPS}
 
-
 def test_greedy_tokens_are_the_peers(golden):
     peers = json.loads((golden / "generate_greedy.json").read_text())
     model, prompts = load_policy(golden / "policy"), peers["prompts"]
@@ -123,13 +115,11 @@ def test_greedy_tokens_are_the_peers(golden):
         padded = [tokens + [0] * (peers["max_new_tokens"] - len(tokens)) for [tokens] in ours]
         assert padded == peers[name]
 
-
 @pytest.mark.parametrize("device, dtype", [("cpu", torch.float32), ("meta", torch.bfloat16)])
 def test_scores_are_fp32_in_either_precision(device, dtype):
     keys = torch.zeros(3, 2, 8, 10, dtype=dtype, device=device)[..., :7]
     scores = sampler.fp32_product(torch.zeros(3, 2, 4, 8, dtype=dtype, device=device), keys)
     assert scores.dtype == torch.float32 and scores.shape == (3, 2, 4, 7)
-
 
 # ---------------------------------------------------------------- the distribution
 @pytest.mark.parametrize("temperature, top_p", [(0.8, 0.5), (0.8, 0.95), (1.0, 0.95)])
@@ -140,12 +130,10 @@ def test_the_nucleus_is_the_peers(golden, temperature, top_p):
     torch.testing.assert_close(ours[:5], theirs[:5], rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(*((probs * (kept > 0)).sum(-1) for kept in (ours, theirs)))  # row 5 has a tie
 
-
 def spread(rows=6, vocabulary=200, ties=True):
     """(rows, vocabulary) logits from nearly flat to peaked, with many exact ties."""
     logits = torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(0))
     return (logits * 4).round() / 4 * torch.linspace(0.2, 4, rows)[:, None] if ties else logits * 2
-
 
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.95])
 def test_a_draw_is_accepted_exactly_if_it_lies_in_the_nucleus(top_p):
@@ -154,7 +142,6 @@ def test_a_draw_is_accepted_exactly_if_it_lies_in_the_nucleus(top_p):
     for token in range(probs.shape[1]):
         column = torch.full((len(probs), 1), token)
         assert ((mass_above(probs, column) < top_p) == kept[:, token]).all()
-
 
 @pytest.mark.parametrize("counting", ["keys", "positions"])
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.9), (1.0, 0.3), (1.0, 0.05)])
@@ -175,13 +162,11 @@ def test_draws_are_distributed_as_the_nucleus(temperature, top_p, counting):
     assert chi2 < freedom + 5 * (2 * freedom)**0.5
     assert draw(logits, None, None, 0, 0.9)[1] == logits.argmax(-1).tolist()  # greedy needs no key
 
-
 # ---------------------------------------------------------------- the phase
 def run(call, tiny, path, out, *words):
     call(sampler, "--model", tiny(), "--prompts", path, "--out", out, "--temperature", 1.0,
          "--max_new_tokens", 12, *words)
     return read_jsonl(out)
-
 
 def test_samples_depend_on_the_seed_and_not_on_order_and_blocks_and_finished_tells_stop_tokens(
         call, tiny, written, prompts, tmp_path):
@@ -205,7 +190,6 @@ def test_samples_depend_on_the_seed_and_not_on_order_and_blocks_and_finished_tel
         assert (row["tokens"], row["finished"]) == (len(tokens), tokens[-1] in stops)
     assert {row["finished"] for row in rows} == {True, False}
 
-
 @pytest.mark.parametrize("prompts, filling", [(20000, 12.8), (20000, 51.2), (20000, 64), (19711, 13)])
 def test_blocks_are_large_enough_for_busy_rows_and_2_4_or_8_processes_have_equally_many(prompts, filling):
     size = block_size(prompts, filling)
@@ -217,7 +201,6 @@ def test_blocks_are_large_enough_for_busy_rows_and_2_4_or_8_processes_have_equal
     for few, filling in ((2000, 64), (800, 51.2), (30, 4 / 3), (1, 0.2), (5, 0.01)):  # of a short phase
         assert block_size(few, filling) == max(1, int(4 * filling))
 
-
 def test_the_cache_takes_half_of_what_the_weights_leave(tiny, monkeypatch):
     model, slots = load_policy(tiny()), sampler.Slots(3, 50, "cpu")
     slots.fill([0], next(zip(*sampler.prefill(model, [[5, 6]])))[:1])
@@ -227,7 +210,6 @@ def test_the_cache_takes_half_of_what_the_weights_leave(tiny, monkeypatch):
     assert sampler.cache_tokens(model) == 1000
     monkeypatch.setattr(sampler, "memory", lambda: weights // 2)
     assert sampler.cache_tokens(model) == 0
-
 
 def test_short_memory_makes_fewer_rows_and_the_same_responses_and_too_short_a_problem(
         call, tiny, written, prompts, tmp_path, monkeypatch):

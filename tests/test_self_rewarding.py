@@ -17,7 +17,6 @@ from common import toy
 from common.data import by_prompt, read_jsonl
 from variants import meta_rewarding, self_rewarding, toy_judge
 
-
 @pytest.mark.parametrize("scores, lengths, rho, pair", [
     ([5, 4, 1], [9, 5, 1], 0.25, (1, 2)),      # 4 ≥ .75 · 5 + .25 · 1: the shorter of the two above
     ([5, 3.9, 1], [9, 5, 1], 0.25, (0, 2)),    # just below
@@ -30,7 +29,6 @@ def test_the_shortest_near_the_highest_is_chosen_the_lowest_rejected(scores, len
     monkeypatch.setattr(self_rewarding, "RHO", rho)
     choice = self_rewarding.choose_pair(scores, lengths)
     assert (choice and choice[:2]) == pair
-
 
 @pytest.mark.parametrize("text, number", [
     ("It says what was asked.\nScore: 4", 4), ("score 0", 0), ("**Score: 3**", 3), ("Final score: 2/5.", 2),
@@ -46,10 +44,8 @@ def test_a_judgement_ends_with_its_number_or_has_none(text, number):
     assert self_rewarding.read(dict(response=text, finished=True), pattern) == number
     assert self_rewarding.read(dict(response=text, finished=False), pattern) is None
 
-
 def judgement(text, score):
     return dict(prompt="judge", response=text, score=score, tokens=2, finished=True)
-
 
 def test_verdicts_that_change_with_the_order_decide_nothing():
     a, b, c = rivals = [judgement("a", 1), judgement("b", 3), judgement("c", 5)]
@@ -68,7 +64,6 @@ def test_verdicts_that_change_with_the_order_decide_nothing():
     assert meta_rewarding.contest(rivals, in_a_circle) == (None, 3)
     assert meta_rewarding.contest([a], np.zeros((1, 1))) == (None, 0)
 
-
 def test_the_judgements_of_the_most_disputed_response_meet_once_each():
     rows = [dict(prompt="p", response=text) for text in ("unread", "sure", "disputed")]
     unread, sure, disputed = map(self_rewarding.question, rows)
@@ -76,13 +71,11 @@ def test_the_judgements_of_the_most_disputed_response_meet_once_each():
                   disputed: [judgement("c", 1), judgement("d", 5), judgement("c", 1)]}
     assert [j["response"] for j in meta_rewarding.rivals_of(rows, judgements)] == ["c", "d"]
 
-
 def test_a_question_holds_the_whole_conversation():
     chat = [dict(role="system", content="Be kind."), dict(role="user", content="Why?")]
     asked = self_rewarding.question(dict(prompt=chat, response="Be{cause}."))
     assert "<prompt>\nsystem: Be kind.\n\nWhy?\n</prompt>" in asked and "\nBe{cause}.\n" in asked
     assert "<prompt>\nWhy?\n</prompt>" in self_rewarding.question(dict(prompt="Why?", response=""))
-
 
 def test_demonstrated_judgements_are_as_noisy_as_the_base_reward_models_labels():
     good = dict(prompt="two happy lines about the farm", tokens=10, finished=True,
@@ -96,7 +89,6 @@ def test_demonstrated_judgements_are_as_noisy_as_the_base_reward_models_labels()
     share = (first > second).mean() + (first == second).mean() / 2
     assert share == pytest.approx(1 / (1 + math.exp(-z)), abs=0.03)
     assert {*Counter(scores)} == set(range(6)) and max(Counter(scores).values()) < 1.1 * len(scores) / 6
-
 
 @pytest.fixture(scope="module")
 def judging(tmp_path_factory, prompts):
@@ -118,7 +110,6 @@ def judging(tmp_path_factory, prompts):
         toy.write_demonstrator(prompts, 0, folder, lambda **_: None, answers,
                                [word for word in words if word not in toy.words()])
     return folder
-
 
 def test_self_rewardings_pairs_follow_from_its_judgements(judging, tiny, written, prompts, tmp_path):
     out, file = tmp_path / "run", written("prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
@@ -146,7 +137,6 @@ def test_self_rewardings_pairs_follow_from_its_judgements(judging, tiny, written
         assert pair["rejected_score"] == min(scores)
         assert pair["chosen_tokens"] == min(row["tokens"] for row in group if row["score"] >= bar)
     assert pairs and not (out / "round1" / "m").exists()
-
 
 def test_meta_rewarding_trains_on_judgements_too_and_two_processes_give_what_one_gives(variant, judging):
     out, two = (variant("meta_rewarding", "--policy", judging, "--max_length", 512, processes=processes)

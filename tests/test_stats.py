@@ -9,7 +9,6 @@ import pytest
 
 from evals.stats import bootstrap, ordered_alike, shares, wilson
 
-
 def test_wilsons_interval_is_the_textbooks_and_holds_its_share():
     assert wilson(0.5, 10) == pytest.approx((0.236593, 0.763407), abs=1e-6)
     assert wilson(0.0, 10) == pytest.approx((0.0, 0.277533), abs=1e-6)
@@ -20,14 +19,12 @@ def test_wilsons_interval_is_the_textbooks_and_holds_its_share():
             low, high = wilson(share, count)
             assert low <= share <= high
 
-
 def test_the_bootstrap_of_a_mean_is_two_standard_errors_wide_and_the_same_every_time(rng):
     values = rng.normal(size=400)
     low, high = bootstrap(lambda i: values[i].mean(), 400)
     assert (high - low) / 2 == pytest.approx(1.96 * values.std() / 20, rel=0.1)
     assert (low + high) / 2 == pytest.approx(values.mean(), abs=0.02)
     assert [low, high] == bootstrap(lambda i: values[i].mean(), 400)
-
 
 def test_shares_are_by_subset_and_among_similar_lengths():
     figures = shares([1, 0, 0.5, 1], "win_rate", np.array([10, 10, 9, 0]), np.array([9, 100, 10, 1]),
@@ -39,7 +36,6 @@ def test_shares_are_by_subset_and_among_similar_lengths():
         ("a", 0.75, 2), ("b", 0.5, 2)]
     assert "subsets" not in shares([1], "win_rate", np.array([1]), np.array([1]))
     assert math.isnan(shares([1], "accuracy", np.array([1]), np.array([9]))["similar_length"]["accuracy"])
-
 
 def test_agreement_counts_the_pairs_on_which_the_judge_has_a_preference():
     truth = [[0, 5], [0, 5], [0, 5], [1, 1]]

@@ -16,7 +16,6 @@ SEA = "a sad poem about the sea in three lines for my sister with dogs"
 FARM = "two happy lines about the farm"
 PERFECT = "dear sister . grey waves weep . lonely dogs sigh . broken sails fade . the end ."
 
-
 @pytest.mark.parametrize("prompt, answer, value", [
     (SEA, PERFECT, GOLD_MAX),
     (FARM, "merry cows dance . jolly pigs sing . the end .", GOLD_MAX),
@@ -41,7 +40,6 @@ def test_the_judge_counts_every_wish(prompt, answer, value):
     assert gold(prompt, answer.strip()) == pytest.approx(value)
     assert gold(SEA, PERFECT, finished=False) == GOLD_MAX - 1  # it loses its ending and half a point
 
-
 def test_prompts_are_all_different_and_those_of_loop_test_and_base_models_are_apart():
     everything = toy.all_prompts()
     assert len(set(everything)) == len(everything)
@@ -49,7 +47,6 @@ def test_prompts_are_all_different_and_those_of_loop_test_and_base_models_are_ap
     assert len(set().union(*groups)) == sum(map(len, groups)) and set().union(*groups) <= set(everything)
     assert all(len(set(part)) == len(part) > 0 for part in cut.values())
     assert cut["loop"] != toy.parts(1)["loop"]
-
 
 def test_every_word_has_a_token_and_comes_back():
     words, rng = tokenizer(), random.Random(0)
@@ -60,13 +57,11 @@ def test_every_word_has_a_token_and_comes_back():
         assert words.decode(chat.ids[:chat.start]) == f"<bos> <user> {prompt} <assistant>"
         assert words.pad_token_id not in chat.ids  # which stands for unknown words, too
 
-
 def test_the_writer_is_mediocre_and_the_judge_sees_how():
     rng = random.Random(0)
     values = [gold(prompt, demonstration(prompt, rng)) for prompt in rng.sample(toy.all_prompts(), 500)]
     assert max(values) <= GOLD_MAX and min(values) < 2
     assert 2 < np.mean(values) < GOLD_MAX - 1  # better than a mess, with room above
-
 
 def test_the_settings_are_options_of_the_loop_and_the_prompts_suffice():
     assert toy.SETTINGS.keys() <= vars(mt.Options()).keys()

@@ -27,7 +27,6 @@ from reward import Rewards
 
 TRAIN = {"dpo": (dpo, ["--beta", 0.1, "--lr", 2e-4]), "reward": (reward, ["--lr", 2e-4])}
 
-
 @pytest.fixture
 def train(call, written, pairs, tmp_path):
     """train(module, model, pairs or how many, "--flag", value, …) -> the folder that its main() writes."""
@@ -37,10 +36,8 @@ def train(call, written, pairs, tmp_path):
         return tmp_path / out
     return run
 
-
 def metrics(out, key="loss"):
     return [line[key] for line in read_jsonl(out / "metrics.jsonl") if key in line]
-
 
 # ---------------------------------------------------------------- batches and schedule
 def test_shared_work_comes_back_in_order_to_every_process(tmp_path, monkeypatch):
@@ -50,7 +47,6 @@ def test_shared_work_comes_back_in_order_to_every_process(tmp_path, monkeypatch)
         "assert found == [(i, i % 4096 % 3) for i in range(9001)], rank()\n")
     monkeypatch.syspath_prepend(tmp_path)
     forked("sharing", [], 3)
-
 
 @pytest.mark.parametrize("rows, batch, micro_batch, world", [
     (97, 8, 2, 1), (97, 8, 2, 2), (97, 8, 3, 4), (5, 8, 1, 3), (1, 4, 2, 2), (33, 16, 16, 3)])
@@ -76,7 +72,6 @@ def test_every_row_counts_once_with_shares_that_add_up_to_1_over_all_processes(
         assert sorted(seen) == list(range(rows))
     assert world > 1 or rows < 10 or ranks[0][:steps] != ranks[0][steps:]  # shuffled anew
 
-
 @pytest.mark.parametrize("steps", [1, 7, 20, 100])
 def test_the_learning_rate_warms_up_over_a_tenth_and_falls_towards_0(steps):
     factors = [training.cosine(i, steps) for i in range(steps)]
@@ -86,7 +81,6 @@ def test_the_learning_rate_warms_up_over_a_tenth_and_falls_towards_0(steps):
     falling = factors[top + 1:]
     assert falling == sorted(falling, reverse=True) and all(0 < f <= 1 for f in falling)
     assert not falling or falling[len(falling) // 2] == pytest.approx(0.5, abs=0.1)
-
 
 # ---------------------------------------------------------------- one process, two, micro-batches
 @pytest.mark.parametrize("name", TRAIN)
@@ -115,7 +109,6 @@ def test_one_process_two_processes_and_micro_batches_give_the_same_20_steps(
             assert metrics(tmp_path / other)[0] == pytest.approx(math.log(2), abs=1e-6)
             assert metrics(tmp_path / other, "rewards/margins")[0] == 0
 
-
 @pytest.mark.parametrize("reward_model", [False, True])
 def test_recomputing_activations_changes_no_gradient(tiny, pairs, reward_model):
     folder = tiny(reward=reward_model)
@@ -128,14 +121,12 @@ def test_recomputing_activations_changes_no_gradient(tiny, pairs, reward_model):
     for a, b in zip(plain.parameters(), recomputed.parameters()):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-6)
 
-
 # ---------------------------------------------------------------- the reference
 @pytest.mark.parametrize("kind, dropout", [("llama", "attention_dropout"), ("gpt2", "resid_pdrop")])
 def test_the_first_loss_is_ln_2_even_for_a_model_with_dropout(tiny, train, kind, dropout):
     first = read_jsonl(train(dpo, tiny(kind, **{dropout: 0.5}), 8, "--batch", 4) / "metrics.jsonl")[1]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert (first["rewards/margins"], first["rewards/accuracies"]) == (0, 0)
-
 
 def with_dropout(monkeypatch):
     """Policies are loaded with a dropout that comes after the probe, which would have seen it."""
@@ -146,13 +137,11 @@ def with_dropout(monkeypatch):
     load_policy = models.load_policy
     monkeypatch.setattr(models, "load_policy", load)
 
-
 @pytest.mark.parametrize("name", TRAIN)
 def test_a_loss_that_is_not_finite_names_its_step(tiny, train, tmp_path, name):
     with pytest.raises(Problem, match="the loss of step 2 is nan"):
         train(TRAIN[name][0], tiny(reward=name == "reward"), 12, "--batch", 4, "--lr", 1e30)
     assert not (tmp_path / "out" / "config.json").exists()
-
 
 # ---------------------------------------------------------------- what a loss sees
 @pytest.mark.parametrize("name", TRAIN)
@@ -175,7 +164,6 @@ def test_a_loss_gets_the_pairs_of_its_rows_though_some_were_too_long(tiny, pairs
         [row], _ = pair_rows(load_tokenizer(folder), [pairs[number]], 96, unfinished)
         assert chosen == pytest.approx(model(collate([row]))[0].item(), rel=1e-4, abs=1e-4)
 
-
 @pytest.mark.parametrize("name", TRAIN)
 def test_a_pair_counts_as_much_as_its_weight(tiny, pairs, train, name):
     folder, losses, weights = tiny(reward=name == "reward"), {}, {}
@@ -190,12 +178,10 @@ def test_a_pair_counts_as_much_as_its_weight(tiny, pairs, train, name):
     for other, same in ((weights[1], weights[None]), (weights[0], before)):
         assert all(other[key].equal(weight) for key, weight in same.items())
 
-
 def ipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, pairs):
     """IPO (arXiv 2310.12036): its first loss is (1 / 2β)², 25 for β = 0.1."""
     rewards = beta * (chosen_logps - ref_chosen_logps), beta * (rejected_logps - ref_rejected_logps)
     return ((rewards[0] - rewards[1]) / beta - 1 / (2 * beta))**2, rewards[0].detach(), rewards[1].detach()
-
 
 @pytest.mark.parametrize("loss, first", [(dpo.dpo_loss, "0.6931"), (ipo_loss, "25.0")])
 def test_a_policy_that_differs_from_its_own_reference_is_refused_whatever_the_loss(
@@ -206,7 +192,6 @@ def test_a_policy_that_differs_from_its_own_reference_is_refused_whatever_the_lo
     with pytest.raises(Problem, match=f"loss of step 1 is .* not {first}"):
         train(dpo, tiny("gpt2"), 8, "--beta", 0.1, out="refused")
     assert not (tmp_path / "refused" / "config.json").exists()
-
 
 # ---------------------------------------------------------------- what is written
 @pytest.mark.parametrize("kind, tied", [("llama", True), ("llama", False), ("gpt2", True), ("qwen2", True)])
@@ -226,14 +211,12 @@ def test_a_trained_policy_is_a_folder_that_from_pretrained_loads(tiny, train, ki
     ids = torch.tensor([[1, 5, 6, 7]])
     assert not torch.equal(model(ids).logits, AutoModelForCausalLM.from_pretrained(source)(ids).logits)
 
-
 def test_a_model_keeps_the_precision_that_it_was_stored_in(tiny, train, tmp_path):
     AutoModelForCausalLM.from_pretrained(tiny(), dtype=torch.bfloat16).save_pretrained(tmp_path / "bf16")
     AutoTokenizer.from_pretrained(tiny()).save_pretrained(tmp_path / "bf16")
     out = train(dpo, tmp_path / "bf16", 8)
     assert {weight.dtype for weight in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
-
 
 @pytest.mark.parametrize("select, save_every, names", [
     (True, 3, ["step-3", "step-6", "step-7"]), (True, 7, ["step-7"]), (False, 3, ["step-7"])])
@@ -247,14 +230,12 @@ def test_checkpoints_are_saved_every_so_many_steps_and_at_the_end(
     for path in Path(made).iterdir():
         AutoModelForCausalLM.from_pretrained(path)
 
-
 def test_metrics_have_the_names_of_trl_and_pairs_that_are_too_long_are_counted(tiny, train):
     begin, step = read_jsonl(train(dpo, tiny(), 12, "--max_length", 38) / "metrics.jsonl")
     assert {"loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
             "logps/chosen", "logps/rejected", "learning_rate", "grad_norm"} <= step.keys()
     assert begin["pairs"] == step["batch"] == 12 - begin["pairs_dropped"] and begin["pairs_dropped"] > 0
     assert {"chosen_tokens", "rejected_tokens"} <= begin.keys()
-
 
 # ---------------------------------------------------------------- the same command again
 def test_a_finished_folder_is_left_alone_and_another_setting_or_foreign_folder_is_refused(

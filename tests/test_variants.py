@@ -24,13 +24,11 @@ PEERS = [
     ((-102.4591, -104.9653, -105.6095, -102.2164), (20, 20), (22.137348175, 8.488389969, 1.136446118)),
 ]
 
-
 def test_sppo_fits_log_ratios_to_the_share_of_wins():
     # they should be 0.4 / 0.1 and −0.3 / 0.1
     logps = torch.tensor([[-6.0], [-9.0], [-8.0], [-5.0]])  # ratios of 2 and −4
     found = sppo.sppo_loss(*logps, 0.1, [dict(chosen_wins=0.9, rejected_wins=0.2)])
     assert [value.item() for value in found] == pytest.approx([(2**2 + 1**2) / 2, 0.2, -0.4])
-
 
 @pytest.mark.parametrize("loss, beta, which, factor", [
     (ipo.ipo_loss, 0.1, 0, 1), (sppo.sppo_loss, 0.1, 1, 2), (simpo.simpo_loss, 2.0, 2, 1)])  # TRL has no ½
@@ -41,17 +39,14 @@ def test_losses_are_the_peers(loss, beta, which, factor):
     ours = factor * loss(*torch.tensor(logps).T, beta, pairs)[0]
     assert ours.tolist() == pytest.approx([losses[which] for losses in expected], rel=2e-5)
 
-
 def test_online_dpo_takes_the_highest_and_the_lowest():
     assert online_dpo.best_and_worst([1.0, 5.0, 3.0, 0.5], [1, 9, 1, 1])[:2] == (1, 3)
     assert online_dpo.best_and_worst([2.0, 2.0], [1, 2]) is None
-
 
 def test_sppo_counts_wins_among_all_samples_itself_included():
     # σ(0) = ½, σ(ln 3) = ¾, σ(2 ln 3) = 9/10
     wins = sppo.wins_among([math.log(3), 0.0, -math.log(3)])
     assert wins.tolist() == pytest.approx([(1/2 + 3/4 + 9/10) / 3, 1/2, (1/2 + 1/4 + 1/10) / 3])
-
 
 @pytest.mark.parametrize("constants, kept", [
     ({}, ["0.3", "0.0", "1.1"]),  # means 1.75, 1, and a hair below 1.4
@@ -68,11 +63,9 @@ def test_rest_em_keeps_the_best_samples(monkeypatch, constants, kept):
     assert [row["chosen"] for row in rows] == kept and without == 3 - len({row["prompt"] for row in rows})
     assert rows[0]["rejected"] == "0.2" and rows[0]["reason"].startswith("chosen: kept")
 
-
 def losses(folder, step):
     return [row["loss"] for row in read_jsonl(folder / "metrics.jsonl")
             if row["phase"] == f"{step}/checkpoints" and "loss" in row]
-
 
 def pairs_and_scores(folder):
     """The pairs of an E-step, each with the scores of its prompt's samples."""
@@ -80,7 +73,6 @@ def pairs_and_scores(folder):
     for row in read_jsonl(folder / "samples.jsonl"):
         samples.setdefault(row["prompt"], []).append(row["score"])
     return [(pair, samples[pair["prompt"]]) for pair in read_jsonl(folder / "pairs.jsonl")]
-
 
 def test_the_losses_start_where_their_formulas_say(variant):
     assert losses(variant("ipo"), "round1/e2")[0] == pytest.approx(1 / (2 * 0.01)**2)  # all ratios are 0
@@ -90,12 +82,10 @@ def test_the_losses_start_where_their_formulas_say(variant):
     assert losses(out, "round1/e1")[0] == pytest.approx(math.log(2), abs=1e-6)
     assert abs(losses(out, "round1/e2")[0] - math.log(2)) > 1e-4  # the start is not the reference any more
 
-
 def test_online_dpo_runs(variant):
     for pair, scores in pairs_and_scores(variant("online_dpo") / "round1/e2"):
         assert (pair["chosen_score"], pair["rejected_score"]) == (max(scores), min(scores))
         assert pair["reason"] == "chosen: highest of 4; rejected: lowest"
-
 
 def test_sppo_runs_without_m_steps(variant):
     out = variant("sppo")
@@ -103,7 +93,6 @@ def test_sppo_runs_without_m_steps(variant):
     for pair, scores in pairs_and_scores(out / "round1/e1"):
         wins = sppo.wins_among(scores)
         assert (pair["chosen_wins"], pair["rejected_wins"]) == (wins.max(), wins.min())
-
 
 def test_rest_em_runs_from_the_base_and_against_it_and_two_processes_give_its_losses(variant):
     out, two = (variant("rest_em", "--policy_batch", 4, processes=processes) for processes in (1, 2))
@@ -125,11 +114,9 @@ def test_rest_em_runs_from_the_base_and_against_it_and_two_processes_give_its_lo
     expected = -logps.sum().item() / sum(len(chat.ids) - chat.start for chat in first)
     assert losses(out, "round1/e2")[0] == pytest.approx(expected, rel=1e-5)
 
-
 GOOD, BETTER, BAD = "merry cows dance .", "merry cows dance . jolly pigs sing . the end .", "and so on ."
 FARM = dict(prompt="two happy lines about the farm", kept=True) | {
     f"{side}_finished": True for side in ("new", "old", "chosen", "rejected")}
-
 
 def test_gold_orders_what_the_reward_model_trains_on(tmp_path, written):
     o = mt.Options(out=str(tmp_path / "run"))

@@ -16,15 +16,12 @@ import reward
 from common.data import read_jsonl
 from variants import bsr, ensemble, ocrm, rrm, seam, warm
 
-
 def preferences(out):
     return read_jsonl(out / "round1" / "m" / "preferences.jsonl")
-
 
 def rm_losses(out, phase="round1/m/rm"):
     rows = read_jsonl(out / "metrics.jsonl")
     return [row["loss"] for row in rows if row["phase"] == phase and "loss" in row]
-
 
 @pytest.fixture
 def same(variant):
@@ -37,7 +34,6 @@ def same(variant):
         assert rm_losses(one) and rm_losses(one) == pytest.approx(rm_losses(two), abs=1e-5)
         return one
     return run
-
 
 def test_warm_averages_the_weights_of_models_by_different_orders(tiny, pairs):
     def weights(train, **settings):
@@ -52,18 +48,15 @@ def test_warm_averages_the_weights_of_models_by_different_orders(tiny, pairs):
     assert not torch.allclose(alone[0], alone[1], atol=1e-4)  # the orders matter
     assert Counter(row["member"] for row in lines) == {0: 4, 1: 4, 2: 4}  # three steps and a head, each
 
-
 def test_warm_runs_and_two_processes_give_its_losses(same):
     rows = read_jsonl(same("warm") / "metrics.jsonl")
     assert [*Counter(row["member"] for row in rows if "accuracy" in row)] == [0, 1, 2]
-
 
 def test_an_ensemble_takes_off_deviation_or_takes_the_lowest(monkeypatch):
     rewards = np.array([[1.0, 0.0, 2.0], [3.0, 0.0, -1.0]])  # of two members
     assert ensemble.combine(rewards).tolist() == [2 - 1, 0, 0.5 - 1.5]
     monkeypatch.setattr(ensemble, "LAMBDA", None)
     assert ensemble.combine(rewards).tolist() == [1, 0, -1]
-
 
 def test_an_ensemble_judges_by_all_its_members_from_a_zero_each(tiny, prompts, tmp_path):
     rows, alone = [dict(prompt=p, response=r) for p in prompts[:3] for r in ("the end .", "waves")], []
@@ -78,7 +71,6 @@ def test_an_ensemble_judges_by_all_its_members_from_a_zero_each(tiny, prompts, t
         assert [row["score"] for row in scored] == pytest.approx(((a + b) / 2 - abs(a - b) / 2)[:count])
         assert scored[1]["members"] == pytest.approx([a[1], b[1]])
 
-
 def test_an_ensemble_runs_and_two_processes_give_its_losses(same, tiny):
     out, other = same("ensemble", "--others", tiny(reward=True, seed=1)), tiny(reward=True, seed=1)
     judged = [file for name in ("e?/samples", "e?/select/*", "m/new", "m/old")
@@ -87,7 +79,6 @@ def test_an_ensemble_runs_and_two_processes_give_its_losses(same, tiny):
     a, b, start = (load_file(f"{folder}/model.safetensors")["score.weight"] for folder in (
         out / "round1/m/rm", out / "round1/m/rm1", other))
     assert (b - start).abs().max() < 0.02 < (a - start).abs().max()  # each from a base of its own
-
 
 def test_bsr_adds_the_square_of_the_batchs_mean_reward_in_value_and_in_gradient():
     rewards = torch.tensor([[1.0, 3.0], [2.0, 0.0], [5.0, 1.0]], requires_grad=True)  # m = 2, B = 3
@@ -98,17 +89,14 @@ def test_bsr_adds_the_square_of_the_batchs_mean_reward_in_value_and_in_gradient(
     expected, = torch.autograd.grad(plain.mean() + 1e-3 * 3 * rewards.mean()**2, rewards)
     assert torch.allclose(ours, expected, atol=1e-7)
 
-
 def test_bsr_runs_and_two_processes_give_its_losses(same):
     first = next(row for row in read_jsonl(same("bsr") / "metrics.jsonl") if "bsr" in row)
     assert first["bsr"] == pytest.approx(1e-3 * 8 * first["mean_reward"]**2, rel=1e-4)  # of 4 micro-batches
-
 
 def test_rrm_takes_a_tie_as_half_of_either_order():
     losses = rrm.rrm_loss(torch.tensor([2.0, 2.0]), torch.tensor([0.5, 0.5]), [{}, {"tie": True}])
     first, second = math.log(1 + math.exp(-1.5)), math.log(1 + math.exp(1.5))
     assert losses.tolist() == pytest.approx([first, (first + second) / 2])
-
 
 def test_rrm_pairs_own_with_foreign_and_foreign_with_foreign():
     rows = [dict(prompt=f"p{i}", chosen=f"good{i}", rejected=f"bad{i}", source=f"s{i}",
@@ -125,17 +113,14 @@ def test_rrm_pairs_own_with_foreign_and_foreign_with_foreign():
         kinds.add((wins["chosen"][0], wins["rejected"][0]))
     assert len(kinds) == 4 and len(made) > 70  # a permutation leaves few in their place
 
-
 def test_rrm_runs(variant):
     rows = preferences(out := variant("rrm"))
     assert [row for row in rows if "foreign" not in row] == read_jsonl(out / "round1" / "m" / "own.jsonl")
     assert sum("tie" in row for row in rows) == sum("foreign" in row for row in rows) / 2 > 0
 
-
 @pytest.fixture
 def anchor(written, pairs):
     return ["--anchor", written("labels.jsonl", pairs[:40])]
-
 
 def test_anchored_mixes_in_as_many_labelled_pairs(variant, anchor, pairs):
     rows = preferences(variant("anchored", *anchor))
@@ -144,13 +129,11 @@ def test_anchored_mixes_in_as_many_labelled_pairs(variant, anchor, pairs):
     assert 2 * len(labelled) == len(rows) > 8
     assert all(row["chosen"] == answers.pop(row["prompt"]) for row in labelled)  # and none twice
 
-
 def test_labels_that_are_missing_are_asked_for_at_once(variant, tmp_path, capfd):
     with pytest.raises(AssertionError):
         variant("ocrm")  # whose check is that of anchored
     assert "--anchor FILE names the labelled pairs" in capfd.readouterr().err
     assert not (tmp_path / "ocrm1" / "prompts").exists()
-
 
 def test_ocrm_weighs_pairs_by_a_ratio_with_a_ceiling():
     new, base = np.log([[0.3, 0.2], [0.5, 0.5]]), np.log([[0.1, 0.4], [0.5, 0.5]])
@@ -158,7 +141,6 @@ def test_ocrm_weighs_pairs_by_a_ratio_with_a_ceiling():
     assert ocrm.pair_weights(new, base) == pytest.approx([math.exp(0.01 * sum(rho)), 1.0])
     far = ocrm.pair_weights(np.array([[-10.0, -10.0]]), np.array([[-5000.0, -5000.0]]))
     assert far == pytest.approx([10 ** 0.02])  # no answer counts more than 1/α
-
 
 def test_ocrm_trains_on_the_weighted_labels_alone(same, anchor, pairs, tiny, tmp_path):
     rows = preferences(out := same("ocrm", *anchor))
@@ -170,11 +152,9 @@ def test_ocrm_trains_on_the_weighted_labels_alone(same, anchor, pairs, tiny, tmp
     weights = [row["weight"] for row in rows]
     assert weights == pytest.approx(ocrm.pair_weights(logps[:, 0], logps[:, 1])) and np.std(weights) > 0
 
-
 def test_the_policys_margin_is_what_it_gained_on_the_new_answer_over_the_old():
     logps = np.array([[[-3.0, -8.0], [-5.0, -6.0]]])  # π_t: new, old; π_{t−1}: new, old
     assert seam.policy_margins(logps).tolist() == [(-3 + 5) - (-8 + 6)]
-
 
 def test_seam_drops_what_policy_and_reward_model_order_differently(variant):
     out = variant("seam")

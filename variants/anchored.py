@@ -17,18 +17,15 @@ from variants import human_labels
 
 mutual_taught = mt.mutual_taught
 
-
 @dataclass
 class Options(mt.Options):
     anchor: str = run.option("", "labelled pairs; none: the embedded task's, which lie beside its base RM")
-
 
 def with_labels(o):
     file = o.anchor or str(Path(o.rm).with_name("preferences.jsonl"))
     if not Path(file).exists():
         raise Problem(f"{file}: no such file; --anchor FILE names the labelled pairs")
     mutual_taught(replace(o, anchor=file))
-
 
 if __name__ == "__main__":
     mt.mutual_taught, mt.mix = with_labels, human_labels.mix

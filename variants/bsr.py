@@ -15,7 +15,6 @@ from common import run, training
 LAMBDA = 1e-3
 optimise = training.optimise
 
-
 def bsr_losses(losses, mean_rewards, total, count):
     """(B,) Bradley-Terry losses and ½(r_w + r_l) of some of a step's `count` pairs -> losses (B,).
 
@@ -24,7 +23,6 @@ def bsr_losses(losses, mean_rewards, total, count):
     """
     m = total / count
     return losses + LAMBDA * count * (2 * m * mean_rewards - m**2)
-
 
 def optimise_with_bsr(model, steps, loss, **settings):
     if "first_loss" in settings:  # the policy's DPO, which shares the loop
@@ -46,7 +44,6 @@ def optimise_with_bsr(model, steps, loss, **settings):
         return with_bsr, {**metrics, "bsr": with_bsr - losses}
 
     return optimise(model, steps, regularised, **settings)
-
 
 if __name__ == "__main__":
     training.optimise = optimise_with_bsr

@@ -15,11 +15,9 @@ from common import run
 
 train, train_policy = dpo.train, mt.train_policy
 
-
 def against_base(o, policy, pairs, path):
     dpo.train = partial(train, reference=o.policy)
     return train_policy(o, policy, pairs, path)
-
 
 if __name__ == "__main__":
     mt.train_policy = against_base

@@ -25,21 +25,17 @@ K = 3         # members, in the embedded task
 LAMBDA = 1.0  # None: the lowest reward
 mutual_taught, train_reward = mt.mutual_taught, mt.train_reward
 
-
 @dataclass
 class Options(mt.Options):
     others: list[str] = run.option(None, "the other members' base reward models: folders or hub ids")
-
 
 def combine(rewards):
     """(K, N) -> (N,)"""
     return rewards.min(0) if LAMBDA is None else rewards.mean(0) - LAMBDA * rewards.std(0)
 
-
 def members(rm):
     """The folders of an ensemble: rm, and beside it rm1, rm2, …"""
     return [str(rm), *map(str, sorted(Path(rm).parent.glob("rm[1-9]*")))]
-
 
 def judge(rm, samples, path, score_batch):
     """In the place of reward.score: `score` is what the members' rewards make together."""
@@ -56,7 +52,6 @@ def judge(rm, samples, path, score_batch):
         samples, combine(rewards).tolist(), rewards.T.tolist())])
     run.remove(*files)
 
-
 def make_base(o):
     """OUT/base/rm, rm1, …: links to --rm and --others, or RMs that learn the embedded task's labels."""
     base, labels = Path(o.out) / "base", Path(o.rm).with_name("preferences.jsonl")
@@ -72,7 +67,6 @@ def make_base(o):
         train_base(o, base / f"rm{k}", labels=labels, seed=o.seed + k)
     return str(base / "rm")
 
-
 @run.phase
 def train_base(o, path, labels, seed):
     """A member of the embedded task's, as toy.py made the first."""
@@ -81,7 +75,6 @@ def train_base(o, path, labels, seed):
             o.policy, read_pairs(labels), seed=seed, fresh_head=True, max_length=o.max_length,
             log=run.log_of(o, path), **toy.RM), o.policy, temporary)
 
-
 def train_members(o, preferences, path):
     """Each from its own base RM; the first one last, for it ends the M-step."""
     if not run.exists(path):
@@ -89,7 +82,6 @@ def train_members(o, preferences, path):
     for k, base in reversed([*enumerate(members(o.rm))]):
         train_reward(replace(o, rm=base, seed=o.seed + k), preferences, path.with_name(Path(base).name))
     return str(path)
-
 
 if __name__ == "__main__":
     mt.mutual_taught, mt.train_reward = lambda o: mutual_taught(replace(o, rm=make_base(o))), train_members

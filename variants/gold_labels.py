@@ -9,7 +9,6 @@ import mt
 from common import run, toy
 from common.data import read_jsonl
 
-
 def by_gold(row, one, other, source):
     """A pair in gold's order, or None: one and other are the names of its two texts."""
     worth = {side: toy.gold(row["prompt"], row[side], row[f"{side}_finished"]) for side in (one, other)}
@@ -17,13 +16,11 @@ def by_gold(row, one, other, source):
         better, worse = sorted(worth, key=worth.get, reverse=True)
         return dict(prompt=row["prompt"], chosen=row[better], rejected=row[worse], source=str(source))
 
-
 @run.phase
 def mix(o, comparisons, ranked, old_policy, path):
     pairs = [by_gold(row, "new", "old", comparisons) for row in read_jsonl(comparisons) if row["kept"]]
     pairs += [by_gold(row, "chosen", "rejected", ranked) for row in read_jsonl(ranked)]
     run.write_rows(path, [pair for pair in pairs if pair])
-
 
 if __name__ == "__main__":
     mt.mix = mix

@@ -21,7 +21,6 @@ from evals.rewardbench import judge_pairs
 
 mutual_taught, mix_without_labels = mt.mutual_taught, mt.mix
 
-
 @dataclass
 class Options(mt.Options):
     anchor: str = run.option("", "labelled pairs, up to 1:1 with the others that the RM trains on")
@@ -31,14 +30,12 @@ class Options(mt.Options):
     spot_check_stops: bool = run.option(False, "such a spot check ends the run, too, with the old policy")
     gate: str = run.option("", "labelled pairs held out: an RM that doesn't order more of them is not used")
 
-
 def with_checks(o):
     if not o.update_rm or o.spot_check_stops and not o.spot_check:
         raise Problem("labels need the M-step (no --update_rm false), --spot_check_stops needs --spot_check")
     for file in {o.anchor, o.gate} - {""}:
         read_pairs(file)  # says at once what is wrong with it
     mutual_taught(o)
-
 
 def m_step(o, old_policy, new_policy, rm, prompts, folder, ranked):
     """In the place of mt.m_step: the new reward model, or the one in use where labels speak against it."""
@@ -65,7 +62,6 @@ def m_step(o, old_policy, new_policy, rm, prompts, folder, ranked):
     mt.link_last(o)
     return new_rm if passed else rm
 
-
 def label(o, questions, path):
     """Write the questions (prompt, answers, perhaps more) with a label each to `path`. For one process."""
     todo = path.with_suffix(".todo.jsonl")
@@ -83,7 +79,6 @@ def label(o, questions, path):
     write_jsonl(path, [question | {"chosen": row["chosen"]} for question, row in zip(questions, rows)])
     todo.unlink()
 
-
 @run.phase
 def spot_check(o, comparisons, path):
     """The first kept comparisons, labelled. In which place the new answer stands is drawn."""
@@ -92,7 +87,6 @@ def spot_check(o, comparisons, path):
     run.on_rank0(label, o, [dict(prompt=row["prompt"], new=place, answers=[
         row["old"], row["new"]][::2 * place - 1]) for row, place in zip(rows, places)], path)
 
-
 @run.phase
 def label_unsure(o, own, path):
     """Of two answers to each prompt the pairs with the closest rewards, labelled."""
@@ -100,7 +94,6 @@ def label_unsure(o, own, path):
     nearest = np.argsort([abs(a["score"] - b["score"]) for a, b in pairs], kind="stable")[:o.labels]
     run.on_rank0(label, o, [dict(prompt=a["prompt"], answers=[a["response"], b["response"]])
                             for a, b in [pairs[i] for i in sorted(nearest)]], path)
-
 
 @run.phase
 def mix(o, comparisons, ranked, old_policy, *labels_and_path):
@@ -114,7 +107,6 @@ def mix(o, comparisons, ranked, old_policy, *labels_and_path):
         rows += [pool[i] | {"source": o.anchor} for i in rng.permutation(len(pool))[:len(rows)]]
     run.write_rows(path, rows)
 
-
 @run.phase
 def gate(o, rm, new_rm, path):
     """Whether the new RM orders more of the held-out pairs: with 95% confidence, by the paired difference."""
@@ -123,7 +115,6 @@ def gate(o, rm, new_rm, path):
     bound = (new - old).mean() - 1.645 * (new - old).std(ddof=1) / len(pairs)**0.5
     run.write_json(path, dict(before=old.mean(), after=new.mean(), bound=bound, passed=bool(bound > 0)))
     return f"{old.mean():.3f} of {len(pairs)} pairs are in order, by the new RM {new.mean():.3f}"
-
 
 if __name__ == "__main__":
     mt.mutual_taught, mt.m_step = with_checks, m_step

@@ -14,7 +14,6 @@ import dpo
 import mt
 from common import run
 
-
 def ipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, pairs):
     lengths = torch.tensor([[pair["chosen_tokens"], pair["rejected_tokens"]] for pair in pairs])
     chosen_lengths, rejected_lengths = lengths.T.to(chosen_logps.device)
@@ -22,7 +21,6 @@ def ipo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
     rejected_ratios = (rejected_logps - ref_rejected_logps) / rejected_lengths
     losses = (chosen_ratios - rejected_ratios - 1 / (2 * beta))**2
     return losses, beta * chosen_ratios.detach(), beta * rejected_ratios.detach()
-
 
 if __name__ == "__main__":
     dpo.dpo_loss = ipo_loss

@@ -33,13 +33,11 @@ The order means nothing. Give reasons in at most 100 words. End with a line that
 Winner: N"""
 WINNER = r"\bwinner[\s*:]*([12])[\s*.]*$"
 
-
 def rivals_of(group, judgements):
     """A prompt's samples -> the different judgements of the one whose scores vary most."""
     most = max((judgements[question(row)] for row in group),
                key=lambda some: np.var([judgement["score"] for judgement in some] or [0]))
     return list({judgement["response"]: judgement for judgement in most}.values())
-
 
 def contest(rivals, verdicts):
     """n judgements, and (n, n): 1 where the row's, standing first, was called better than the column's, −1
@@ -50,10 +48,8 @@ def contest(rivals, verdicts):
     reason = f"net wins {net[best]:.0f} and {net[worst]:.0f}"
     return filter.pair_of(rivals, best, worst, reason) if net.any() else None, decided
 
-
 def meta_question(first, second):
     return META_JUDGE.format(task=first["prompt"], first=first["response"], second=second["response"])
-
 
 @run.phase
 def meta_judge(o, policy, samples, judgements, path):
@@ -72,23 +68,19 @@ def meta_judge(o, policy, samples, judgements, path):
     run.write_rows(path, pairs)
     return f"{len(pairs)} pairs of judgements; {undecided} of {met} comparisons undecided"
 
-
 @run.phase
 def join(o, pairs, judged, path):
     run.write_rows(path, read_jsonl(pairs) + read_jsonl(judged))
-
 
 def train_policy(o, policy, pairs, path, dpo_on=mt.train_policy):
     judged = meta_judge(o, policy, path.with_name("samples.jsonl"), path.with_name("judgements.jsonl"),
                         path.with_name("disputes.jsonl"))
     return dpo_on(o, policy, join(o, pairs, judged, path.with_name("mixed.jsonl")), path)
 
-
 def build(seed):
     global META_JUDGE
     META_JUDGE = toy_judge.META_JUDGE
     return self_rewarding.build(seed)
-
 
 if __name__ == "__main__":
     toy.build, mt.make_pairs, mt.train_policy = build, self_rewarding.make_pairs, train_policy

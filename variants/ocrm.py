@@ -21,12 +21,10 @@ from variants import anchored
 
 ALPHA, ETA = 0.1, 0.01
 
-
 def pair_weights(new_logps, base_logps):
     """Log-probabilities of chosen and rejected answers, (N, 2) and (N, 2) -> weights (N,)."""
     rho = new_logps - np.logaddexp(np.log(ALPHA) + new_logps, np.log(1 - ALPHA) + base_logps)
     return np.exp(ETA * rho.sum(1))
-
 
 def write_logps(o, pairs, policies, path):
     """The pairs that are short enough, with `logps`: of each policy (log π(chosen), log π(rejected))."""
@@ -43,12 +41,10 @@ def write_logps(o, pairs, policies, path):
 
     run.in_blocks(list(zip(rows, kept)), 64, path, work, "log-probabilities")
 
-
 @run.phase
 def logps_of_labels(o, comparisons, path):
     labels = [pair | {"source": o.anchor} for pair in read_pairs(o.anchor)]
     write_logps(o, labels, [read_jsonl(comparisons)[0]["new_policy"], o.policy], path)
-
 
 @run.phase
 def weigh(o, logps, path):
@@ -57,10 +53,8 @@ def weigh(o, logps, path):
     run.write_rows(path, [row | {"weight": row.get("weight", 1.0) * weight}
                           for row, weight in zip(rows, weights.tolist())])
 
-
 def mix_weighted(o, comparisons, ranked, old_policy, path):
     return weigh(o, logps_of_labels(o, comparisons, path.with_name("logps.jsonl")), path)
-
 
 if __name__ == "__main__":
     mt.mix, mt.mutual_taught = mix_weighted, anchored.with_labels

@@ -13,12 +13,10 @@ import filter
 import mt
 from common import run
 
-
 def best_and_worst(scores, lengths):
     best, worst = int(np.argmax(scores)), int(np.argmin(scores))
     why = f"chosen: highest of {len(scores)}; rejected: lowest"
     return (best, worst, why) if scores[best] > scores[worst] else None
-
 
 if __name__ == "__main__":
     filter.choose_pair = best_and_worst

@@ -29,7 +29,6 @@ LEARNING_RATE = 10   # in units of --policy_lr, which is DPO's
 
 train_and_select = mt.train_and_select
 
-
 def best_samples(samples):
     """In the place of filter.preference_pairs; a prompt's samples stand next to each other."""
     rows, without = [], 0
@@ -42,7 +41,6 @@ def best_samples(samples):
         rows += [filter.pair_of(group, i, int(scores.argmin()), reason) for i in kept]
         without += not kept
     return rows, without
-
 
 def supervised(folder, pairs, *, lr, batch, micro_batch, max_length, seed, recompute, log, beta=None):
     """In the place of dpo.train, which has a β."""
@@ -64,11 +62,9 @@ def supervised(folder, pairs, *, lr, batch, micro_batch, max_length, seed, recom
     for number in training.optimise(policy, steps, loss, lr=LEARNING_RATE * lr, log=log):
         yield number, len(steps), policy
 
-
 def from_base(o, policy, *others, **more):
     """DPO's start, and what checkpoints must win against."""
     return train_and_select(o, o.policy, *others, **more)
-
 
 if __name__ == "__main__":
     filter.preference_pairs, dpo.train, mt.train_and_select = best_samples, supervised, from_base

@@ -18,13 +18,11 @@ from common.data import prompt_id, read_jsonl, seed_of
 
 mix = mt.mix
 
-
 def rrm_loss(chosen_rewards, rejected_rewards, pairs):
     ties = torch.tensor(["tie" in pair for pair in pairs], device=chosen_rewards.device)
     first = -F.logsigmoid(chosen_rewards - rejected_rewards)
     second = -F.logsigmoid(rejected_rewards - chosen_rewards)
     return torch.where(ties, (first + second) / 2, first)
-
 
 def foreign_pairs(rows, rng):
     """For each pair and another one, drawn: own beats foreign, and foreign ties foreign."""
@@ -34,22 +32,18 @@ def foreign_pairs(rows, rng):
             yield joined(row, row, own, other, foreign)
             yield joined(row, other, "chosen", other, "rejected") | {"tie": True}
 
-
 def joined(row, first, side, second, other_side):
     return dict(prompt=row["prompt"], chosen=first[side], rejected=second[other_side],
                 source=second["source"], chosen_policy=first[f"{side}_policy"],
                 rejected_policy=second[f"{other_side}_policy"], foreign=second["prompt"])
-
 
 @run.phase
 def add_foreign(o, own, path):
     rows, rng = read_jsonl(own), np.random.default_rng(seed_of(o.seed, run.name_of(o, path)))
     run.write_rows(path, [*rows, *foreign_pairs(rows, rng)])
 
-
 def mix_with_foreign(o, comparisons, ranked, old_policy, path):
     return add_foreign(o, mix(o, comparisons, ranked, old_policy, path.with_name("own.jsonl")), path)
-
 
 if __name__ == "__main__":
     mt.mix, reward.bradley_terry_loss = mix_with_foreign, rrm_loss

@@ -16,12 +16,10 @@ from variants.ocrm import write_logps
 
 mix = mt.mix
 
-
 def policy_margins(logps):
     """(N, 2, 2): by π_t and by π_{t−1}, of the new and of the old answer -> Δπ (N,)."""
     ratios = logps[:, 0] - logps[:, 1]
     return ratios[:, 0] - ratios[:, 1]
-
 
 @run.phase
 def logps_of_comparisons(o, comparisons, path):
@@ -29,7 +27,6 @@ def logps_of_comparisons(o, comparisons, path):
     pairs = [row | {"chosen": row["new"], "rejected": row["old"], "chosen_finished": row["new_finished"],
                     "rejected_finished": row["old_finished"]} for row in rows]
     write_logps(o, pairs, [rows[0]["new_policy"], rows[0]["old_policy"]], path)
-
 
 @run.phase
 def keep_agreed(o, logps, path):
@@ -40,11 +37,9 @@ def keep_agreed(o, logps, path):
                           for row, margin, same in zip(rows, margins, alike)])
     return f"policy and reward model order {sum(alike)} of {len(rows)} comparisons alike"
 
-
 def mix_agreeing(o, comparisons, ranked, old_policy, path):
     logps = logps_of_comparisons(o, comparisons, path.with_name("logps.jsonl"))
     return mix(o, keep_agreed(o, logps, path.with_name("agreed.jsonl")), ranked, old_policy, path)
-
 
 if __name__ == "__main__":
     mt.mix = mix_agreeing

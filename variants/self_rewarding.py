@@ -38,7 +38,6 @@ Give reasons in at most 100 words. End with a line that has the sum of the point
 Score: N"""
 SCORE = r"\bscore[\s*:]*([0-5])(?:/5)?[\s*.]*$"
 
-
 def choose_pair(scores, lengths):
     """In place of filter.choose_pair; of equally short ones the higher score is chosen, then the earlier."""
     scores, lengths = np.asarray(scores, float), np.asarray(lengths)
@@ -49,19 +48,16 @@ def choose_pair(scores, lengths):
     chosen = best[np.lexsort((-scores[best], lengths[best]))[0]]
     return int(chosen), int(scores.argmin()), f"chosen: shortest from {bar:.4f} upwards; rejected: lowest"
 
-
 def read(answer, pattern):
     """The number that an answer ends with, or None: nothing is guessed, and what was cut off has no end."""
     found = answer["finished"] and re.search(pattern, answer["response"], re.IGNORECASE)
     return int(found[1]) if found else None
-
 
 def question(row):
     """Asks for a judgement of a sample. Of a conversation every turn but the last bears its role."""
     *before, last = as_messages(row["prompt"])
     turns = [f"{message['role']}: {message['content']}" for message in before] + [last["content"]]
     return JUDGE.format(prompt="\n\n".join(turns), response=row["response"])
-
 
 @run.phase
 def ask(o, policy, made_from, path, questions, count):
@@ -71,7 +67,6 @@ def ask(o, policy, made_from, path, questions, count):
     sample(policy, short, path, samples=count, temperature=o.temperature, top_p=o.top_p,
            max_new_tokens=o.max_new_tokens, rows=o.sample_batch, seed=f"{o.seed}/{run.name_of(o, path)}")
 
-
 def readable(path, pattern):
     """{question: those of its answers that can be read, with their number as `score`}"""
     answers = defaultdict(list)
@@ -79,7 +74,6 @@ def readable(path, pattern):
         number = read(row, pattern)
         answers[row["prompt"]] += [] if number is None else [row | {"score": number}]
     return answers
-
 
 @run.phase
 def judge(o, samples, path):
@@ -99,16 +93,13 @@ def judge(o, samples, path):
     run.write_rows(path, judged)
     return f"{unreadable} of {asked} judgements can't be read; {left_out} prompts left out"
 
-
 def make_pairs(o, samples, path, made_of=mt.make_pairs):
     return made_of(o, judge(o, samples, path.with_name("judged.jsonl")), path)
-
 
 def build(seed, made_by=toy.build):
     global JUDGE
     JUDGE = toy_judge.JUDGE
     return made_by(seed, toy_judge.__file__)
-
 
 if __name__ == "__main__":
     toy.build, filter.choose_pair, mt.make_pairs = build, choose_pair, make_pairs

@@ -16,7 +16,6 @@ from common import run
 
 GAMMA = 1.0
 
-
 def simpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, pairs):
     lengths = torch.tensor([[pair["chosen_tokens"], pair["rejected_tokens"]] for pair in pairs])
     chosen_lengths, rejected_lengths = lengths.T.to(chosen_logps.device)
@@ -24,7 +23,6 @@ def simpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logp
     rejected_rewards = beta * rejected_logps / rejected_lengths
     losses = -F.logsigmoid(chosen_rewards - rejected_rewards - GAMMA)
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
-
 
 if __name__ == "__main__":
     dpo.dpo_loss = simpo_loss

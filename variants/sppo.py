@@ -22,25 +22,21 @@ from variants.online_dpo import best_and_worst
 
 pair_of = filter.pair_of
 
-
 def wins_among(scores):
     """(M,) rewards -> (M,): P of each, in (0, 1)."""
     scores = np.asarray(scores, float)
     return (1 / (1 + np.exp(scores[None] - scores[:, None]))).mean(1)
-
 
 def with_wins(group, chosen, rejected, reason):
     wins = wins_among([row["score"] for row in group])
     return pair_of(group, chosen, rejected, reason) | {
         "chosen_wins": wins[chosen], "rejected_wins": wins[rejected]}
 
-
 def sppo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, pairs):
     wins = torch.tensor([[pair["chosen_wins"], pair["rejected_wins"]] for pair in pairs])
     ratios = torch.stack([chosen_logps - ref_chosen_logps, rejected_logps - ref_rejected_logps], 1)  # (B, 2)
     losses = 0.5 * ((ratios - (wins.to(ratios) - 0.5) / beta)**2).sum(1)
     return losses, *(beta * ratios.T).detach()
-
 
 if __name__ == "__main__":
     filter.pair_of, filter.choose_pair, dpo.dpo_loss = with_wins, best_and_worst, sppo_loss

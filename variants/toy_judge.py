@@ -21,7 +21,6 @@ JUDGE = "judge {prompt} answer {response}"
 META_JUDGE = "compare {task} 1 {first} 2 {second}"
 WORDS = "judge answer score compare winner 0 1 2 3 4 5".split()
 
-
 def demonstrations(rows, rng):
     """Answers -> [(prompt, answer)] of judgements and of judgements of judgements."""
     worth = [toy.appeal(row) - math.log(rng.expovariate(1)) for row in rows]
@@ -34,7 +33,6 @@ def demonstrations(rows, rng):
             yield (META_JUDGE.format(task=task, first=f"score {first}", second=f"score {second}"),
                    f"winner {1 if nearer > 0 else 2}")
 
-
 def main():
     o = run.parse(toy.Options)
     out, base = Path(o.out), toy.build(o.seed)
@@ -43,7 +41,6 @@ def main():
                            run.open_log(out / "metrics.jsonl", "base policy"), more, WORDS)
     run.link(out / "prompts.jsonl", base["prompts"])  # one process makes base models
     run.link(out / "rm", base["rm"])
-
 
 if __name__ == "__main__":
     run.launch(main)

@@ -17,10 +17,8 @@ from common import run
 K = 3
 train = reward.train
 
-
 def log_member(log, k, **values):
     log(member=k, **values)
-
 
 def train_averaged(folder, pairs, *, seed, log, **settings):
     """reward.train, K times: the last member, with the mean of all members' weights."""
@@ -34,7 +32,6 @@ def train_averaged(folder, pairs, *, seed, log, **settings):
         for weight, value in zip(model.parameters(), mean):
             weight.copy_(value)
     return model
-
 
 if __name__ == "__main__":
     reward.train = train_averaged
