@@ -5,8 +5,8 @@
 
 E-step (`choose_pair`): of the responses scored above the mean of their prompt the shortest is chosen, the
 lowest scored is rejected. M-step (`margin_filter`): new is preferred to old unless the margin is at or below
-minus one standard deviation of the old policy's rewards. `import filter` hides a builtin: write
-`from filter import …`.
+minus one standard deviation of the old policy's rewards. `import filter` hides a builtin in the module that
+says it.
 """
 from dataclasses import dataclass
 

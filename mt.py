@@ -39,7 +39,7 @@ class Options:
     rm: str = option("", "base reward model: a folder or hub id")
     prompts: str = option("", "JSONL, JSON, parquet or hub id with a field `prompt`")
     rounds: int = option(1, "rounds of E, M, E")
-    out: str = option("", "run folder; none: runs/ and the script's name, or runs/toy for the embedded task")
+    out: str = option("", "run folder; none: runs/ and the script's name; of mt.py's embedded task, runs/toy")
     overwrite: bool = option(False, "begin anew, if --out is an earlier run")
     seed: int = option(0)
     samples: int = option(5, "responses per prompt in the E-step (M)", group="sampling")

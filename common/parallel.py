@@ -48,7 +48,8 @@ def barrier():
         dist.barrier()
 
 def on_rank0(work, *arguments):
-    """work(*arguments) by rank 0 alone; its result, or its Problem, reaches every process."""
+    """work(*arguments) by rank 0 alone; its result, or its Problem, reaches every process. No process goes on
+    before all have come this far."""
     box = [None]
     try:
         box[0] = work(*arguments) if rank() == 0 else None
@@ -56,6 +57,7 @@ def on_rank0(work, *arguments):
         box[0] = problem
     if world() > 1:
         dist.broadcast_object_list(box)
+        dist.barrier()  # rank 0 would not wait for the others otherwise
     if isinstance(box[0], Problem):
         raise box[0]
     return box[0]

@@ -188,8 +188,9 @@ def _claim(path, options, more):
                    if old[part].get(key) != new[part].get(key) and key not in ROUNDING
                    and not (key == "rounds" and old[part].get(key, 0) < new[part].get(key, 0))]
         if changed:
-            raise Problem(f"{path} belongs to other settings, files or code; choose another --out, or begin "
-                          f"anew by --overwrite ({'; '.join(changed)})")
+            anew = ", or begin anew by --overwrite" * hasattr(options, "overwrite")
+            raise Problem(f"{path} belongs to other settings, files or code; choose another --out{anew} "
+                          f"({'; '.join(changed)})")
         new = old | {"settings": old["settings"] | {k: v for k, v in settings.items() if k == "rounds"}}
     write_text(note_of(path), json.dumps(new, indent=1) + "\n")
 
@@ -307,7 +308,7 @@ def leftovers(path):
 
 def to_delete(out, results, name):
     """What to delete so that a result and all that was made after it is made anew; later steps as a whole."""
-    later = map(Path, [*results][[*results].index(name):])  # a result stands behind what it was made from
+    later = map(Path, [*results][[*results].index(name):])  # they stand in the order in which they were begun
     paths = {p if p.parent == Path(name).parent else Path(*p.parts[:2]) for p in later}
     return f"to make it again delete {' '.join(sorted(str(out / p) for p in paths if (out / p).exists()))}"
 

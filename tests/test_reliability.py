@@ -10,10 +10,10 @@ import sys
 import time
 
 import pytest
-from conftest import FEW, ROOT
+from conftest import FEW, ROOT, forked
 
 import mt
-from common.data import write_jsonl
+from common.data import read_jsonl, write_jsonl
 
 @pytest.fixture(scope="module")
 def words(tiny, prompts, tmp_path_factory):
@@ -84,6 +84,25 @@ def test_torchrun_goes_on_by_itself_after_a_worker_was_killed(words, finished, t
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert contents(tmp_path / "run") == contents(finished)
+
+SLOW = """
+import sys, time
+from common import run
+from common.parallel import rank, world
+
+def work(block):
+    time.sleep(3 * (rank() == world() - 1))
+    return [{"row": row} for row in block]
+
+if __name__ == "__main__":
+    run.launch(lambda: run.in_blocks([*range(8)], 1, sys.argv[1], work, "rows"))
+"""
+
+def test_rank_0_waits_for_the_blocks_of_the_slowest_process(tmp_path, monkeypatch):
+    (tmp_path / "slow_blocks.py").write_text(SLOW)
+    monkeypatch.syspath_prepend(tmp_path)
+    forked("slow_blocks", [str(tmp_path / "out.jsonl")], 8)
+    assert read_jsonl(tmp_path / "out.jsonl") == [{"row": row} for row in range(8)]
 
 # ---------------------------------------------------------------- disks
 @pytest.fixture
