@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 dpo.py --model MODEL --pairs pairs.jsonl --out runs/policy
 
 The reference is the policy itself before the first step: its log-probabilities are computed once, by the same
-code, in the same precision and the same micro-batches. So the first loss is known (ln 2, without weights), and
+code, in the same precision and micro-batches. So the first loss is known (ln 2, without weights), and
 the run stops when it is another. Twin of reward.py.
 
 Left out on purpose: other losses (replace `dpo_loss`, as variants/ do).
