@@ -162,13 +162,13 @@ def fp32_product(a, b):
         return a @ b
     return torch.bmm(a.flatten(0, 1), b.flatten(0, 1), out_dtype=torch.float32).unflatten(0, a.shape[:2])
 
+@torch.no_grad()
 def cache_tokens(model):
     """How many tokens the cache may hold: half of the memory that the weights leave. For Llama-3-8B on 80 GB
     that is 35 GB, 64 rows of 4,000 tokens. By what a device has, not by what is free: rows round."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    verify(model)
+    [(layers, _)] = prefill(model, [[0]])  # a token's keys and values, as this model makes them
+    token = sum(keys.nbytes + values.nbytes for keys, values in layers)
     weights = sum(p.numel() for p in model.parameters()) * model.dtype.itemsize
     return max(0, memory() - weights) // 2 // token
 

@@ -45,7 +45,7 @@ def choose_pair(scores, lengths):
         return None
     bar = scores.max() - RHO * (scores.max() - scores.min())
     best = np.flatnonzero(scores >= bar)
-    chosen = best[np.lexsort((-scores[best], lengths[best]))[0]]
+    chosen = min(best, key=lambda i: (lengths[i], -scores[i], i))
     return int(chosen), int(scores.argmin()), f"chosen: shortest from {bar:.4f} upwards; rejected: lowest"
 
 def read(answer, pattern):
