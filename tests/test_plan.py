@@ -61,9 +61,9 @@ def test_memory_is_that_worked_out_by_hand(monkeypatch):
     assert parts["cache"] == 64 * 2048 * 131_072  # 32 layers x keys and values x 8 heads x 128 x 2 bytes
     assert plan.rows_of(size, 64, 4000, 80 * GIB) == 64  # 69.8e9 / 2 / 131,072 bytes: 266,000 tokens
     assert plan.rows_of(size, 256, 4000, 80 * GIB) == 66
-    config = llama("tiny")  # and as many as the sampler says itself
-    monkeypatch.setattr(sampler, "memory", lambda: 10**7)
-    rows = sampler.cache_tokens(POLICY.from_config(config, dtype=torch.bfloat16))
+    config = llama("tiny")  # and as many as the sampler says itself, here in fp32 with twice the memory
+    monkeypatch.setattr(sampler, "memory", lambda: 2 * 10**7)
+    rows = sampler.cache_tokens(POLICY.from_config(config, attn_implementation="packed").eval())
     assert plan.rows_of(plan.size_of(config, POLICY), 10**9, 1, 10**7) == rows > 1000
     assert parts["weights"] == plan.scoring(size, 1, 1, 1, 5)["weights"] == 2 * 8_030_261_248
     for memory, states in ((80, 44.17e9), (40, 16.06e9)):  # in 80 the gradient is whole: 4 bytes, and 12 / 8
