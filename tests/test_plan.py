@@ -63,7 +63,8 @@ def test_memory_is_that_worked_out_by_hand(monkeypatch):
     assert plan.rows_of(size, 256, 4000, 80 * GIB) == 66
     config = llama("tiny")  # and as many as the sampler says itself, here in fp32 with twice the memory
     monkeypatch.setattr(sampler, "memory", lambda: 2 * 10**7)
-    rows = sampler.cache_tokens(POLICY.from_config(config, attn_implementation="packed").eval())
+    model = POLICY.from_config(config, dtype=torch.float32, attn_implementation="packed").eval()
+    rows = sampler.cache_tokens(model)
     assert plan.rows_of(plan.size_of(config, POLICY), 10**9, 1, 10**7) == rows > 1000
     assert parts["weights"] == plan.scoring(size, 1, 1, 1, 5)["weights"] == 2 * 8_030_261_248
     for memory, states in ((80, 44.17e9), (40, 16.06e9)):  # in 80 the gradient is whole: 4 bytes, and 12 / 8
