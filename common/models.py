@@ -65,7 +65,8 @@ def context_of(folder, config=None):
     if not hasattr(config, "max_position_embeddings"):
         raise Problem(f"{folder}: {config.model_type} models are not supported (no max_position_embeddings)")
     rope = getattr(config, "rope_parameters", None) or {}
-    ends = [kind["original_max_position_embeddings"] for kind in (rope, *rope.values())  # one, or one a kind
+    # These are the parameters of all layers, or hold those of each kind of layer.
+    ends = [kind["original_max_position_embeddings"] for kind in (rope, *rope.values())
             if isinstance(kind, dict) and kind.get("rope_type") == "longrope"]
     chunk = getattr(config, "attention_chunk_size", None) or math.inf
     return min(config.max_position_embeddings, chunk, *ends)
@@ -119,8 +120,10 @@ def load_reward(folder, training=False, fresh_head=False, seed=0):
 
 def _load(kind, folder, config, training):
     check_fits(folder, training)
-    if torch.cuda.is_available() or training and dist.is_initialized():  # else 0.2 s for nothing
-        gc.collect()  # sharded models hold on to themselves: make room for the next one
+    # A sharded model holds references to itself, so only a collection frees it, which takes 0.2 s. On CPUs at
+    # most one such model is left, until the next training.
+    if torch.cuda.is_available() or training and dist.is_initialized():
+        gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     stored = config.dtype or torch.float32
