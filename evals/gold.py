@@ -62,10 +62,11 @@ def measure(o):
         rows, base_rows = read_jsonl(own), read_jsonl(base)
         on_own, on_base = (read_jsonl(score_again(o, answers, rm, folder / name))
                            for answers, name in ((own, "own.jsonl"), (base, "base.jsonl")))
-        values, base_values = [gold_of(row) for row in rows[::2]], [gold_of(row) for row in base_rows[::2]]
+        values, base_values = (np.reshape([gold_of(row) for row in some], (-1, 2))  # (prompts, answers)
+                               for some in (rows, base_rows))
         lines.append(dict(
-            policy=label, rm=Path(rm).parts[-3] if rm != o.rm else "r0", gold=float(np.mean(values)),
-            gold_se=standard_error(values), n=len(values), win_rate=win_rate(values, base_values),
+            policy=label, rm=Path(rm).parts[-3] if rm != o.rm else "r0", gold=float(values.mean()),
+            gold_se=standard_error(values.mean(1)), n=len(values), win_rate=win_rate(values, base_values),
             **shared(rows, 2), accuracy_base=agreement_with_gold(on_base),
             accuracy_current=agreement_with_gold(on_own), length_slope=length_slope(on_base)))
     run.write_rows(out / "gold.jsonl", lines)
