@@ -1,13 +1,14 @@
-"""Train a policy on preference pairs by DPO: pairs.jsonl -> policy folder. Alone, this is offline DPO.
+"""Train a policy on preference pairs by DPO: pairs.jsonl -> policy folder. Run alone, this is offline DPO.
 
     python dpo.py --model MODEL --pairs pairs.jsonl --out runs/policy
     torchrun --nproc-per-node 8 dpo.py --model MODEL --pairs pairs.jsonl --out runs/policy
 
-The reference is the policy itself before the first step: its log-probabilities are computed once, by the same
-code, in the same precision and micro-batches. So the first loss is known (ln 2, without weights), and
-the run stops when it is another. Twin of reward.py.
+The reference is the policy itself before the first step. Its log-probabilities are computed once, before
+training, by the same code, in the same precision and the same micro-batches. The loss of the first step is
+therefore known (ln 2 if no pair has a weight), and training stops with an error if it is another. dpo.py and
+reward.py are twins: a diff of the two shows the idea.
 
-Left out on purpose: other losses (replace `dpo_loss`, as variants/ do).
+Left out on purpose: other losses. To try one, replace `dpo_loss`, as scripts in variants/ do.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,13 @@ from common.probe import verify
 from common.run import option
 
 def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, pairs=None):
-    """DPO (arXiv 2305.18290, eq. 7) on log-probabilities of whole responses in nats, all (B,).
+    """DPO (arXiv 2305.18290, eq. 7) on the log-probabilities of whole responses, in nats, all (B,).
 
-    Returns losses (B,), and chosen and rejected rewards (B,), detached: beta × log-ratio to the reference.
-    pairs: the B pairs, for a loss in its place that wants more of them than DPO does.
+    Returns the losses (B,) and the rewards of chosen and rejected responses (B,), which are beta times the
+    log-ratio to the reference, detached. pairs: the rows of pairs.jsonl, for a loss that needs their fields.
+
+    The B pairs are one micro-batch of one process. A loss that averages over them, as KTO's baseline does,
+    would depend on --micro_batch and on the number of processes.
     """
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
     rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
@@ -36,8 +40,8 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
     return losses, chosen_rewards.detach(), rejected_rewards.detach()
 
 class ResponseLogps(torch.nn.Module):
-    """A causal LM as a function from packed rows (packing.collate) to log π(y|x) of each answer (answers,),
-    the sum over its tokens, in fp32."""
+    """A causal LM as a function from packed rows (packing.collate) to the log π(y|x) of each answer: the sum
+    of its tokens' log-probabilities in fp32, (answers,)."""
     def __init__(self, model):
         super().__init__()
         self.model = model
@@ -48,16 +52,19 @@ class ResponseLogps(torch.nn.Module):
             hidden = packing.hidden_states(self.model, packed)[packed["sources"]]  # (N, H)
             head = self.model.get_output_embeddings().weight
             logps = TokenLogps.apply(hidden, head, packed["targets"])  # (N,)
-        else:  # slower, and the logits of all tokens exist at once
+        else:  # the model changes its logits after the head: slower, and all logits exist at once
             logits = packing.response_logits(self.model, packed).float()
             logps = -F.cross_entropy(logits, packed["targets"], reduction="none")
         return torch.zeros(len(packed["last"]), device=logps.device).index_add(0, packed["owners"], logps)
 
 def train(folder, pairs, *, beta, lr, batch, micro_batch, max_length, epochs=1, seed=0, recompute=False,
           reference=None, log):
-    """DPO from the policy in `folder`; `pairs` as read_pairs gives them, perhaps with a `weight`. reference:
-    the folder of another policy with the same tokenizer, to be the reference.
-    After each step yields its number, how many there are, and the policy, to be saved or not."""
+    """Train the policy in `folder` by DPO. After each step yield (number of the step, number of all steps,
+    policy), so that the caller can save a checkpoint.
+
+    pairs: rows with prompt, chosen and rejected. A `weight` multiplies the pair's loss. reference: the folder
+    of another policy with the same tokenizer, which is then the reference in the place of the start.
+    """
     rows, kept = packing.pair_rows(load_tokenizer(folder), pairs, max_length, unfinished=True)
     steps = training.steps_of([len(row) for row in rows], batch, micro_batch, seed, epochs)
     weights = torch.tensor([pair.get("weight", 1.0) for pair in kept], device=device())
@@ -71,7 +78,7 @@ def train(folder, pairs, *, beta, lr, batch, micro_batch, max_length, epochs=1, 
     start = all_logps(policy, rows, epoch[:1] if reference else epoch)
     ref_logps = all_logps(load(reference, rows), rows, epoch) if reference else start
 
-    def pair_loss(numbers, logps):  # the pairs' numbers; log π of their chosen and rejected answers (B, 2)
+    def pair_loss(numbers, logps):  # logps (B, 2): of the chosen and rejected answers of these pairs
         losses, chosen, rejected = dpo_loss(*logps.T, *ref_logps[numbers].T, beta, [kept[i] for i in numbers])
         return losses * weights[numbers], chosen, rejected
 
@@ -90,23 +97,24 @@ def train(folder, pairs, *, beta, lr, batch, micro_batch, max_length, epochs=1, 
         yield number, len(steps), policy
 
 def load(folder, rows, recompute=False):
-    """The policy in `folder` as a function from packed rows to log-probabilities, over all processes."""
+    """Load the policy as a ResponseLogps, sharded over all processes. Check that the rows fit its context."""
     policy = models.load_policy(folder, training=True)
     packing.check_context(rows, policy, folder)
     return training.shard(ResponseLogps(policy), recompute)
 
 def pair_logps(policy, rows, numbers):
-    """(B, 2): of each pair's chosen and rejected answer, which `pair_rows` laid next to each other."""
+    """Log-probabilities (B, 2) of the chosen and rejected answers of the pairs with these numbers."""
     return policy(collate([rows[i] for i in numbers], device())).view(-1, 2)
 
 @torch.no_grad()
 def all_logps(policy, rows, steps):
-    """(pairs, 2): log-probabilities of the answers of the pairs in these steps, in their micro-batches."""
+    """Log-probabilities (pairs, 2) of the chosen and rejected answers of all pairs in these steps, computed
+    in the micro-batches of training so that rounding is the same. The rows of other pairs are 0."""
     logps = torch.zeros(len(rows), 2, device=device())
     for step in tqdm(steps, desc="log-probabilities", disable=quiet(), leave=False):
         for micro in step:
             values = pair_logps(policy, rows, micro.numbers)
-            if micro.shares[0]:  # else it only fills up, and another process has the row
+            if micro.share:  # not a filler, whose pair another process adds already
                 logps[micro.numbers] = values
     if world() > 1:
         dist.all_reduce(logps)
@@ -115,17 +123,17 @@ def all_logps(policy, rows, steps):
 @dataclass
 class Options:
     model: str = option(help="policy to start from: a folder or hub id")
-    pairs: str = option(help="preference pairs: prompt, chosen, rejected, perhaps weight")
+    pairs: str = option(help="preference pairs with prompt, chosen, rejected and, optionally, weight")
     out: str = option(help="folder of the trained policy")
     beta: float = option(0.01)
     lr: float = option(7e-7)
     batch: int = option(128, "pairs per optimiser step, over all processes")
     epochs: int = option(1)
     micro_batch: int = option(2, "pairs per forward pass and process")
-    max_length: int = option(2048, "tokens of prompt and answer; longer pairs are left out")
+    max_length: int = option(2048, "leave out pairs whose prompt and answer have more tokens")
     seed: int = option(0)
     recompute: bool = option(torch.cuda.is_available(), "recompute activations: slower, less memory")
-    overwrite: bool = option(False, "begin anew, if --out is an earlier result")
+    overwrite: bool = option(False, "delete the result that --out holds and start again")
 
 def main():
     o = run.parse(Options)

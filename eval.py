@@ -1,4 +1,4 @@
-"""Look at models and runs. `import eval` hides a builtin: write `from eval import …`.
+"""Measure models and look at runs.
 
     python eval.py winrate --policy runs/mt/policy --baseline MODEL --rm RM --prompts prompts.jsonl
     python eval.py accuracy --rm RM --pairs pairs.jsonl
@@ -10,11 +10,17 @@
     python eval.py agreement --run runs/mt
     python eval.py report runs/mt                      # or several: RUN RUN --out page.html
 
-winrate: a response of each policy to every prompt, judged by a reward model. accuracy: of a reward model on
-labelled pairs; both also where the two answers are of similar length. rewardbench: a reward model on that
-benchmark's file. alpaca-generate, arena-generate: a policy's answers as AlpacaEval and Arena-Hard v0.1 read
-them, for a judge that is not ours; alpaca, arena: the scores from what it said. agreement: how often a run's
-reward models agree with gold, or with each other. report: a run's tables, its picture and its page.
+winrate           two policies answer each prompt, and a reward model judges the answers
+accuracy          how many labelled pairs a reward model orders correctly
+                  (both also for the pairs whose answers are of similar length)
+rewardbench       a reward model on the file of RewardBench
+alpaca-generate   a policy's answers in AlpacaEval's format, and arena-generate in Arena-Hard v0.1's, to be
+                  judged by their own tools
+alpaca, arena     the scores from these judgements
+agreement         how often the reward models of a run agree with gold, or with each other
+report            the tables, the picture and the page of one or several runs
+
+A module that says `import eval` loses Python's builtin of that name: write `from eval import …`.
 """
 import sys
 from dataclasses import dataclass, replace
@@ -68,7 +74,7 @@ def winrate(o):
             sample_and_score(o, folder, judge, prompts, 1, f"{o.seed}/{side}", path)
         rows[side] = [row | {"reward": row["score"], "characters": len(row["response"])}
                       for row in read_jsonl(path)]
-    # Tokens are each policy's own, so two policies are compared by characters.
+    # Two policies may have different tokenizers, so their lengths are compared in characters.
     column = {name: [np.array([row[name] for row in some]) for some in rows.values()]
               for name in ("reward", "characters")}
     won = wins(*column["reward"])
@@ -82,10 +88,10 @@ def winrate(o):
 @dataclass
 class Accuracy:
     rm: str = option(help="folder or hub id")
-    pairs: str = option(help="preference pairs: prompt, chosen, rejected, perhaps subset")
+    pairs: str = option(help="preference pairs with prompt, chosen, rejected and, optionally, subset")
     json: str = option("", JSON)
     score_batch: int = option(8)
-    max_length: int = option(10**6, "longer pairs, in tokens, and those beyond the RM's context are left out")
+    max_length: int = option(10**6, "leave out pairs with more tokens, or beyond the RM's context")
 
 def pair_accuracy(o):
     pairs, right = judge_pairs(local_folder(o.rm), read_pairs(o.pairs), o.score_batch, o.max_length)
@@ -97,10 +103,10 @@ def pair_accuracy(o):
 @dataclass
 class Report:
     runs: list[str] = option(help="run folders")
-    out: str = option("", "the page, or the folder for it; none: the first run's")
+    out: str = option("", "the page, or its folder (default: the folder of the first run)")
 
 def report(*folders, out=""):
-    """Print each run's tables and draw its report.png; write one report.html of all runs, side by side."""
+    """Print the tables of each run, draw its report.png, and write one report.html with all runs."""
     if rank() > 0:
         return
     runs = [figures.load(folder, SHOWN) for folder in folders]
@@ -112,7 +118,7 @@ def report(*folders, out=""):
     say(f"page: {path}")
 
 def print_tables(run):
-    """Print a line for each step, a line for each policy where there is gold, and the verdict."""
+    """Print a table of the steps, a table of the policies if the run has gold, and the verdict."""
     steps = [["step", "sampled reward", "tokens", "finished", "pairs", "win rate", "outcome"]]
     for s in run["steps"]:
         if s["kind"] == "E":

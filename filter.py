@@ -3,10 +3,13 @@
     python filter.py --samples scored.jsonl --out pairs.jsonl
     python filter.py --new new.jsonl --old old.jsonl --out comparisons.jsonl
 
-E-step (`choose_pair`): of the responses scored above the mean of their prompt the shortest is chosen, the
-lowest scored is rejected. M-step (`margin_filter`): new is preferred to old unless the margin is at or below
-minus one standard deviation of the old policy's rewards. `import filter` hides a builtin in the module that
-says it.
+E-step (`choose_pair`): of the responses with a reward above the mean of their prompt, the shortest is chosen.
+The response with the lowest reward is rejected.
+M-step (`margin_filter`): the new policy's response is taken to be better than the old one's. The comparison
+is dropped if the reward model clearly disagrees: if new minus old is at or below minus one standard deviation
+of the old policy's rewards.
+
+A module that says `import filter` loses Python's builtin of that name.
 """
 from dataclasses import dataclass
 
@@ -19,18 +22,18 @@ from common.run import option
 
 # ---------------------------------------------------------------- E-step
 def choose_pair(scores, lengths):
-    """(M,) rewards and response lengths in tokens -> (index of the chosen, of the rejected, why), or None if
-    all rewards are equal.
+    """(M,) rewards and (M,) lengths in tokens -> (index of the chosen response, index of the rejected one,
+    reason as text), or None if all rewards are equal.
 
-    Chosen: the shortest above the mean reward; among equally short ones the higher reward, then the earlier
-    index. Rejected: the lowest reward, then the earlier index. A reward that is not finite is a ValueError.
+    Chosen: the shortest above the mean reward; of equally short ones that with the higher reward, then the
+    first. Rejected: the lowest reward, then the first. Raises ValueError if a reward is not finite.
     """
     scores = np.asarray(scores, float)
     if not np.isfinite(scores).all():
         raise ValueError(f"rewards must be finite: {scores.tolist()}")
     mean = scores.mean() if len(scores) else 0.0
     above = [i for i, score in enumerate(scores) if score > mean]
-    if not above or scores.max() == scores.min():  # the mean of equal numbers may be rounded below them
+    if not above or scores.max() == scores.min():  # rounding can put the mean of equal numbers below them
         return None
     chosen = min(above, key=lambda i: (lengths[i], -scores[i], i))
     return chosen, int(scores.argmin()), (
@@ -38,8 +41,8 @@ def choose_pair(scores, lengths):
         f"rejected: lowest of {len(scores)}")
 
 def preference_pairs(samples):
-    """Scored samples, a prompt's wherever they stand -> (pairs, number of prompts without a pair). Two
-    answers with the same text make no pair either."""
+    """Scored samples -> (pairs, number of prompts that give no pair). The samples of a prompt may stand
+    anywhere in the list. If chosen and rejected have the same text, the prompt gives no pair either."""
     groups, pairs = {}, []
     for row in samples:
         groups.setdefault(prompt_id(row["prompt"]), []).append(row)
@@ -50,7 +53,7 @@ def preference_pairs(samples):
     return pairs, len(groups) - len(pairs)
 
 def pair_of(group, chosen_index, rejected_index, reason):
-    """A prompt's scored samples and a choice among them -> a pair, as DPO trains on it and people read it."""
+    """The scored samples of a prompt and a choice among them -> the row of pairs.jsonl."""
     chosen, rejected = group[chosen_index], group[rejected_index]
     return dict(
         prompt=chosen["prompt"], chosen=chosen["response"], rejected=rejected["response"],
@@ -62,11 +65,10 @@ def pair_of(group, chosen_index, rejected_index, reason):
 
 # ---------------------------------------------------------------- M-step
 def margin_filter(new_scores, old_scores):
-    """(N,), (N,) rewards -> (kept (N,) bool, margins (N,), ε): keep where r(new) − r(old) > −ε.
+    """(N,), (N,) rewards -> (kept (N,) bool, margins (N,), ε). Kept is r(new) − r(old) > −ε.
 
-    ε is the (population) standard deviation of the old rewards: 0 for a single prompt or equal rewards, and
-    then a margin of exactly 0 is dropped. All may be dropped, none may be. A reward that is not finite is a
-    ValueError.
+    ε is the population standard deviation of the old rewards. For a single prompt, or equal rewards, it is 0,
+    and a margin of exactly 0 is dropped. Raises ValueError if a reward is not finite.
     """
     new_scores, old_scores = np.asarray(new_scores, float), np.asarray(old_scores, float)
     margins = new_scores - old_scores
@@ -76,8 +78,8 @@ def margin_filter(new_scores, old_scores):
     return margins > -epsilon, margins, epsilon
 
 def compare(new, old, use_filter=True):
-    """One scored response per prompt from the new and the old policy, in the same order -> comparisons, kept
-    and dropped. Identical texts say nothing and are dropped, with or without the filter."""
+    """Scored responses of the new and of the old policy, one per prompt and in the same order -> the rows of
+    comparisons.jsonl, both kept and dropped. Identical texts are always dropped, since they say nothing."""
     if [prompt_id(row["prompt"]) for row in new] != [prompt_id(row["prompt"]) for row in old]:
         raise Problem("new and old must answer the same prompts, one response each, in the same order")
     passed, margins, epsilon = margin_filter([row["score"] for row in new], [row["score"] for row in old])
@@ -96,26 +98,26 @@ def compare(new, old, use_filter=True):
 
 # ---------------------------------------------------------------- model selection
 def wins(new_scores, old_scores):
-    """(N,), (N,) -> (N,): 1 where the new score is higher, 1/2 where they tie."""
+    """(N,), (N,) -> (N,): 1 where the new score is higher, 1/2 where both are equal, else 0."""
     new, old = np.asarray(new_scores, float), np.asarray(old_scores, float)
     return (new > old) + 0.5 * (new == old)
 
 def win_rate(new_scores, old_scores):
-    """Share of prompts on which the new score is higher; a tie counts half. (N,), (N,) -> [0, 1]."""
+    """(N,), (N,) -> the share of prompts on which the new score is higher. A tie counts half."""
     return float(wins(new_scores, old_scores).mean())
 
 @dataclass
 class Options:
     out: str = option(help="pairs.jsonl or comparisons.jsonl")
-    samples: str = option("", "E-step: scored samples, several per prompt")
-    new: str = option("", "M-step: scored samples of the policy after, one per prompt")
-    old: str = option("", "M-step: the same of the policy before")
-    overwrite: bool = option(False, "begin anew, if --out is an earlier result")
+    samples: str = option("", "for the E-step: scored samples, several per prompt")
+    new: str = option("", "for the M-step: scored samples of the new policy, one per prompt")
+    old: str = option("", "for the M-step: the same of the old policy")
+    overwrite: bool = option(False, "delete the result that --out holds and start again")
 
 def main():
     o = run.parse(Options)
     if bool(o.samples) == bool(o.new or o.old) or bool(o.new) != bool(o.old):
-        raise Problem("give --samples, or --new and --old")
+        raise Problem("give --samples, or --new and --old together")
     paths = [o.samples] if o.samples else [o.new, o.old]
     rows = [read_samples(path, "response", "tokens", "finished", "score") for path in paths]
     run.claim(o.out, o, file=True)

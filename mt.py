@@ -1,16 +1,19 @@
-"""Mutual-Taught (arXiv 2506.06292): policy (PM) and reward model (RM) train each other, without new labels.
+"""Mutual-Taught (arXiv 2506.06292): a policy and a reward model train each other, without new labels.
 
-    torchrun mt.py --rounds 3                                          # the embedded task, minutes on a CPU
+    torchrun mt.py --rounds 3                              # the embedded task: two minutes on a CPU
     torchrun --nproc-per-node 8 mt.py --policy meta-llama/Meta-Llama-3-8B-Instruct \\
         --rm sfairXC/FsfairX-LLaMA3-RM-v0.1 --prompts HuggingFaceH4/ultrafeedback_binarized --out runs/llama3
 
-A round is E(a), M(b), E(c), each on a third of the prompts of its own:
-  E-step  sample from the policy, let the RM rank, train the policy by DPO, keep the best checkpoint
-  M-step  compare the policy's answers before and after, filter by margin, train the base RM by Bradley-Terry
+A round is an E-step, an M-step and another E-step, each on a third of the prompts:
+  E-step  sample from the policy, let the reward model (RM) rank the samples, train the policy by DPO on the
+          best and the worst, keep the checkpoint that wins most often against the policy before
+  M-step  compare answers of the policy before and after, drop those comparisons that the RM contradicts
+          clearly, train the base RM on the rest by Bradley-Terry
 
-Each phase makes one file or folder of the run folder from others, once: the same command goes on after an
-interruption. To vary a step replace the function in the module that defines it and call main(), as variants/
-do. Without --policy the task of common/toy.py is run, whose SETTINGS are then the defaults.
+The loop is `mutual_taught`. The functions below it marked @phase each write one file or folder into the run
+folder, and are skipped when it is there. So the same command continues a run that was interrupted. To vary a
+step, replace its function in the module that defines it and call main(), as the scripts in variants/ do.
+Without --policy the run is on the small task of common/toy.py, with the defaults in its SETTINGS.
 """
 import os
 import shutil
@@ -35,18 +38,18 @@ from evals.stats import means
 
 @dataclass
 class Options:
-    policy: str = option("", "base policy: a folder or hub id; none: the embedded task")
+    policy: str = option("", "base policy: a folder or hub id (default: the embedded task)")
     rm: str = option("", "base reward model: a folder or hub id")
     prompts: str = option("", "JSONL, JSON, parquet or hub id with a field `prompt`")
     rounds: int = option(1, "rounds of E, M, E")
-    out: str = option("", "run folder; none: runs/ and the script's name; of mt.py's embedded task, runs/toy")
-    overwrite: bool = option(False, "begin anew, if --out is an earlier run")
+    out: str = option("", "run folder (default: runs/toy for the embedded task, else runs/SCRIPT)")
+    overwrite: bool = option(False, "delete the run that --out holds and start again")
     seed: int = option(0)
     samples: int = option(5, "responses per prompt in the E-step (M)", group="sampling")
     temperature: float = option(0.8)
     top_p: float = option(0.95)
     max_new_tokens: int = option(1024, "longest response (not given in the paper)")
-    max_length: int = option(2048, "tokens of prompt and answer; longer pairs are left out", group="E-step")
+    max_length: int = option(2048, "leave out pairs whose prompt and answer have more tokens", group="E-step")
     beta: float = option(0.01, "DPO's β")
     policy_lr: float = option(7e-7)
     policy_batch: int = option(128, "pairs per optimiser step, over all processes")
@@ -55,22 +58,22 @@ class Options:
     tau: float = option(0.6, "a best win rate below this stops the run")
     rm_lr: float = option(2e-6, group="M-step")
     rm_batch: int = option(512, "pairs per optimiser step, over all processes")
-    update_rm: bool = option(True, "false: no M-step, which is iterative DPO", group="the paper's ablations")
+    update_rm: bool = option(True, "false: no M-step, so iterative DPO", group="the paper's ablations")
     select: bool = option(True, "false: keep the last checkpoint, never stop")
-    filter: bool = option(True, "false: train the RM on all comparisons")
-    sample_batch: int = option(64, "responses decoded at a time in each process", "what fits into memory")
+    filter: bool = option(True, "false: the RM trains on all comparisons")
+    sample_batch: int = option(64, "responses decoded together in each process", "how much fits into memory")
     score_batch: int = option(8, "prompts scored at a time in each process")
     micro_batch: int = option(2, "pairs per forward pass and process in training")
     recompute: bool = option(torch.cuda.is_available(), "recompute activations: slower, less memory")
 
 def mutual_taught(o):
-    """The loop of the paper, from the base models."""
+    """The paper's loop: `--rounds` rounds of E, M, E from the base models."""
     policy, rm, prompts = o.policy, o.rm, Path(split(o, Path(o.out) / "prompts"))
     for number in range(o.rounds):
         folder = Path(o.out) / f"round{number + 1}"
         a, b, c = (prompts / f"s{(number + i) % 3}.jsonl" for i in range(3))
         new_policy = e_step(o, policy, rm, a, folder / "e1")
-        if not new_policy:
+        if not new_policy:  # no checkpoint was better, so the run stops
             break
         if o.update_rm:
             rm = m_step(o, policy, new_policy, rm, b, folder / "m", folder / "e1" / "pairs.jsonl")
@@ -78,20 +81,26 @@ def mutual_taught(o):
         if not policy:
             break
 
-def e_step(o, policy, rm, prompts, folder, judge=None):
-    """π_{t−1}, r → π_t: a folder, or None where no checkpoint has a win rate of at least τ against π_{t−1}.
-    judge: what scores responses in the place of reward.score."""
+def e_step(o, policy, rm, prompts, folder, judge=None, judge_selects=True):
+    """Train the policy π_{t−1} by DPO on its own samples, ranked by the reward model. Returns the folder of
+    the new policy π_t, or None if no checkpoint wins at least the share τ of prompts against π_{t−1}.
+
+    judge(prompt, its scored rows) -> scores that replace the reward model's (reward.py: score);
+    judge_selects: whether they also decide the win rates of the checkpoints.
+    """
     samples = scored_samples(o, policy, rm, prompts, folder / "samples.jsonl", samples=o.samples, judge=judge)
     pairs = make_pairs(o, samples, folder / "pairs.jsonl")
-    selection = train_and_select(o, policy, rm, pairs, folder / "selection.json", judge=judge)
+    selection = train_and_select(o, policy, rm, pairs, folder / "selection.json",
+                                 judge=judge if judge_selects else None)
     chosen = read_json(selection)["chosen"]
     kept = keep_checkpoint(o, selection, folder / "policy", checkpoint=chosen) if chosen else None
-    run.remove(folder / "checkpoints")  # the others
+    run.remove(folder / "checkpoints")  # those that were not chosen
     link_last(o)
     return kept
 
 def m_step(o, old_policy, new_policy, rm, prompts, folder, ranked, judge=None):
-    """π_{t−1}, π_t, r → r': a folder. ranked: the pairs of the E-step before."""
+    """Train the base reward model on comparisons of the new policy's answers with the old one's, and on
+    `ranked`, the pairs of the E-step just before. Returns the folder of the new reward model."""
     new = scored_samples(o, new_policy, rm, prompts, folder / "new.jsonl", judge=judge)
     old = scored_samples(o, old_policy, rm, prompts, folder / "old.jsonl", judge=judge)
     comparisons = make_comparisons(o, new, old, folder / "comparisons.jsonl")
@@ -101,15 +110,16 @@ def m_step(o, old_policy, new_policy, rm, prompts, folder, ranked, judge=None):
     return new_rm
 
 def link_last(o):
-    """OUT/policy and OUT/rm lead to the run's last models."""
+    """Let the links OUT/policy and OUT/rm point to the last models that the run has made."""
     for kind, base in (("policy", o.policy), ("rm", o.rm)):
         made = sorted(Path(o.out).glob(f"round*/*/{kind}"), key=lambda path: (len(path.parts[-3]), path))
         run.on_rank0(run.link, Path(o.out) / kind, [base, *made][-1])
 
-# ---------------------------------------------------------------- phases: each makes the result `path`
+# ---------------------------------------------------------------- phases: each makes a file or folder, `path`
 @phase
 def split(o, path):
-    """Shuffle the prompts once; D_MS first (select.jsonl), the rest in three equal subsets."""
+    """Shuffle the prompts once. The first ones are D_MS, held out for model selection (select.jsonl); the
+    rest is cut into three equal subsets (s0.jsonl to s2.jsonl)."""
     for model, training in (o.policy, False), (o.policy, True), (o.rm, False), (o.rm, o.update_rm):
         models.check_fits(model, training)
     prompts, repeats = read_prompts(o.prompts)
@@ -133,7 +143,7 @@ def split(o, path):
 
 @phase
 def scored_samples(o, policy, rm, prompts, path, samples=1, judge=None):
-    """Responses of `policy` to every prompt of a file, scored by `rm`."""
+    """Sample responses of the policy to all prompts of a file, and score them with the reward model."""
     reward.sample_and_score(o, policy, rm, [row["prompt"] for row in read_jsonl(prompts)], samples,
                             f"{o.seed}/{run.name_of(o, path)}", path, judge)
     rows = read_jsonl(path)
@@ -142,19 +152,19 @@ def scored_samples(o, policy, rm, prompts, path, samples=1, judge=None):
 
 @phase
 def make_pairs(o, samples, path):
-    """A chosen and a rejected response per prompt (filter.py)."""
+    """Take a chosen and a rejected response of each prompt (filter.py: preference_pairs)."""
     rows = read_jsonl(samples)
     pairs, without = filter.preference_pairs(rows)
     if not pairs:
-        raise Problem(f"{samples}: not one prompt gives a pair: all rewards or texts are equal")
+        raise Problem(f"{samples}: no prompt gives a pair, because all rewards or all texts are equal")
     run.log_of(o, path)(prompts_without_pair=without, **means(rows, "score", "tokens", "finished"), **means(
         pairs, "chosen_score", "rejected_score", "chosen_tokens", "rejected_tokens"))
     run.write_rows(path, pairs)
-    return f"{len(pairs)} pairs, {without} prompts give none"
+    return f"{len(pairs)} pairs; {without} prompts gave none"
 
 @phase
 def train_policy(o, policy, pairs, path):
-    """DPO; the checkpoints are folders step-N in `path`."""
+    """Train the policy by DPO. Its checkpoints are the folders step-N in `path`."""
     with run.writing(path) as temporary:
         for step, steps, trained in dpo.train(
                 policy, read_jsonl(pairs), beta=o.beta, lr=o.policy_lr, batch=o.policy_batch, seed=o.seed,
@@ -165,7 +175,8 @@ def train_policy(o, policy, pairs, path):
 
 @phase
 def train_and_select(o, policy, rm, pairs, path, judge=None):
-    """DPO, then model selection: each checkpoint's win rate against π_{t−1} on D_MS, by the current RM."""
+    """Train by DPO, then select: on the prompts of D_MS, and judged by the current reward model, how often
+    does each checkpoint win against π_{t−1}? The best one is chosen, unless its win rate is below τ."""
     folder = Path(train_policy(o, policy, pairs, path.with_name("checkpoints")))
     checkpoints = sorted((p.name for p in folder.iterdir()), key=lambda name: int(name.removeprefix("step-")))
     win_rates, best = {}, checkpoints[-1]
@@ -185,21 +196,21 @@ def train_and_select(o, policy, rm, pairs, path, judge=None):
     run.write_json(path, dict(chosen=chosen, win_rates=win_rates, tau=o.tau, policy_before=str(policy),
                               rm=str(rm)))
     rates = ", ".join(f"{name} {rate:.3f}" for name, rate in win_rates.items())
-    return f"win rates {rates or 'not asked for'}; " + (
-        f"{chosen} is kept" if chosen else f"no checkpoint reaches {o.tau}: {policy} stays and the run stops")
+    return f"win rates: {rates or 'none, --select is false'}; " + (
+        f"{chosen} is kept" if chosen else f"none reaches {o.tau}, so {policy} stays and the run stops")
 
 @phase
 def keep_checkpoint(o, selection, path, checkpoint):
-    """Move the checkpoint to where the step's policy is."""
+    """Move the chosen checkpoint to where the policy of this step belongs."""
     source = path.with_name("checkpoints") / checkpoint
     if not run.exists(source):
-        raise Problem(f"{path} is gone; put it back, or delete {selection} and {path.with_name('select')} to "
-                      "train it anew")
+        raise Problem(f"{path} is missing; put it back, or delete {selection} and {path.with_name('select')} "
+                      "to train it again")
     run.on_rank0(os.replace, source, path)
 
 @phase
 def make_comparisons(o, new, old, path):
-    """The new policy's response against the old one's to every prompt, kept or dropped (filter.py)."""
+    """Compare the new policy's response with the old one's for each prompt (filter.py: compare)."""
     rows = filter.compare(read_jsonl(new), read_jsonl(old), o.filter)
     run.log_of(o, path)(comparisons=len(rows), epsilon=rows[0]["epsilon"], **means(
         rows, "kept", "margin", "new_score", "old_score", "new_tokens", "old_tokens"))
@@ -210,7 +221,8 @@ def make_comparisons(o, new, old, path):
 
 @phase
 def mix(o, comparisons, ranked, old_policy, path):
-    """What the RM trains on: the kept comparisons, and all the RM-ranked pairs of the E-step just before."""
+    """Put together what the reward model trains on: the comparisons that the filter kept, and all pairs of
+    the E-step just before."""
     rows = [dict(prompt=row["prompt"], chosen=row["new"], rejected=row["old"], source=str(comparisons),
                  chosen_policy=row["new_policy"], rejected_policy=row["old_policy"], **weight_of(row))
             for row in read_jsonl(comparisons) if row["kept"]]
@@ -222,7 +234,7 @@ def mix(o, comparisons, ranked, old_policy, path):
 
 @phase
 def train_reward(o, preferences, path):
-    """Bradley-Terry, from the base RM each time: it has not seen these prompts."""
+    """Train by Bradley-Terry. Each M-step starts from the base reward model, as in the paper."""
     pairs = read_jsonl(preferences)
     if not pairs:
         raise Problem(f"{preferences}: every comparison was dropped and there are no ranked pairs")
@@ -231,21 +243,24 @@ def train_reward(o, preferences, path):
                              micro_batch=o.micro_batch, max_length=o.max_length, recompute=o.recompute)
         models.save(model, o.rm, temporary)
 
-# ---------------------------------------------------------------- what phases share
+# ---------------------------------------------------------------- the command
 def weight_of(row):
-    """A pair's weight in the loss, if it has one."""
+    """The pair's weight in the loss, as a field, if the row has one."""
     return {"weight": row["weight"]} if "weight" in row else {}
 
-def main(options=Options, **defaults):  # for variants: a subclass with flags of its own, other defaults
-    o = run.parse(options, **defaults)
+def main(options=Options, **defaults):
+    """Run the loop. A variant may give a subclass of Options, with flags of its own, and other defaults."""
+    embedded_task = " ".join(f"--{name} {value}" for name, value in (toy.SETTINGS | defaults).items())
+    about = f"{sys.modules['__main__'].__doc__}\nThe embedded task's defaults are {embedded_task}"
+    o = run.parse(options, about=about, **defaults)
     embedded = not (o.policy or o.rm or o.prompts)
     if embedded:
-        say("no --policy: running the embedded task (common/toy.py)")
+        say("no --policy given, so this runs the embedded task (common/toy.py)")
         o = run.parse(options, **toy.SETTINGS | defaults)
     elif not (o.policy and o.rm and o.prompts):
-        raise Problem("--policy, --rm and --prompts go together; without them it is the embedded task")
+        raise Problem("give --policy, --rm and --prompts together, or none of them for the embedded task")
     if o.samples < 2:
-        raise Problem("--samples 1 makes no pairs; at least 2 are needed")
+        raise Problem("--samples 1 gives no pairs; it must be at least 2")
     if o.select and not o.select_prompts:
         raise Problem("--select_prompts 0 needs --select false")
     script = Path(sys.argv[0]).stem
@@ -254,8 +269,8 @@ def main(options=Options, **defaults):  # for variants: a subclass with flags of
     o = replace(o, policy=models.local_folder(o.policy), rm=models.local_folder(o.rm))
     models.check_policy(o.policy)
     models.check_reward(o.rm)
-    run.claim(o.out, o, templates={side: load_tokenizer(getattr(o, side)).chat_template
-                                   for side in ("policy", "rm")})
+    run.claim(o.out, o, script=script, templates={
+        side: load_tokenizer(getattr(o, side)).chat_template for side in ("policy", "rm")})
     mutual_taught(o)
     (gold.measure if embedded else gold.by_base)(o)
     report(o.out)

@@ -3,13 +3,12 @@
     python reward.py --model MODEL --pairs train.jsonl --out runs/rm
     python reward.py --model runs/rm --samples samples.jsonl --out scored.jsonl
 
-The reward is the raw logit at the last token of the chat. A causal LM is taken too and gets a fresh head.
-Twin of dpo.py.
+The reward of a response is the logit that the model's head gives to the last token of the chat. Training can
+start from a reward model, or from a causal LM, which then gets a new head. reward.py and dpo.py are twins.
 
 Left out on purpose: margins and centring in the loss, heads with several labels.
 """
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +24,15 @@ from common.run import option
 from sampler import sample
 
 def bradley_terry_loss(chosen_rewards, rejected_rewards, pairs=None):
-    """−log σ(r(x, y_w) − r(x, y_l)), (B,) and (B,) -> (B,)
-    (arXiv 2506.06292, the M-step; Bradley & Terry 1952).
-    pairs: the B pairs, for a loss in its place that wants more of them."""
+    """−log σ(r(x, y_w) − r(x, y_l)), (B,) and (B,) -> (B,) (arXiv 2506.06292, M-step; Bradley & Terry 1952).
+
+    pairs: their rows, for a loss that needs more fields. As in `dpo_loss`, they are one micro-batch of one
+    process.
+    """
     return -F.logsigmoid(chosen_rewards - rejected_rewards)
 
 class Rewards(torch.nn.Module):
-    """A sequence classifier as a function from packed rows (packing.collate) to each answer's reward."""
+    """A sequence classifier as a function from packed rows (packing.collate) to rewards, (answers,)."""
     def __init__(self, model):
         super().__init__()
         self.model = model
@@ -43,8 +44,11 @@ class Rewards(torch.nn.Module):
 
 def train(folder, pairs, *, lr, batch, micro_batch, max_length, epochs=1, seed=0, recompute=False,
           fresh_head=False, log):
-    """Bradley-Terry from the model in `folder`; `pairs` as read_pairs gives them, perhaps with a `weight`.
-    Returns the model, to be saved."""
+    """Train the model in `folder` by Bradley-Terry and return it, for the caller to save.
+
+    pairs: rows with prompt, chosen and rejected. A `weight` multiplies the pair's loss. fresh_head: a causal
+    LM may be given, and gets a new head.
+    """
     rows, kept = pair_rows(load_tokenizer(folder), pairs, max_length)
     steps = training.steps_of([len(row) for row in rows], batch, micro_batch, seed, epochs)
     weights = torch.tensor([pair.get("weight", 1.0) for pair in kept], device=device())
@@ -56,7 +60,7 @@ def train(folder, pairs, *, lr, batch, micro_batch, max_length, epochs=1, seed=0
     model = training.shard(Rewards(model), recompute)
 
     def loss(numbers):
-        # (2B,) -> (B, 2): `pair_rows` laid a pair's two answers next to each other
+        # (2B,) -> (B, 2): the two answers of a pair stand next to each other (packing.pair_rows).
         chosen, rejected = model(collate([rows[i] for i in numbers], device())).view(-1, 2).T
         losses = bradley_terry_loss(chosen, rejected, [kept[i] for i in numbers])
         return losses * weights[numbers], {
@@ -65,12 +69,12 @@ def train(folder, pairs, *, lr, batch, micro_batch, max_length, epochs=1, seed=0
 
     for _ in training.optimise(model, steps, loss, lr=lr, log=log,
                                shown="margin {margin:+.4f}  accuracy {accuracy:.3f}  "):
-        pass  # nothing is saved on the way
+        pass  # no checkpoints are saved on the way
     return model
 
 @torch.inference_mode()
 def score_answers(model, tokenizer, prompt_answers, score_batch):
-    """[(prompt, [answers])] -> [[reward]], `score_batch` prompts in a forward pass, like lengths together."""
+    """[(prompt, [answer, …])] -> [[reward, …]]. A forward pass has `score_batch` prompts of like length."""
     rows = [pack([encode_chat(tokenizer, prompt, answer, whole=True) for answer in answers])
             for prompt, answers in prompt_answers]
     check_context(rows, model.model, tokenizer.name_or_path, "sample with a smaller --max_new_tokens")
@@ -87,51 +91,56 @@ def score_answers(model, tokenizer, prompt_answers, score_batch):
     return rewards
 
 def load(folder):
-    """(model, tokenizer) to score with, whole in every process."""
+    """Return (model, tokenizer) to score with. Every process has the whole model."""
     return Rewards(replicate(models.load_reward(folder))), load_tokenizer(folder)
 
-def score(folder, samples, path, score_batch):
-    """samples: rows with prompt and response, a prompt's next to each other -> the same rows with `score` and
-    `rm`, in the file `path`."""
+def score(folder, samples, path, score_batch, judge=None):
+    """Write the samples to the file `path`, with the reward as `score` and the model's folder as `rm`.
+
+    samples: rows with prompt and response; those of one prompt stand next to each other. judge: a function
+    (prompt, its rows) -> list of scores, which then replace the rewards in `score`. The rows that it gets
+    have the rewards, so a judge can use them.
+    """
     model, tokenizer = load(folder)
 
     def work(block):
         groups = list(by_prompt(block))
         rewards = score_answers(model, tokenizer, [
             (group[0]["prompt"], [row["response"] for row in group]) for group in groups], score_batch)
-        for row, reward in zip(block, chain.from_iterable(rewards)):
-            yield {**row, "score": reward, "rm": str(folder)}
+        for group, scores in zip(groups, rewards):
+            rows = [row | {"score": score, "rm": str(folder)} for row, score in zip(group, scores)]
+            scores = judge(rows[0]["prompt"], rows) if judge else scores
+            yield from (row | {"score": float(score)} for row, score in zip(rows, scores, strict=True))
 
     per_prompt = len(next(by_prompt(samples)))
     run.in_blocks(samples, 64 * per_prompt, path, work, f"scoring {Path(path).stem}")
 
 def sample_and_score(o, policy, rm, prompts, samples, seed, path, judge=None):
-    """`samples` responses of a policy to every prompt, with their `score`, in the file `path`.
+    """Write `samples` responses of a policy to each prompt, with their `score`, to the file `path`.
 
-    o: options with temperature, top_p, max_new_tokens, sample_batch and score_batch. judge: what scores in
-    the place of `score`, with its arguments.
+    o: options with temperature, top_p, max_new_tokens, sample_batch and score_batch. judge: see `score`.
     """
-    raw = path.with_name(f"{path.stem}.unscored.jsonl")  # is there, if scoring was interrupted
+    raw = path.with_name(f"{path.stem}.unscored.jsonl")  # exists already if scoring was interrupted
     if not run.exists(raw):
         sample(policy, prompts, raw, samples=samples, temperature=o.temperature, top_p=o.top_p,
                max_new_tokens=o.max_new_tokens, rows=o.sample_batch, seed=seed)
-    (judge or score)(rm, read_jsonl(raw), path, o.score_batch)
+    score(rm, read_jsonl(raw), path, o.score_batch, judge)
     run.remove(raw)
 
 @dataclass
 class Options:
-    model: str = option(help="reward model, or a causal LM to give a head to: a folder or hub id")
-    out: str = option(help="folder of the trained reward model, or the scored samples.jsonl")
-    pairs: str = option("", "to train: preference pairs (prompt, chosen, rejected, perhaps weight)")
+    model: str = option(help="folder or hub id of a reward model or, to train, of a causal LM")
+    out: str = option(help="to train: the new folder; to score: the new JSONL file")
+    pairs: str = option("", "to train: pairs with prompt, chosen, rejected and, optionally, weight")
     samples: str = option("", "to score: rows with prompt and response")
     lr: float = option(2e-6)
     batch: int = option(512, "pairs per optimiser step, over all processes")
     epochs: int = option(1)
-    micro_batch: int = option(2, "pairs (scoring: prompts) per forward pass and process")
-    max_length: int = option(2048, "tokens of prompt and answer; longer pairs are left out")
+    micro_batch: int = option(2, "pairs, or prompts to score, per forward pass and process")
+    max_length: int = option(2048, "leave out pairs whose prompt and answer have more tokens")
     seed: int = option(0)
     recompute: bool = option(torch.cuda.is_available(), "recompute activations: slower, less memory")
-    overwrite: bool = option(False, "begin anew, if --out is an earlier result")
+    overwrite: bool = option(False, "delete the result that --out holds and start again")
 
 def main():
     o = run.parse(Options)

@@ -1,4 +1,4 @@
-"""Checkpoints in and out: folders and hub ids, loading and saving. Safetensors only, and no remote code."""
+"""Model folders: find them, check them, load them, save them. Safetensors only, and no remote code."""
 import gc
 import math
 import shutil
@@ -11,12 +11,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.core_model_loading import revert_weight_conversion
 
-from common import packing  # noqa: F401  (its attention is the one that models get)
+from common import packing  # noqa: F401  (it registers the attention that models get)
 from common.data import encode_chat, first_line, load_tokenizer
 from common.parallel import Problem, barrier, device, memory, rank, say, share_work, world
 
 def local_folder(name):
-    """The folder of a model: `name` itself, or the snapshot of a hub id."""
+    """The folder of a model: `name` if it is a folder, else the downloaded snapshot of the hub id `name`."""
     if Path(name).is_dir():
         return str(Path(name).resolve())
     if name.count("/") != 1 or name.startswith((".", "/")):
@@ -28,10 +28,9 @@ def local_folder(name):
         barrier()
         return snapshot_download(name, allow_patterns=patterns)
     except Exception as error:
-        raise Problem(f"{name}: no such folder, and not to be had from the hub "
-                      f"({first_line(error)})") from None
+        raise Problem(f"{name}: no such folder, and the hub does not give it ({first_line(error)})") from None
 
-# ---------------------------------------------------------------- what a folder's config says
+# ---------------------------------------------------------------- checks
 def config_of(folder):
     try:
         return AutoConfig.from_pretrained(folder)
@@ -39,77 +38,80 @@ def config_of(folder):
         raise Problem(f"{folder}: not a model folder ({first_line(error)})") from None
 
 def check_policy(folder):
-    """Refuse a reward model, by its config; returns the config."""
+    """Return the folder's config. Raise a Problem if it is that of a reward model."""
     config = config_of(folder)
     if (config.architectures or ["?"])[0].endswith("ForSequenceClassification"):
-        raise Problem(f"{folder}: a {config.architectures[0]}, which is a reward model and no policy")
+        raise Problem(f"{folder}: {config.architectures[0]} is a reward model, but a policy is needed")
     return config
 
 def check_reward(folder, fresh_head=False):
-    """Refuse, by its config, a head of several labels, or none unless `fresh_head`; returns the config."""
+    """Return the folder's config. Raise a Problem if its head has several labels, or if it has no reward head
+    and `fresh_head` does not allow that."""
     config = config_of(folder)
     kind = (config.architectures or ["?"])[0]
     if not kind.endswith("ForSequenceClassification"):
         if not fresh_head:
             raise Problem(f"{folder}: {kind} has no reward head; "
                           f"train one: python reward.py --model {folder} --pairs …")
-        say(f"{folder} is a {kind}: training starts with a fresh reward head")
+        say(f"{folder} is a {kind}, so training starts with a new reward head")
     elif config.num_labels != 1:
-        raise Problem(f"{folder}: its head has {config.num_labels} labels; a reward model has one")
+        raise Problem(f"{folder}: its head has {config.num_labels} labels, but a reward model has one")
     return config
 
 def context_of(folder, config=None):
-    """The longest sequence in tokens: all positions, or those up to which a chat is read alike whatever its
-    length (longrope changes its frequencies there) and attention is not cut into chunks."""
+    """The longest sequence that the model takes, in tokens: its number of positions, or fewer with longrope,
+    which reads chats beyond the original context differently, and with attention that is cut into chunks."""
     config = (config or config_of(folder)).get_text_config()
     if not hasattr(config, "max_position_embeddings"):
         raise Problem(f"{folder}: {config.model_type} models are not supported (no max_position_embeddings)")
     rope = getattr(config, "rope_parameters", None) or {}
-    # These are the parameters of all layers, or hold those of each kind of layer.
+    # `rope` has the parameters of all layers, or a dict of them for each kind of layer.
     ends = [kind["original_max_position_embeddings"] for kind in (rope, *rope.values())
             if isinstance(kind, dict) and kind.get("rope_type") == "longrope"]
     chunk = getattr(config, "attention_chunk_size", None) or math.inf
     return min(config.max_position_embeddings, chunk, *ends)
 
 def prompts_that_fit(folder, prompts, answer=1):
-    """(those prompts that leave room for an answer of so many tokens in a model's context, the numbers of
-    their tokens). How many are left out is said; if all are, that is a Problem."""
+    """Return (prompts, their lengths in tokens) of those prompts that leave room for `answer` more tokens in
+    the model's context. Raise a Problem if there are none."""
     tokenizer, context = load_tokenizer(folder), context_of(folder)
     lengths = share_work(len(prompts), lambda i: len(encode_chat(tokenizer, prompts[i]).ids), "tokens")
     fit = [(prompt, length) for prompt, length in zip(prompts, lengths) if length + answer <= context]
     if not fit:
-        raise Problem(f"no prompt fits into the context of {context} tokens of {folder} with an answer of "
+        raise Problem(f"{folder}: no prompt fits into its context of {context} tokens with an answer of "
                       f"{answer}; the shortest has {min(lengths)}")
     if len(fit) < len(prompts):
-        say(f"{len(prompts) - len(fit)} of {len(prompts)} prompts are too long for {folder} and left out")
+        say(f"{len(prompts) - len(fit)} of {len(prompts)} prompts are too long for {folder} and are left out")
     return map(list, zip(*fit))
 
 def bytes_of(folder):
-    """The size of a saved model's weights."""
+    """The size of the weights in a model folder."""
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 def disk_needed(o, policy, rm, steps):
-    """Bytes that a run's models take at most. o: mt.Options; policy, rm: bytes of one; steps: of a DPO."""
+    """How many bytes the models of a run take on disk at most. o: mt.Options; policy, rm: bytes of one model;
+    steps: the optimiser steps of one E-step."""
     checkpoints = steps // o.save_every + 1 if o.select else 1
     return o.rounds * (2 * policy + o.update_rm * rm) + checkpoints * policy
 
 def check_fits(folder, training=False):
-    """Refuse a model that is too large for the memory. Sampling and scoring have the whole of it in every
-    process; in training the processes share 16 bytes a parameter (training.kept_whole)."""
+    """Raise a Problem if the model is too large for memory. For sampling and scoring each process has a whole
+    copy. For training the processes share 16 bytes per parameter (training.kept_whole)."""
     parameters = bytes_of(folder) // (config_of(folder).dtype or torch.float32).itemsize
     need = parameters * (16 / world() if training else 2 if device().type == "cuda" else 4)
     if need > memory():
-        what = "training it" if training else "a whole copy, which sampling and scoring need,"
-        raise Problem(f"{folder}: {what} takes {need / 1e9:.3g} GB in each process, which has "
-                      f"{memory() / 1e9:.3g}; batch sizes can't help")
+        what = "training it" if training else "sampling or scoring with it"
+        raise Problem(f"{folder}: {what} takes {need / 1e9:.3g} GB in each process, but a process has only "
+                      f"{memory() / 1e9:.3g} GB; smaller batches can't help")
 
 # ---------------------------------------------------------------- loading
 def load_policy(folder, training=False):
-    """A causal LM, in every process; only rank 0's has weights until `replicate` or `shard`."""
+    """Load a causal LM. Only rank 0 has its weights, until `replicate` or `training.shard` sends them."""
     return _load(AutoModelForCausalLM, folder, check_policy(folder), training)
 
 def load_reward(folder, training=False, fresh_head=False, seed=0):
-    """A sequence classifier with one logit. fresh_head: a causal LM is taken too and gets a new head."""
+    """Load a sequence classifier with one logit. With `fresh_head` a causal LM is taken, too, and gets a new
+    head. Only rank 0 has weights, as in `load_policy`."""
     config = check_reward(folder, fresh_head)
     config.num_labels = 1
     torch.manual_seed(seed)  # the fresh head's
@@ -120,8 +122,8 @@ def load_reward(folder, training=False, fresh_head=False, seed=0):
 
 def _load(kind, folder, config, training):
     check_fits(folder, training)
-    # A sharded model holds references to itself, so only a collection frees it, which takes 0.2 s. On CPUs at
-    # most one such model is left, until the next training.
+    # A sharded model refers to itself, so only the garbage collector frees it. That takes 0.2 s. On CPUs it
+    # can wait until the next training, since only one such model is then left.
     if torch.cuda.is_available() or training and dist.is_initialized():
         gc.collect()
     if torch.cuda.is_available():
@@ -141,21 +143,21 @@ def _load(kind, folder, config, training):
                 model = kind.from_config(config, dtype=dtype, attn_implementation="sdpa")
     except Exception as error:
         raise Problem(f"{folder}: can't be loaded as a model ({first_line(error)})") from None
-    model.set_attn_implementation("packed")  # not at once: a model without SDPA would not be noticed
+    model.set_attn_implementation("packed")  # after loading, so that models without SDPA fail there
     model.stored_dtype, model.context = stored, context_of(folder, config)
-    return model.eval()  # and so it stays: dropout would make a policy differ from itself as reference
+    return model.eval()  # also in training: with dropout the policy would differ from its own reference
 
 # ---------------------------------------------------------------- saving
 def save(root, source, folder):
-    """A folder that from_pretrained and vLLM load; tokenizer and template come from the folder `source`.
-    Weights are rounded to its precision. The config comes last: a folder with one is whole."""
+    """Save root.model to `folder` for from_pretrained and vLLM. Tokenizer and template come from the folder
+    `source`. config.json is written last, so a folder that has one is complete."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(root, options=options) if dist.is_initialized() else root.state_dict()
     if rank() == 0:
         try:
             _write(root.model, weights, source, Path(folder))
-        except Exception as error:  # tokenizers has no exceptions of its own for a full disk
-            raise Problem(f"{folder}: not saved: {first_line(error)}") from None
+        except Exception as error:  # for a full disk tokenizers raises a bare Exception
+            raise Problem(f"{folder}: could not be saved: {first_line(error)}") from None
     barrier()
 
 def _write(model, weights, source, folder):
@@ -166,7 +168,7 @@ def _write(model, weights, source, folder):
     if model.config.tie_word_embeddings:
         weights = {name: w for name, w in weights.items() if name not in (model._tied_weights_keys or {})}
     weights = {name: w.to(model.stored_dtype, copy=True)
-               for name, w in revert_weight_conversion(model, weights).items()}  # to the names of the hub
+               for name, w in revert_weight_conversion(model, weights).items()}  # to the names on the hub
     folder.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(weights, folder, max_shard_size="5GB")
     load_tokenizer(source).save_pretrained(folder)

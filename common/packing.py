@@ -1,12 +1,12 @@
-"""Many answers in one forward pass: every prompt once, and no padding tokens between them.
+"""Packing: many answers in one forward pass, with each prompt once and no padding between them.
 
-A Row is a prompt (the trunk) with its answers (the branches): the two of a pair, or five samples. `collate`
-lays the tokens of many rows end to end as one sequence. Everything in a transformer but attention treats
-tokens one by one, so attention alone must know where a chat begins and ends: it takes the chats apart again,
-attends in each as usual and puts the results back. common/probe.py refuses models in which tokens meet in
-other ways.
+A Row is a prompt, its trunk, with the answers to it, its branches: the two of a pair, or five samples.
+`collate` lays the tokens of many rows end to end as one sequence. All parts of a transformer but attention
+treat each token by itself, so only attention must know where a chat begins and ends. `attention` therefore
+takes the chats apart, attends within each as usual, and puts the results back in place. common/probe.py
+refuses models that mix tokens in any other way.
 
-Left out on purpose: attention kernels of our own, sinks and caps.
+Left out on purpose: attention kernels of our own, attention sinks and soft caps.
 """
 from array import array
 from typing import NamedTuple
@@ -20,21 +20,21 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from common.data import encode_chat
 from common.parallel import Problem, share_work
 
-LOGITS = 2**23  # logits in memory at a time (32 MB in fp32)
-TOGETHER = 8  # chats of like lengths that attend in one call, padded to the longest of them
+LOGITS = 2**23  # how many logits TokenLogps holds at a time: 32 MB in fp32
+TOGETHER = 8    # how many chats of like length attend in one call, padded to the longest of them
 
 # ---------------------------------------------------------------- rows
 class Row(NamedTuple):
-    trunk: array    # tokens shared by all answers: the prompt
-    branches: list  # per answer, its tokens after the trunk
-    starts: list    # per answer, the index in its branch where the response begins
+    trunk: array    # the tokens that all answers share: the prompt
+    branches: list  # for each answer, its tokens after the trunk
+    starts: list    # for each answer, the index in its branch at which the response begins
 
-    def __len__(self):
+    def __len__(self):  # the number of tokens, not of the tuple's fields
         return len(self.trunk) + sum(map(len, self.branches))
 
 def pack(chats):
-    """Answers to one prompt as a Row: their common beginning once, never further than the first response."""
-    chats = [chat._replace(ids=array("i", chat.ids)) for chat in chats]  # a tenth of a list's memory
+    """Chats with the same prompt -> a Row. The trunk is their common beginning, but no part of a response."""
+    chats = [chat._replace(ids=array("i", chat.ids)) for chat in chats]  # arrays take a tenth of the memory
     trunk = chats[0].ids[:min(chat.start for chat in chats)]
     for chat in chats[1:]:
         trunk = trunk[:next((i for i, (a, b) in enumerate(zip(trunk, chat.ids)) if a != b), len(trunk))]
@@ -42,14 +42,16 @@ def pack(chats):
     return Row(trunk, [chat.ids[cut:] for chat in chats], [chat.start - cut for chat in chats])
 
 def alone(ids):
-    """A chat without siblings, as a Row."""
+    """The tokens of a single chat -> a Row."""
     return Row(ids, [ids[:0]], [0])
 
 def pair_rows(tokenizer, pairs, max_length, unfinished=False):
-    """Preference pairs -> (rows of two branches, chosen first; the pairs of these rows). Pairs of which
-    either side is longer than `max_length` tokens are left out; if all are, that is a Problem.
-    unfinished: a response that was cut off carries no stop token (policies learn from it); else every answer
-    ends properly, with the whole of the template, as reward models expect."""
+    """Preference pairs -> (rows, pairs): a Row with the branches (chosen, rejected) for each pair of which
+    both sides have at most `max_length` tokens, and these pairs. Raises a Problem if there are none.
+
+    unfinished: whether a response that was cut off gets no stop token, as policies should learn it. Reward
+    models read every answer as finished, with all that the template writes after it.
+    """
     def encode(number):
         pair = pairs[number]
         chats = [encode_chat(tokenizer, pair["prompt"], pair[side],
@@ -65,12 +67,12 @@ def pair_rows(tokenizer, pairs, max_length, unfinished=False):
     return [row for row in rows if row], [pair for pair, row in zip(pairs, rows) if row]
 
 def how_many(kept, total):
-    """How many of the pairs are short enough, in words, and in loud ones if a tenth is not."""
+    """A text that says how many of the pairs are short enough, and warns if over a tenth are not."""
     return f"{kept} pairs ({total - kept} too long)" if total - kept <= total / 10 else (
         f"{kept} pairs; WARNING: {total - kept} OF {total} ARE TOO LONG AND LEFT OUT")
 
 def check_context(rows, model, folder, mend="set a smaller --max_length"):
-    """A chat that is longer than the model's context, or a token that it doesn't know, is a Problem."""
+    """Raise a Problem if a chat is longer than the model's context or has a token that it does not know."""
     longest = max(len(row.trunk) + len(branch) for row in rows for branch in row.branches)
     if longest > model.context:
         raise Problem(f"{folder}: a chat of {longest} tokens does not fit into its context of "
@@ -80,12 +82,13 @@ def check_context(rows, model, folder, mend="set a smaller --max_length"):
         raise Problem(f"{folder}: the tokenizer has more tokens than the model's {vocabulary}")
 
 def collate(rows, device="cpu"):
-    """Rows to one sequence of T tokens, as a dict.
+    """Lay the tokens of rows end to end, as one sequence of T tokens. Returns a dict:
 
-    inputs: for the model. input_ids, position_ids (1, T), where positions go on from the trunk in every
-    branch; chats, places: see `attention`. targets, sources, owners (N,): the responses' tokens, the index
-    into T of the token that predicts each, and the number of the answer that each belongs to. last
-    (answers,): the index of each answer's last token.
+    inputs: what the model gets. input_ids and position_ids are (1, T); the positions of each branch continue
+    those of the trunk. For chats and places see `attention`.
+    targets, sources, owners (N,): for each of the N tokens of responses, the token, the index in the sequence
+    of the token that predicts it, and the number of the answer that it belongs to.
+    last (answers,): the index of the last token of each answer.
     """
     ids, positions, chats, targets, sources, owners = [], [], [], [], [], []
     for trunk, branches, starts in rows:
@@ -113,11 +116,11 @@ def collate(rows, device="cpu"):
 
 # ---------------------------------------------------------------- attention
 def group_chats(chats, tokens):
-    """Chats, as lists of indices into a sequence of so many tokens -> (groups, places), for `attention`.
+    """Chats as lists of indices into a sequence of `tokens` tokens -> (groups, places), for `attention`.
 
-    groups: per group of chats of like length an array (C, L) of these indices. Shorter chats are padded by
-    their last token. Attention is causal, so padding changes nothing before it.
-    places (tokens,): where each token stands among those of all groups, laid end to end.
+    groups: for each group of TOGETHER chats of like length an array (C, L) of indices. Shorter chats are
+    padded by repeating their last token. Attention is causal, so the padding changes nothing before it.
+    places (tokens,): lay all groups end to end; then the token with index i stands at places[i].
     """
     order = sorted(range(len(chats)), key=lambda c: len(chats[c]))
     groups, places, before = [], np.zeros(tokens, np.int64), 0
@@ -134,29 +137,29 @@ HARMLESS = ("dropout", "is_causal", "position_ids", "output_attentions", "output
 
 def attention(module, query, key, value, attention_mask, scaling=None, sliding_window=None, chats=None,
               places=None, kept=None, attend=None, **options):
-    """Causal attention within each chat of a packed sequence: what models call in every layer under the name
-    "packed", which models.py gives them. (1, heads, T, D), twice (1, kv_heads, T, D) -> (1, T, heads, D).
+    """Causal attention within each chat of a packed sequence: query (1, heads, T, D), key and value (1,
+    kv_heads, T, D) -> (1, T, heads, D). transformers calls it in each layer, as the attention "packed".
 
-    chats, places: of `group_chats`, as tensors. sliding_window: how many tokens each one sees, with itself.
-    kept: a list that gets the keys and values of each call, for the sampler's prefill. attend: the sampler's
-    attention to its cache, in the place of all this (sampler.py).
+    chats, places: of `group_chats`, as tensors. sliding_window: how many tokens a token sees, with itself.
+    kept: a list to which the keys and values are added, for the sampler's prefill. attend: a function that
+    attends instead of this one, for the sampler's decoding step.
     """
     for name, option in options.items():
         if name not in HARMLESS and option is not None:
-            raise Problem(f"attention has {name}")
+            raise Problem(f"its attention uses {name}")
     if attention_mask is not None:
-        raise Problem("attention has a mask of its own")
+        raise Problem("its attention has a mask of its own")
     if attend is not None:
         return attend(query, key, value, scaling, sliding_window), None
     if chats is None:
-        raise Problem("attention is told nothing of who shares a sequence")
+        raise Problem("its attention does not get the chats that share a sequence")
     if kept is not None:
         kept.append((key[0], value[0]))
     results = []
     for chat in chats:
         q, k, v = (x[0].transpose(0, 1)[chat].transpose(1, 2) for x in (query, key, value))  # (C, …, L, D)
-        if sliding_window and sliding_window < q.shape[2]:  # a dense mask: no faster than without a window
-            k, v = (repeat_kv(x, q.shape[1] // x.shape[1]) for x in (k, v))  # what masks want of fast kernels
+        if sliding_window and sliding_window < q.shape[2]:  # with a dense mask, so not faster
+            k, v = (repeat_kv(x, q.shape[1] // x.shape[1]) for x in (k, v))  # a mask and GQA: a slow kernel
             age = torch.arange(q.shape[2], device=q.device)
             age = age[:, None] - age
             result = F.scaled_dot_product_attention(
@@ -169,25 +172,27 @@ def attention(module, query, key, value, attention_mask, scaling=None, sliding_w
 AttentionInterface.register("packed", attention)
 
 def decoder(model):
-    """A model without its head."""
+    """The model without its head."""
     return (model.base_model if model.base_model is not model else model.model).get_decoder()
 
 def hidden_states(model, packed):
-    """(T, H): the last hidden states of a packed sequence (`collate`)."""
+    """The last hidden states (T, H) of a packed sequence (`collate`)."""
     return decoder(model)(**packed["inputs"], use_cache=False).last_hidden_state[0]
 
 def response_logits(model, packed):
-    """(N, V) logits for the tokens of the responses, by the model's own way from its hidden states."""
+    """Logits (N, V) that predict the tokens of the responses, computed by the model's own forward."""
     return model(**packed["inputs"], use_cache=False, logits_to_keep=packed["sources"]).logits[0]
 
 # ---------------------------------------------------------------- log-probabilities
 class TokenLogps(torch.autograd.Function):
-    """(N, H) hidden states, (V, H) head, (N,) targets -> (N,) log-probabilities in fp32, by definition
+    """Hidden states (N, H), head (V, H), targets (N,) -> log-probabilities (N,) in fp32. The definition is
 
-        (hidden @ head.T).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
+        logits = (hidden @ head.T).float()                                  # (N, V)
+        logps = logits.log_softmax(-1)
+        return logps.gather(1, targets[:, None])[:, 0]
 
-    Here it is done a tile of the vocabulary at a time, so the logits of all tokens never exist at once. The
-    backward pass computes them again, unless they fitted into one tile.
+    At a vocabulary of 128k these logits would be the largest tensor of the whole training. So this goes over
+    the vocabulary tile by tile, and the backward pass computes the logits again, unless there was one tile.
     """
     @staticmethod
     def forward(ctx, hidden, weight, targets):
@@ -220,7 +225,7 @@ class TokenLogps(torch.autograd.Function):
         return grad_hidden.to(hidden.dtype), grad_weight, None
 
 def _column(targets, at, logits):
-    """Columns (N, 1) of the targets in the tile that begins with token `at`; whether they are in it (N,)."""
+    """The targets' columns (N, 1) in the tile that begins with token `at`, and whether they are in it."""
     column = targets - at
     inside = (column >= 0) & (column < logits.shape[1])
     return (column * inside)[:, None], inside

@@ -1,6 +1,6 @@
-"""Processes: the same code runs under plain `python`, under `torchrun` on CPUs (gloo) and under `torchrun` on
-GPUs (nccl), also over several nodes that share a file system. Sampling and scoring hold a whole copy of the
-model in every process (`replicate`); training shards it (common/training.py).
+"""Processes. The same code runs under `python`, under `torchrun` on CPUs (gloo) and under `torchrun` on GPUs
+(nccl), also on several nodes that share a file system. To sample and to score, each process has a whole copy
+of the model (`replicate`). For training the processes share one (common/training.py).
 
 Left out on purpose: tensor, pipeline and context parallelism.
 """
@@ -15,7 +15,7 @@ import transformers
 from tqdm import tqdm
 
 class Problem(Exception):
-    """Something that the user can mend. It is shown as one line, and the exit code is 2."""
+    """An error that the user can mend. It is shown as one line, and the exit code is 2."""
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
@@ -28,19 +28,19 @@ def device():
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 def memory():
-    """Bytes that this process's device has: its GPU's, or its share of the machine's memory."""
+    """The bytes of memory for this process: those of its GPU, or its share of the machine's."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(device()).total_memory
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return machine // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 def say(*words):
-    """Print, in rank 0 only."""
+    """Print in rank 0 only."""
     if rank() == 0:
         print(*words, flush=True)
 
 def quiet():
-    """tqdm's `disable`: None, which shows a bar in terminals only, in rank 0, and True in other processes."""
+    """For tqdm(disable=…): None in rank 0, which shows a bar if there is a terminal; else True."""
     return rank() > 0 or None
 
 def barrier():
@@ -48,8 +48,8 @@ def barrier():
         dist.barrier()
 
 def on_rank0(work, *arguments):
-    """work(*arguments) by rank 0 alone; its result, or its Problem, reaches every process. No process goes on
-    before all have come this far."""
+    """Call work(*arguments) in rank 0 alone, and return its result, or raise its Problem, in all processes.
+    Every process must call this, and none continues before all have done so."""
     box = [None]
     try:
         box[0] = work(*arguments) if rank() == 0 else None
@@ -57,15 +57,15 @@ def on_rank0(work, *arguments):
         box[0] = problem
     if world() > 1:
         dist.broadcast_object_list(box)
-        dist.barrier()  # rank 0 would not wait for the others otherwise
+        dist.barrier()  # the broadcast alone lets rank 0 run ahead
     if isinstance(box[0], Problem):
         raise box[0]
     return box[0]
 
 def share_work(count, work, what):
-    """[work(0), …, work(count − 1)]: each is done by one process, and then all processes know all results. It
-    is for work of the CPU, during which accelerators wait. what: the name on the progress bar."""
-    done, size = [], 4096  # results are exchanged in pieces, since an exchange takes several times their size
+    """Return [work(0), …, work(count − 1)] in all processes. Each is computed by one of them, so this is for
+    work of the CPU that takes long, such as tokenising. what: the name on the progress bar."""
+    done, size = [], 4096  # results are exchanged in pieces, which takes several times their memory
     for start in tqdm(range(0, count, size), desc=what, leave=False, disable=quiet()):
         end = min(start + size, count)
         mine = [work(i) for i in range(start + rank(), end, world())]
@@ -76,7 +76,7 @@ def share_work(count, work, what):
     return done
 
 def start():
-    """Join the process group that torchrun describes; alone, without a GPU, there is none."""
+    """Join the process group that torchrun describes. A single process on a CPU needs none."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -86,24 +86,24 @@ def start():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     else:
         keep_freed_memory()
-        if "OMP_NUM_THREADS" not in os.environ:  # more threads than cores are far slower
+        if "OMP_NUM_THREADS" not in os.environ:  # more threads than cores would be far slower
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # one without a block left waits for the others' last ones
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # who has no work left waits for the others
         dist.init_process_group(backend, timeout=timedelta(hours=6))
-    elif torch.cuda.is_available():  # a group of one, since FSDP is what makes training bf16
+    elif torch.cuda.is_available():  # a group of one: FSDP is what computes in bf16
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 def keep_freed_memory():
-    """Have glibc keep the memory of freed tensors of up to 32 MiB. It would give it back to the system and
-    fetch it again, page by page; without that, scoring on a CPU is a fifth faster."""
+    """Tell glibc to keep the memory of freed tensors of up to 32 MiB. By default it returns it to the system,
+    and then gets it back page by page. Keeping it makes scoring on a CPU a fifth faster."""
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # other C libraries have none
-        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, the largest there is
+    if hasattr(libc, "mallopt"):  # other C libraries don't have it
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD, its largest value
         libc.mallopt(-1, 10**9)  # M_TRIM_THRESHOLD
 
 def replicate(model):
-    """The whole model in every process. Rank 0 has read its weights; the others receive them."""
+    """Give each process a whole copy of the model. Rank 0 has read its weights and sends them to the rest."""
     if rank() > 0:
         model.to_empty(device=device())
         model.tie_weights()

@@ -1,6 +1,9 @@
-"""Every model is held to plain forward passes of itself at its first use, by the processes and in the shards
-that use it. Models in which tokens meet outside attention, or whose attention does what ours doesn't, differ
-there and are refused in one line. docs/models.md says which families are equal, and which are refused.
+"""At the first use of a model, check that it computes the same packed as in plain forward passes.
+
+Packing and the sampler's cache rely on attention being the only place where tokens meet, and replace the
+model's attention by our own. A model of which this isn't true computes other hidden states and is refused in
+one line. The check runs in the processes, and on the shards, that then use the model. docs/models.md lists
+which families pass and which are refused.
 """
 from contextlib import contextmanager
 
@@ -13,7 +16,7 @@ from common.packing import Row, collate, decoder, hidden_states, response_logits
 from common.parallel import Problem
 
 def plain_pass(model, ids):
-    """(L, H) hidden states and logits of one chat, by a forward pass with transformers' own attention."""
+    """Hidden states (L, H) and logits (L, V) of one chat, by a forward pass with transformers' attention."""
     seen = []
     hook = decoder(model).register_forward_hook(lambda _, __, out: seen.append(out.last_hidden_state[0]))
     model.set_attn_implementation("sdpa")
@@ -25,7 +28,7 @@ def plain_pass(model, ids):
     return seen[0], logits
 
 def probe_rows(model):
-    """Four chats of random tokens: two with one trunk, a short one and, if the context allows, a long one."""
+    """Four chats of random tokens: two with a common trunk, a short one, and a long one if it fits."""
     config, rng = model.config.get_text_config(), np.random.default_rng(0)
     tokens = np.setdiff1d(np.arange(config.vocab_size), [config.pad_token_id or 0])
     long = min(200, config.max_position_embeddings, getattr(model, "context", 200))
@@ -34,8 +37,8 @@ def probe_rows(model):
 
 @contextmanager
 def trial(model, part):
-    """What is raised inside becomes a Problem that names the part. Attention windows are 6 tokens meanwhile,
-    so that short chats reach beyond them."""
+    """Turn any error inside into a Problem that names the part of the check. Meanwhile sliding windows have 6
+    tokens, so that short chats are long enough to test them."""
     narrow = [(owner, owner.sliding_window) for owner in (model.config.get_text_config(), *model.modules())
               if isinstance(getattr(owner, "sliding_window", None), int)]
     try:
@@ -52,12 +55,12 @@ def trial(model, part):
             owner.sliding_window = window
 
 def off(ours, theirs, size=None):
-    """By how much `ours` is another than `theirs`, in units of `size` (by default theirs)."""
+    """The norm of ours − theirs, relative to `size` (default: the norm of theirs)."""
     size = theirs.float().norm() if size is None else size
     return (ours.float() - theirs.float()).norm() / size.clamp(min=1e-30)
 
 def compare(ours, theirs, size=None):
-    """Raises where `ours` is another than `theirs` by more than rounding."""
+    """Raise a Problem if ours and theirs differ by more than rounding."""
     if not theirs.isfinite().all():
         raise Problem("NaN or infinite numbers")
     difference = off(ours, theirs, size)
@@ -66,8 +69,9 @@ def compare(ours, theirs, size=None):
 
 @torch.no_grad()
 def verify(model):
-    """At a model's first use, hold packed attention and the head to plain forward passes; where they differ a
-    Problem is raised. Sets model.plain_head: whether logits are nothing but hidden states times a matrix."""
+    """At the first use of a model, compare packed attention and the head with plain forward passes, and raise
+    a Problem if they differ. Sets model.plain_head: whether the logits are hidden states times a matrix, with
+    nothing added or scaled, as TokenLogps needs it."""
     if hasattr(model, "plain_head"):
         return
     for name, weight in model.named_parameters():
@@ -84,12 +88,12 @@ def verify(model):
     with trial(model, "head"):
         if hasattr(model, "score"):
             last, weight = torch.stack([h[-1] for h in hidden]).float(), model.score.weight.float()
-            size = last.norm() * weight.norm() / weight.numel()**0.5  # of a product without meaning
+            size = last.norm() * weight.norm() / weight.numel()**0.5  # of a random head's logits
             compare(F.linear(last, weight), torch.stack(logits), size)
             head = False
         else:
             head = model.get_output_embeddings()
-            rounding = 1e-6 if logits[0].dtype == torch.float32 else 5e-3  # of kernels for other shapes
+            rounding = 1e-6 if logits[0].dtype == torch.float32 else 5e-3  # by kernels for other shapes
             head = head.bias is None and off(F.linear(hidden[0], head.weight), logits[0]).item() < rounding
             if not head:
                 compare(response_logits(model, packed), torch.cat([x[c:-1] for c, x in zip(cuts, logits)]))

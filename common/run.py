@@ -1,9 +1,9 @@
-"""What every script needs: a command line, errors in one line, files that are whole or not there, run.json,
-phases, a log, and work in blocks.
+"""What every script needs: the command line, errors in one line, files that are never half written, phases,
+run.json, a log, and work in blocks.
 
-A phase is a function that makes one file or folder of the run folder from others. run.json holds, for each
-such result, its digest and the digests of what it was made from. So a run that was interrupted goes on by the
-same command, and nothing is built on a result that is damaged or out of date.
+A phase is a function that makes one file or folder of a run folder from others. run.json notes, for each such
+result, its digest and the digests of what it was made from. So the same command continues a run that was
+interrupted, and nothing is built on a result that is damaged or out of date.
 """
 import argparse
 import ast
@@ -35,43 +35,45 @@ HOME = Path(__file__).resolve().parents[1]
 
 # ---------------------------------------------------------------- command line
 def launch(main, **arguments):
-    """Run a script's main() in its process group. What a user can mend is one line, and exit code 2."""
+    """Run a script's main() in its process group. Errors that a user can mend are shown as one line, and the
+    exit code is then 2."""
     name = Path(sys.argv[0]).name
     try:
         start()
         main(**arguments)
         if dist.is_initialized():
-            barrier()  # nobody leaves before rank 0 is done
+            barrier()  # torchrun ends all processes when one leaves, so they leave together
             dist.destroy_process_group()
             sys.stdout.flush()
-            os._exit(0)  # past the group's threads, which now and then abort a regular exit
+            os._exit(0)  # a regular exit is now and then aborted by the group's threads
     except (Problem, OSError, SafetensorError, torch.cuda.OutOfMemoryError) as error:
         if rank() > 0:
-            time.sleep(3)  # most problems are everybody's: rank 0 has spoken, and torchrun ends the others
+            time.sleep(3)  # most problems occur in all processes; let rank 0 alone report them
         text = str(error) if isinstance(error, Problem) else first_line(error)
         if isinstance(error, torch.cuda.OutOfMemoryError):
-            text += "; run the same command with a smaller --sample_batch, --score_batch or --micro_batch"
+            text += "; use a smaller --sample_batch, --score_batch or --micro_batch with the same command"
         elif "o space left" in text or "quota exceeded" in text:
-            text += "; make room and run the same command again: what is finished stays"
+            text += "; free some space and run the same command again: what is finished is kept"
         print(f"{name}: {text}", file=sys.stderr, flush=True)
-        os._exit(2)  # no waiting for processes that are inside a collective
+        os._exit(2)  # a regular exit would wait for processes that are inside a collective
     except KeyboardInterrupt:
         if rank() == 0:
-            print(f"\n{name}: interrupted; the same command goes on", file=sys.stderr, flush=True)
+            print(f"\n{name}: interrupted; the same command continues", file=sys.stderr, flush=True)
         os._exit(130)
 
 def option(default=MISSING, help="", group=None):
-    """A field of a script's Options: its default (without one the flag must be given) and its help.
-    group: a heading in --help for this flag and those after it."""
+    """A field of a script's Options, with its default and its help. A flag without a default must be given.
+    group: in --help, the heading above this flag and those after it."""
     return field(default=default, metadata={"help": help, "group": group})
 
-def parse(options, words=None, **defaults):
-    """The command line (or `words`) as the dataclass `options`; `defaults` replace the dataclass's own."""
+def parse(options, words=None, about=None, **defaults):
+    """Parse the command line, or `words`, into the dataclass `options`. about: the text of --help (default:
+    the docstring of the dataclass's module). defaults: they replace those of the dataclass."""
     def complain(message):
         raise Problem(f"{message:.200} (see --help)")
 
     parser = argparse.ArgumentParser(
-        description=sys.modules[options.__module__].__doc__, usage="%(prog)s [--flag VALUE …]",
+        description=about or sys.modules[options.__module__].__doc__, usage="%(prog)s [--flag VALUE …]",
         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error, group = complain, parser
     for f in fields(options):
@@ -94,24 +96,25 @@ def true_or_false(word):
     return ("false", "true").index(word.lower()) == 1
 
 KINDS = {bool: dict(type=true_or_false, nargs="?", const=True), list[str]: dict(type=str, nargs="+"),
-         float | None: dict(type=float)}  # what argparse is told of a field's type
+         float | None: dict(type=float)}  # how argparse reads a field of this type
 
 def check_number(name, value):
-    """Flags are finite, and counts can be waited for."""
+    """Refuse numbers that make no sense for a flag: not finite, negative, or counts that never end."""
     most = {"seed": 2**63 - 1, "top_p": 1, "prior": 100}.get(name, 10**6 if type(value) is int else 1e99)
     least = 1e-3 if name == "temperature" else 0
     or_zero = name in ("seed", "tau", "temperature", "select_prompts", "prior")
     if not (0 < value <= most and least <= value or or_zero and value == 0):
-        raise Problem(f"--{name} {value:.9g} makes no sense: above {least}, to {most}{', or 0' * or_zero}")
+        raise Problem(f"--{name} {value:.9g} is out of range: above {least}, to {most}{', or 0' * or_zero}")
 
 # ---------------------------------------------------------------- files
 def exists(path):
-    """Whether rank 0 sees it, so that no process decides otherwise."""
+    """Whether the path exists for rank 0, so that all processes get the same answer."""
     return on_rank0(Path(path).exists)
 
 @contextmanager
 def writing(path):
-    """A temporary name for all processes to write to, renamed to `path` at the end: what exists is whole."""
+    """Give all processes a temporary path to write to, and rename it to `path` at the end, so that a file or
+    folder that exists is complete."""
     temporary = Path(path).with_name(f".{Path(path).name}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     remove(temporary)
@@ -126,14 +129,15 @@ def write_rows(path, rows):
     on_rank0(write_jsonl, path, rows)
 
 def link(path, target):
-    """A relative symbolic link, so that what holds both can be moved. For one process."""
+    """Make a symbolic link. It is relative, so that the folder that holds both ends can be moved. For one
+    process."""
     temporary = Path(path).with_name(f".{Path(path).name}.tmp")
     delete(temporary)
     temporary.symlink_to(os.path.relpath(Path(target).resolve(), temporary.parent.resolve()))
     os.replace(temporary, path)
 
 def delete(*paths):
-    """Delete files and folders, if they are there. For one process."""
+    """Delete those of the files and folders that exist. For one process."""
     for path in map(Path, paths):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
@@ -142,11 +146,11 @@ def remove(*paths):
     on_rank0(delete, *paths)
 
 # ---------------------------------------------------------------- run.json
-ROUNDING = "sample_batch score_batch micro_batch recompute".split()  # flags that change rounding at most
-LOCKS = []  # open files, which hold the results that this process makes
+ROUNDING = "sample_batch score_batch micro_batch recompute".split()  # flags that change nothing but rounding
+LOCKS = []  # open lock files: they lock the outputs of this process until it ends
 
 def note_of(path):
-    """The file that says how `path`, a folder or a JSONL file, came about."""
+    """The file run.json of the output `path`, which is a folder or a JSONL file."""
     return Path(f"{path}.run.json") if str(path).endswith(".jsonl") else Path(path) / "run.json"
 
 def read_note(path):
@@ -154,13 +158,14 @@ def read_note(path):
         note = json.loads(note_of(path).read_text())
         return note | {key: dict(note[key]) for key in ("settings", "inputs", "sources", "results")}
     except (OSError, ValueError, LookupError, TypeError):
-        raise Problem(f"{note_of(path)} is damaged; choose another --out") from None
+        raise Problem(f"{note_of(path)} is damaged or missing; choose another --out") from None
 
 def claim(path, options, file=False, **more):
-    """Note down the settings, input files and code that `path` belongs to; others are refused by their names.
+    """Write run.json for the output `path`, with the settings, the digests of input files and of code, and
+    `more`. If there is an earlier output by other settings, files or code, raise a Problem that names them.
 
-    file: whether `path` is a JSONL file; else it is a folder. A run may go on with other batch sizes per
-    process and with more rounds. With options.overwrite what is there is deleted first, if it is ours.
+    file: whether `path` is a JSONL file; else it is a folder. A run may be continued with other batch sizes
+    per process and with more rounds. options.overwrite deletes the earlier output first, if it is ours.
     """
     if str(path).endswith(".jsonl") != file:
         raise Problem(f"--out {path}: the name of a file must end in .jsonl, and that of a folder must not")
@@ -174,12 +179,12 @@ def _claim(path, options, more):
     new = dict(settings=settings, inputs=inputs, sources=sources(), **more, results={}, versions=dict(
         python=sys.version.split()[0], torch=torch.__version__, transformers=transformers.__version__,
         numpy=np.__version__, processes=world(), device=str(device()), commit=commit()))
-    found = [path, parts_of(path)] if path.suffix == ".jsonl" else path.glob("[!.]*")  # no leftover of a kill
+    found = [path, parts_of(path)] if path.suffix == ".jsonl" else path.glob("[!.]*")  # hidden: temporary
     found = [p for p in found if p.exists()]
     made = [p for p in found if p.name not in ("run.json", "metrics.jsonl", "timings.jsonl")]
     if made and not note_of(path).exists():
         raise Problem(f"{path} exists and was not written by this command; choose another --out")
-    old = read_note(path) if made else new  # else a start before this one failed at once
+    old = read_note(path) if made else new
     if getattr(options, "overwrite", False):
         delete(*found)
     else:
@@ -195,7 +200,7 @@ def _claim(path, options, more):
     write_text(note_of(path), json.dumps(new, indent=1) + "\n")
 
 def lock(path):
-    """Hold `path` until this process ends, however it ends. If another one holds it, that is a Problem."""
+    """Lock `path` until this process ends, however it ends. Raise a Problem if another one has locked it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     LOCKS.append(open(path.with_name(f".{path.name}.lock"), "a"))
     try:
@@ -203,17 +208,18 @@ def lock(path):
     except BlockingIOError:
         raise Problem(f"{path} is in use by another process; wait, or choose another --out") from None
     except OSError:
-        pass  # a file system without locks
+        pass  # this file system has no locks
 
 def sources():
-    """{file: digest} of the script and of the project's modules in use, without those that only look."""
+    """{file: digest} of the script and of the project's modules that are loaded, except eval.py and evals/,
+    which train nothing."""
     files = {Path(m.__file__).resolve() for m in [*sys.modules.values()] if getattr(m, "__file__", None)}
     ours, script = (HOME, HOME / "common", HOME / "variants"), Path(sys.argv[0]).resolve()
     return {os.path.relpath(file, HOME): code_of(file) for file in sorted(files - {HOME / "eval.py"})
-            if (file.parent in ours or file == script) and file.is_file()}  # torch.classes has none
+            if (file.parent in ours or file == script) and file.is_file()}  # torch.classes is no file
 
 def code_of(file):
-    """A digest of a Python file in which comments, docstrings and layout don't count."""
+    """The digest of a Python file. Comments, docstrings and layout don't change it."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
@@ -227,7 +233,7 @@ def commit():
 
 @functools.cache  # until the next `claim`
 def digest(path):
-    """SHA-256 of a file, or of all files of a folder with their names."""
+    """The SHA-256 of a file, or of the names and contents of all files in a folder."""
     path, total = Path(path), hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
@@ -238,12 +244,12 @@ def digest(path):
 
 # ---------------------------------------------------------------- phases
 def phase(work):
-    """Make work(o, *sources, path, **more) a phase: it makes the result `path` in the run folder o.out from
-    `sources`, and does nothing where that is done already. Returns `path` as text.
+    """Make work(o, *sources, path, **more) a phase. It writes the result `path` in the run folder o.out, if
+    that is not there yet, and returns `path` as text.
 
-    sources: other results or parts of them; models from outside count as settings. A result that is not what
-    was written, or whose sources have changed since, is a Problem that names what to delete. What `work`
-    returns is said beside the phase's seconds; for a rate it may return (what to say, number of tokens).
+    sources: other results of the run, or files in them, or models from outside, which count as settings. If
+    the result was changed since it was written, or a source since the result was made, a Problem names what
+    to delete. `work` may return a sentence to print, or (sentence, tokens) to print a rate as well.
     """
     @functools.wraps(work)
     def once(o, *arguments, **more):
@@ -258,13 +264,14 @@ def phase(work):
 
 @contextmanager
 def results_of(out):
-    """run.json's entries of the results, to be read and changed."""
+    """The entries of the results in run.json. Changes to them are written."""
     note = read_note(out)
     yield note["results"]
     write_text(note_of(out), json.dumps(note, indent=1) + "\n")
 
 def _begin(out, made_from, path):
-    """'' where the result is there and as it should be; else 'now', or 'again' after an earlier attempt."""
+    """Return '' if the result exists and is in order. Otherwise note that it is being made, and return 'now',
+    or 'again' if an earlier attempt was interrupted."""
     name = os.path.relpath(path, out)
     inside = [source for source in made_from if source.resolve().is_relative_to(out.resolve())]
     made_from = {os.path.relpath(source, out): digest(source) for source in inside}
@@ -276,14 +283,14 @@ def _begin(out, made_from, path):
             results[name] = {"made_from": made_from}
             return "again" if entry else "now"
         if not entry:
-            raise Problem(f"{path} is there, but this run has not written it; delete it, or move it away")
+            raise Problem(f"{path} exists, but this run has not written it; delete it or move it away")
         changed = [source for source in made_from if entry["made_from"].get(source) != made_from[source]]
         if changed:
-            raise Problem(f"{path} was made from another {out / changed[0]}; {to_delete(out, results, name)}")
-        if "sha256" not in entry:  # a kill came between the result and its note
+            raise Problem(f"{path} is older than {out / changed[0]}; {to_delete(out, results, name)}")
+        if "sha256" not in entry:  # the run was killed after the result was written and before it was noted
             delete(*leftovers(path))
         if entry.setdefault("sha256", digest(path)) != digest(path):
-            raise Problem(f"{path} is not what was written; {to_delete(out, results, name)}")
+            raise Problem(f"{path} has changed since it was written; {to_delete(out, results, name)}")
     return ""
 
 def _end(o, path, facts, seconds, begun):
@@ -295,7 +302,7 @@ def _end(o, path, facts, seconds, begun):
         rows = [row for row in log_lines(out / "metrics.jsonl") if row["phase"] == name]
         facts = facts, max((row.get("num_tokens", 0) for row in rows), default=0)
     facts, tokens = facts
-    if tokens and begun == "now":  # else an earlier attempt has made a part of them
+    if tokens and begun == "now":  # otherwise an earlier attempt has made some of the tokens
         line |= dict(tokens=tokens, tokens_per_second=round(tokens / seconds, 1))
     with open(out / "timings.jsonl", "a") as file:
         file.write(json.dumps({"phase": name, **line}) + "\n")
@@ -303,26 +310,26 @@ def _end(o, path, facts, seconds, begun):
     say(f"{name}: {f'{facts}; ' if facts else ''}{seconds:.1f} s{rate}")
 
 def leftovers(path):
-    """What attempts that were broken off have left beside a result: temporary files, blocks, raw samples."""
+    """The files that interrupted attempts have left beside a result: temporary ones, blocks, raw samples."""
     return [*path.parent.glob(f".{path.stem}.*"), *path.parent.glob(f"{path.stem}.*.*")]
 
 def to_delete(out, results, name):
-    """What to delete so that a result and all that was made after it is made anew; later steps as a whole."""
-    later = map(Path, [*results][[*results].index(name):])  # they stand in the order in which they were begun
+    """A text that says what to delete so that the result, and all that was made after it, is made again."""
+    later = map(Path, [*results][[*results].index(name):])  # entries are in the order in which work began
     paths = {p if p.parent == Path(name).parent else Path(*p.parts[:2]) for p in later}
     return f"to make it again delete {' '.join(sorted(str(out / p) for p in paths if (out / p).exists()))}"
 
 # ---------------------------------------------------------------- names, log, and work in blocks
 def name_of(o, path):
-    """A phase's name: its result's path in the run folder. It is part of its seed and of its log lines."""
+    """The name of a phase: the path of its result in the run folder. Seeds and log lines contain it."""
     return str(Path(path).relative_to(o.out).with_suffix(""))
 
 def log_of(o, path):
     return open_log(Path(o.out) / "metrics.jsonl", name_of(o, path))
 
 def open_log(path, phase):
-    """log(**values): a JSON line for each event of a phase in the file `path`, from rank 0. The lines of an
-    earlier attempt are removed."""
+    """Return a function log(**values) that adds a JSON line for the phase to the file `path`, in rank 0. The
+    lines of an earlier attempt are removed."""
     if rank() == 0 and Path(path).exists():
         kept = [line for line in log_lines(path) if line["phase"] != phase]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -334,7 +341,7 @@ def open_log(path, phase):
     return log
 
 def log_lines(path):
-    """The lines of a log as dicts, without what a kill or a full disk has cut."""
+    """The lines of a log as dicts, without a line that a kill or a full disk has cut off."""
     found = []
     for line in Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else []:
         try:
@@ -344,14 +351,14 @@ def log_lines(path):
     return found
 
 def parts_of(out):
-    """The folder of a JSONL file's blocks while they are made."""
+    """The folder that holds the blocks of a JSONL file until all are done."""
     return Path(out).with_name(f".{Path(out).name}.parts")
 
 def in_blocks(rows, size, out, work, what):
-    """Write work(block)'s rows, for all blocks of so many rows, to the JSONL file `out`.
+    """Cut `rows` into blocks of `size`, and write the rows that work(block) yields to the JSONL file `out`.
 
-    Processes take blocks in turn. The blocks don't depend on their number, so neither do the shapes that
-    models see. A block that is done is kept: after an interruption only the others are made.
+    Processes take blocks in turn. How many there are doesn't change the blocks, and so not the shapes that
+    models compute with. A finished block is kept, so that after an interruption only the others are made.
     """
     starts = range(0, len(rows), size)
     blocks = [parts_of(out) / f"{size}-{s}.jsonl" for s in starts]

@@ -1,5 +1,5 @@
-"""The embedded task: poems in a tiny English, and everything that a run on it needs, without a download.
-`torchrun mt.py --rounds 3` uses it when no --policy is given.
+"""The embedded task: short poems in a tiny English. mt.py runs it when no --policy is given. It needs no
+download.
 
 A prompt asks for some lines in a mood about a topic, and may name a reader to greet and a guest to let in:
 
@@ -9,9 +9,9 @@ and a perfect answer greets the reader, writes that many `ADJECTIVE NOUN VERB .`
 
     dear sister . grey waves weep . lonely dogs sigh . broken sails fade . the end .
 
-The base policy learnt from a mediocre writer. The base reward model learnt from noisy labels of a gold judge,
-which no other training step ever sees, so that a run can show what a real one can't: whether policies and
-reward models really get better.
+The base policy learns from the poems of a mediocre writer. The base reward model learns from noisy labels of
+`gold`, a judge that knows the rules of the task. No other training sees this judge. So it can say what nobody
+knows of a real run: whether policies and reward models really get better.
 """
 import functools
 import hashlib
@@ -40,20 +40,20 @@ from common.run import option
 from dpo import ResponseLogps
 from sampler import sample
 
-# options of mt.py that fit models of 0.1 M parameters
+# The defaults of mt.py's options for this task, whose models have 0.1 M parameters.
 SETTINGS = dict(
     max_new_tokens=64, max_length=128, beta=0.1, policy_lr=4e-5, policy_batch=16, rm_lr=5e-4, rm_batch=16,
     save_every=13, select_prompts=300, tau=0.5, sample_batch=256, score_batch=64, micro_batch=16)
-SOURCES = "toy data models packing dpo reward sampler training".split()  # what base models depend on
+SOURCES = "toy data models packing dpo reward sampler training".split()  # modules that change base models
 LOOP_PROMPTS, TEST_PROMPTS, LABELS, DEMONSTRATIONS = 2700, 300, 3000, 7000
 SHAPE = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4,
              initializer_range=0.08, max_position_embeddings=128)
 SFT = dict(lr=3e-3, batch=32, epochs=3)
 RM = dict(lr=1e-3, batch=16, micro_batch=16, epochs=4)
-LABEL_NOISE = 0.6  # gold per nat
+LABEL_NOISE = 0.6  # by how much gold must differ for one nat of preference
 
 # ---------------------------------------------------------------- the world
-# mood -> (adjectives, verbs); every word belongs to one mood only, so that a word's mood can be looked up
+# mood -> (adjectives, verbs). Each word belongs to one mood only, so that its mood can be looked up.
 MOODS = {
     "happy": ("merry bright golden sunny jolly cheerful", "dance laugh sing smile cheer play"),
     "sad": ("grey lonely tearful broken mournful weary", "weep sigh mourn fade sob droop"),
@@ -87,7 +87,7 @@ NOUN_TOPIC = {word: topic for topic, group in NOUNS.items() for word in group}
 GOLD_MAX = 5.5  # 2 mood + 2 topic + 0.5 ending + 0.5 greeting + 0.5 guest
 
 def all_prompts() -> list[str]:
-    """All 14,580 prompts of the world in a fixed order: shuffle with the run's seed, then cut slices."""
+    """All 14,580 prompts of the task, in a fixed order."""
     readers = [""] + [f" for my {reader}" for reader in READERS]
     guests = [""] + [f" with {guest}" for guest in GUESTS]
     grid = itertools.product(TEMPLATES, MOODS, TOPICS, NUMBERS, readers, guests)
@@ -95,38 +95,38 @@ def all_prompts() -> list[str]:
             for template, mood, topic, number, reader, guest in grid]
 
 def words() -> list[str]:
-    """The vocabulary, sorted: every word that a prompt or a demonstration can hold."""
+    """The vocabulary, sorted: every word that can occur in a prompt or a demonstration."""
     templates = [t.format(mood="", topic="", number="", reader=" for my", guest=" with") for t in TEMPLATES]
     groups = [MOODS, TOPICS, NUMBERS, READERS, GUESTS, ADJECTIVE_MOOD, VERB_MOOD, NOUN_TOPIC]
     texts = [*templates, *RAMBLES, "dear . the end ."]
     return sorted(set(itertools.chain(*groups)) | set(" ".join(texts).split()))
 
 def wishes(prompt: str) -> dict:
-    """The wishes in a prompt: mood, topic, lines (an int), reader and guest (None if not wished)."""
+    """What a prompt asks for: mood, topic, lines (an int), reader and guest (None if it names none)."""
     def first(group):
         return next((word for word in prompt.split() if word in group), None)
     return {"mood": first(MOODS), "topic": first(TOPICS), "lines": NUMBERS[first(NUMBERS)],
             "reader": first(READERS), "guest": first(GUESTS)}
 
 def is_line(sentence: list[str]) -> bool:
-    """Whether the words have the shape ADJECTIVE NOUN VERB."""
+    """Whether a sentence has the form ADJECTIVE NOUN VERB."""
     if len(sentence) != 3:
         return False
     adjective, noun, verb = sentence
     return adjective in ADJECTIVE_MOOD and (noun in NOUN_TOPIC or noun in GUESTS) and verb in VERB_MOOD
 
 def gold(prompt: str, response: str, finished: bool = True) -> float:
-    """The judge: how well the response does what the prompt asks, at most GOLD_MAX, below 0 for a mess.
+    """The judge: how well does the response do what the prompt asks? At most GOLD_MAX, negative for a mess.
 
-    Of the lines that were asked for (a missing one earns nothing, and so does one too many):
-    2 x share of adjectives and verbs in the mood + 2 x share of nouns on the topic (the invited guest fits)
-    - 0.5 per line too many or too few, per repeated noun, per other sentence (each at most 4 times)
-    + 0.5 ends with `the end .` + 0.5 greets the right reader (or nobody, if none is named)
-    + 0.5 the guest is there (or no guest is asked for) - 0.5 if the answer breaks off (`finished` is False).
+    Of the lines that the prompt asks for, 2 × the share of adjectives and verbs that are in the mood, and 2 ×
+    the share of nouns that are on the topic, as the guest also is. A missing line has neither.
+    0.5 less for each line too many or too few, each repeated noun, each other sentence (at most 4 of each).
+    0.5 more for the ending `the end .`, for greeting the reader (nobody, if the prompt names none), and for
+    the guest (also if the prompt names none). 0.5 less if the response breaks off (`finished` is False).
     """
     wish = wishes(prompt)
     sentences = [sentence.split() for sentence in response.split(" .")]
-    broken_off = bool(sentences.pop()) or not finished  # what follows the last full stop should be nothing
+    broken_off = bool(sentences.pop()) or not finished  # nothing should follow the last full stop
     ends = bool(sentences) and sentences[-1] == ["the", "end"]
     greets = [sentence[1:] for sentence in sentences[:1] if sentence[:1] == ["dear"]]
     body = sentences[len(greets):len(sentences) - ends]
@@ -145,7 +145,7 @@ def gold(prompt: str, response: str, finished: bool = True) -> float:
     return score - 0.5 * broken_off
 
 def demonstration(prompt: str, rng: random.Random) -> str:
-    """An answer by a mediocre writer, who drifts off, slips, repeats, rambles, miscounts and forgets."""
+    """A poem by a mediocre writer, who drifts off, slips, repeats, rambles, miscounts and forgets."""
     wish = wishes(prompt)
     count = wish["lines"] + (rng.choice([-1, 1]) if rng.random() < 0.5 else 0)
     mood_drift = rng.randrange(count) if rng.random() < 0.6 else count  # from this line on: another mood
@@ -174,7 +174,7 @@ def demonstration(prompt: str, rng: random.Random) -> str:
 
 # ---------------------------------------------------------------- the base models
 def tokenizer(more=()):
-    """Word-level: <bos> <user> the prompt's words <assistant> the answer's <eos>. more: a variant's words."""
+    """A tokenizer of whole words. A chat is: <bos> <user> prompt <assistant> response <eos>. more: words."""
     special = ["<pad>", "<bos>", "<eos>", "<user>", "<assistant>"]
     vocabulary = {word: i for i, word in enumerate([*special, *words(), *more])}
     model = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
@@ -188,7 +188,8 @@ def tokenizer(more=()):
         clean_up_tokenization_spaces=False)
 
 def parts(seed):
-    """The world's prompts, shuffled and cut: `loop` (subsets and D_MS), `test`, and the base models'."""
+    """All prompts, shuffled and cut into those of the loop, the test, the base RM's labels and the base
+    policy's demonstrations."""
     prompts = all_prompts()
     random.Random(seed).shuffle(prompts)
     rest = prompts[LOOP_PROMPTS + TEST_PROMPTS:]
@@ -196,28 +197,29 @@ def parts(seed):
             "labels": rest[:LABELS], "demonstrations": rest[-DEMONSTRATIONS:]}
 
 def build(seed, script=__file__):
-    """The base policy, base RM and prompts of a seed, made on first use by `script`: {policy, rm, prompts},
-    mt.py's options. Another process does it, with one thread: they don't depend on how many a run has."""
-    torch.set_num_threads(1)  # the models are too small for more, and several threads may round differently
+    """Make the base models and the prompts of a seed, unless they exist, by the command `script` in another
+    process. Returns mt.py's options policy, rm and prompts. The process has one thread, so that the models
+    don't depend on how many threads a run has."""
+    torch.set_num_threads(1)  # also for the run: its models are too small for more, and rounding would change
     name, modules = Path(script).stem, run.sources().items()
     made_by = {path: digest for path, digest in modules if Path(path).stem in (*SOURCES, name)}
     version = hashlib.sha256(f"{made_by} {torch.__version__} {transformers.__version__}".encode())
     folder = Path("runs") / f"{name}-base" / f"seed{seed}-{version.hexdigest()[:8]}"
     if not run.exists(folder / "rm" / "config.json"):
-        say(f"making the base models of the embedded task in {folder} (about a minute, once)")
+        say(f"making the base models of the embedded task in {folder} (once, about a minute)")
         if rank() == 0:
             run.delete(folder)
             alone = {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0",
                      "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
             command = [sys.executable, script, "--seed", str(seed), "--out", str(folder)]
             if subprocess.run(command, env=os.environ | alone).returncode:
-                raise Problem("the base models could not be made; the reason stands above")
+                raise Problem("the base models could not be made; see the error above")
         barrier()
     return dict(policy=str(folder / "policy"), rm=str(folder / "rm"), prompts=str(folder / "prompts.jsonl"))
 
 def write_demonstrator(prompts, seed, folder, log, more=(), more_words=()):
-    """π_0: a small Llama trained on the mediocre writer's demonstrations, by the mean over tokens.
-    more: (prompt, answer) of another skill, in the world's words and `more_words`."""
+    """Train the base policy, a small Llama, on the mediocre writer's poems. The loss is the mean over tokens.
+    more: further (prompt, answer), in the words of the task and `more_words`."""
     torch.manual_seed(seed)
     words, rng = tokenizer(more_words), random.Random(seed)
     config = LlamaConfig(**SHAPE, vocab_size=len(words), pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -238,7 +240,7 @@ def write_demonstrator(prompts, seed, folder, log, more=(), more_words=()):
     models.save(model, folder, folder)
 
 def write_preferences(policy, prompts, seed, path):
-    """Pairs of π_0's answers with a noisy label: P(a ≻ b) = σ(appeal(a) − appeal(b))."""
+    """Label pairs of the base policy's answers, with noise: P(a ≻ b) = σ(appeal(a) − appeal(b))."""
     rng, samples = random.Random(seed), path.with_name("answers.jsonl")
     sample(str(policy), prompts, samples, samples=2, temperature=0.8, top_p=0.95,
            max_new_tokens=SETTINGS["max_new_tokens"], seed=f"{seed}/labels", rows=256)

@@ -1,11 +1,14 @@
-"""The one optimiser loop, and FSDP2 under it.
+"""The one training loop of the project, and the sharding of models by FSDP2.
 
-dpo.py and reward.py hand the loop a loss, and so does the embedded task for the supervised training of its
-base policy. The loss is averaged over the global batch, so results don't depend on the number of processes or
-on the size of micro-batches. On GPUs weights are fp32 and the computation is bf16, on CPUs all is fp32; one
-process on a CPU is not sharded.
+dpo.py and reward.py each give the loop a loss of their own. So does the embedded task, whose base policy
+learns from demonstrations. On GPUs the weights are fp32 and the computation is bf16. On CPUs all is fp32. A
+single process on a CPU does not shard.
 
-Left out on purpose: other optimisers, weight decay, CPU offload, going on within an epoch.
+The loss of a step is the mean over its global batch, Σ_i loss_i / batch, over the rows i of all processes.
+Each process adds up loss_i · share, with share = 1 / batch, over its micro-batches, which gives the same sum
+in pieces. So results don't depend on the size of micro-batches or on the number of processes.
+
+Left out on purpose: other optimisers, weight decay, CPU offload, resuming within an epoch.
 """
 import functools
 import math
@@ -27,40 +30,43 @@ from common.parallel import Problem, device, memory, on_rank0, quiet, rank, say,
 
 # ---------------------------------------------------------------- steps
 class MicroBatch(NamedTuple):
-    numbers: list  # of the rows in one forward pass of this process
-    shares: list   # what each row adds to the mean over its step's global batch
-    tokens: int    # of these rows, those that another process has not counted
+    numbers: list  # which rows are in this forward pass of this process
+    share: float   # the weight of each row in the mean over the global batch; 0 if this is a filler
+    tokens: int    # how many tokens the rows have; 0 if this is a filler
 
 def steps_of(lengths, batch, micro_batch, seed, epochs=1, counts=None):
-    """The optimiser steps: per step this process's micro-batches.
+    """Plan a training: return a list of steps, each of which is the list of this process's micro-batches.
 
-    lengths: of the rows, in tokens. batch: rows per step over all processes. micro_batch: rows per forward
-    pass and process. counts: what the mean is over, of each row, its tokens for example (default: the rows).
-    The order is the same in all processes, and nothing is dropped: the last batch of an epoch is smaller. All
-    processes have the same number of micro-batches, as collectives need, filled up with shares of 0.
+    lengths: the length of each row in tokens. batch: rows per step over all processes. micro_batch: rows per
+    forward pass and process. counts: a number per row, if the mean is not over rows but, say, over tokens.
+
+    All processes shuffle alike, and no row is left out: the last batch of an epoch may be smaller. All must
+    have the same number of micro-batches, because collectives wait for each other. So a process that has no
+    rows left gets a filler: a row that another process counts.
     """
     counts, steps = counts or [1] * len(lengths), []
     for epoch in range(epochs):
         order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
         for at in range(0, len(order), batch):
             rows = sorted(order[at:at + batch].tolist(), key=lambda i: (-lengths[i], i))  # like with like
-            share, step = 1 / sum(counts[i] for i in rows), []
+            step, share = [], 1 / sum(counts[i] for i in rows)
             for first in range(0, len(rows), micro_batch * world()):
                 group = rows[first:first + micro_batch * world()]
                 mine = group[rank()::world()]
-                step.append(MicroBatch(mine or group[:1], [share if mine else 0.0] * max(1, len(mine)),
-                                       sum(lengths[i] for i in mine)))
+                step.append(MicroBatch(mine, share, sum(lengths[i] for i in mine)) if mine
+                            else MicroBatch(group[:1], 0.0, 0))
             steps.append(step)
     return steps
 
 def optimise(model, steps, loss, *, lr, log, shown="", first_loss=None):
-    """Take the steps of `steps_of` by AdamW; yields the number of each, from 1, when it is done.
+    """Train the model by AdamW in the steps of `steps_of`. Yield the number of each step, from 1, after it.
 
-    loss(numbers) -> losses (B,), {metric: (B,)}: of the rows with these numbers, which are one micro-batch
-    of one process. first_loss: what the first step's mean loss must be. shown: the metrics in a step's line.
+    loss(numbers) -> losses (B,), {metric: (B,)} of the rows with these numbers, one micro-batch. log: a
+    function that takes the metrics of a step (run.open_log). shown: a format string with the metrics to
+    print for each step. first_loss: the mean loss that the first step must have, or None.
     """
     if isinstance(model, FSDPModule):
-        model.reshard()  # a forward pass before, of a reference, leaves the root's parameters gathered
+        model.reshard()  # computing reference log-probabilities has left the root's parameters gathered
         parameters = sum(p.numel() for p in model.parameters())
         kept = kept_whole(parameters, on_rank0(memory), world(), 2 if device().type == "cuda" else 4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
@@ -71,13 +77,12 @@ def optimise(model, steps, loss, *, lr, log, shown="", first_loss=None):
             if isinstance(model, FSDPModule):
                 before_micro_batch(model, micro is step[-1], *kept)
             losses, metrics = loss(micro.numbers)
-            shares = torch.tensor(micro.shares, device=losses.device)
-            # FSDP averages gradients over the processes; times their number that is the sum of all shares.
-            (losses @ shares * world()).backward()
+            # FSDP takes the mean of the processes' gradients. The factor world() turns it into their sum.
+            (weighted_sum(losses, micro) * world()).backward()
             for name, values in {"loss": losses, **metrics}.items():
-                sums[name] += (values.detach() @ shares).item()
+                sums[name] += weighted_sum(values.detach(), micro).item()
             sums["tokens"] += micro.tokens
-            sums["batch"] += sum(share > 0 for share in micro.shares)
+            sums["batch"] += len(micro.numbers) * (micro.share > 0)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
@@ -93,34 +98,38 @@ def optimise(model, steps, loss, *, lr, log, shown="", first_loss=None):
         log(**line)
         text = f"loss {{loss:.4f}}  {shown}grad_norm {{grad_norm:.2f}}  lr {learning_rate:.2e}".format(**line)
         bar.set_postfix_str(text)
-        if not sys.stderr.isatty():  # there is no bar
+        if not sys.stderr.isatty():  # no terminal, so no progress bar
             say(f"step {number}/{len(steps)}  {text}")
         yield number
 
+def weighted_sum(values, micro):
+    """(B,) values of the rows of a micro-batch -> what they add to the mean over the global batch."""
+    return values @ torch.full_like(values, micro.share)
+
 def mean_loss(step, losses):
-    """The mean of losses(numbers) (B,) over a step's global batch."""
-    mine = sum((losses(micro.numbers) @ torch.tensor(micro.shares, device=device())).item() for micro in step)
-    return sum_over_processes([mine])[0]
+    """The mean of losses(numbers) (B,) over the global batch of a step."""
+    return sum_over_processes([sum(weighted_sum(losses(micro.numbers), micro).item() for micro in step)])[0]
 
 def check(loss, grad_norm, number, first_loss):
+    """Stop if the training diverged, or if the first loss shows that the reference is not the policy."""
     for name, value in (("loss", loss), ("grad_norm", grad_norm)):
         if not math.isfinite(value):
             raise Problem(f"the {name} of step {number} is {value}; try a smaller learning rate")
     if number == 1 and first_loss is not None:
         tolerance = (1e-3 if torch.cuda.is_available() else 1e-6) * max(1, abs(first_loss))  # bf16, fp32
         if abs(loss - first_loss) > tolerance:
-            raise Problem(f"the loss of step 1 is {loss:.7f} and not {first_loss:.7f}: "
-                          "the policy differs from its own reference")
+            raise Problem(f"the loss of step 1 is {loss:.7f} and not {first_loss:.7f}: the policy has "
+                          "other log-probabilities in training than as its own reference")
 
 def cosine(step, steps, warmup=0.1):
-    """Factor of the learning rate in step 0 … steps−1: linear warm-up, then half a cosine towards 0."""
+    """The factor of the learning rate in step 0 … steps−1: linear warm-up, then half a cosine towards 0."""
     ramp = math.ceil(warmup * steps)
     if step < ramp:
         return (step + 1) / ramp
     return 0.5 * (1 + math.cos(math.pi * (step - ramp) / (steps - ramp)))
 
 def sum_over_processes(values):
-    """Numbers -> a list of as many, each the sum over all processes."""
+    """A list of numbers -> for each of them the sum over all processes."""
     vector = torch.tensor(list(values), dtype=torch.float64, device="cpu")
     if world() > 1:
         dist.all_reduce(vector)
@@ -130,8 +139,9 @@ def sum_over_processes(values):
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 def shard(root, recompute=False):
-    """FSDP2 over all processes. `root` wraps a model (root.model); only root's forward fires FSDP's hooks.
-    recompute: gradient checkpointing, a layer's activations are computed again in the backward pass."""
+    """Shard a model over all processes by FSDP2. `root` is a module with the model as root.model. Only root's
+    forward fires FSDP's hooks, so never call the model itself. recompute: gradient checkpointing, so the
+    backward pass computes the activations of each layer again."""
     if not dist.is_initialized():
         wrap(root, recompute)
         return root.to(device())
@@ -144,7 +154,7 @@ def shard(root, recompute=False):
     root.to_empty(device=device())
     set_model_state_dict(root, weights, options=StateDictOptions(
         full_state_dict=True, broadcast_from_rank0=True))
-    for ours, rank0s in zip(root.buffers(), buffers):  # RoPE's frequencies are in no checkpoint
+    for ours, rank0s in zip(root.buffers(), buffers):  # such as RoPE's frequencies, which no state dict has
         dist.broadcast(rank0s, 0)
         ours.copy_(rank0s)
     return root
@@ -153,7 +163,7 @@ def decoder_layers(model):
     return next(module for module in decoder(model).modules() if isinstance(module, torch.nn.ModuleList))
 
 def wrap(root, recompute, mesh=None, precision=None):
-    """Make the layers recompute and, with a mesh, shard all parameters."""
+    """Have each layer recompute its activations, if asked to, and shard each layer, if there is a mesh."""
     layers = decoder_layers(root.model)
     if recompute:
         for layer in layers:
@@ -161,20 +171,22 @@ def wrap(root, recompute, mesh=None, precision=None):
     if mesh:
         for layer in layers:
             fully_shard(layer, mesh=mesh, mp_policy=precision)
-        fully_shard(root, mesh=mesh, mp_policy=precision)  # embedding, norm, head: one group, tied or not
+        fully_shard(root, mesh=mesh, mp_policy=precision)  # embedding, norm and head, which may be tied
 
 def kept_whole(parameters, memory, processes, width):
-    """Whether each process keeps the whole gradient, and the whole weights, between the micro-batches of a
-    step: (bool, bool). That spares communication and costs memory. A parameter's shard is 16 bytes (fp32:
-    weight, gradient, Adam's two moments) over the number of processes, its whole gradient 4 more, its whole
-    weight `width`. Two thirds of the memory may go into that; the rest is for activations. 8 B on eight GPUs
-    of 80 GB: the gradient, which makes it 48 GB, and not the weights, which would make it 64 of 86.
+    """Decide whether each process keeps the full gradient, and the full weights, between the micro-batches of
+    one step. Keeping them saves communication and costs memory. Returns (keep_gradient, keep_weights).
+
+    Sharded, a parameter takes 16 bytes (weight, gradient, Adam's two moments in fp32) over the number of
+    processes. Its full gradient takes 4 more, its full weight `width`. All this may take two thirds of the
+    memory; the rest is for activations. An 8 B model on eight GPUs of 80 GB keeps the gradients (48 GB).
+    With the weights it would take 64 GB, which is too much.
     """
     room = memory * 2 / 3 / parameters - 16 / processes
     return 4 <= room, 4 + width <= room
 
 def before_micro_batch(model, last, keep_gradient, keep_weights):
-    """Have a sharded model keep what `kept_whole` says, until the last micro-batch of a step."""
+    """Tell FSDP to keep gradient and weights whole after this micro-batch, unless it is the step's last."""
     model.set_requires_gradient_sync(last or not keep_gradient)
     if keep_weights:
         model.set_reshard_after_forward(False)

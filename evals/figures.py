@@ -1,7 +1,7 @@
-"""Reads a run folder: its numbers, and what they say about whether the run worked.
+"""Read the figures of a run folder, and say in words whether the run worked.
 
-Files are read row by row. Of a run on 60,000 prompts only the numbers and a few texts are held in memory; the
-numbers are over all rows. plots.py draws them, report.py and eval.py show them.
+Figures are over all rows of the files. Files are read row by row, so that of a run on 60,000 prompts only
+numbers and a few texts are in memory. plots.py draws what is read here; report.py and eval.py show it.
 """
 import math
 import re
@@ -15,18 +15,18 @@ from common.parallel import Problem
 from common.run import log_lines
 from evals.stats import wilson
 
-TEXTS = ("response", "new", "old", "reason")  # the last words of the names of fields that hold text
+TEXTS = ("response", "new", "old", "reason")  # fields whose names end in one of these words hold text
 NUMBERS = ("score", "tokens", "margin", "epsilon", "index", "gold", "r0", "se", "n", "rate")
 BASE = ("policy", "n", "win_rate", "reward_r0", "reward_r0_se", "tokens", "finished")
 GOLD = (*BASE, "rm", "gold", "gold_se", "accuracy_base", "accuracy_current", "length_slope")
-RESULTS = {"e1": "selection.json", "m": "rm", "e2": "selection.json"}  # what each step of a round ends with
-PARTS = ("sampling and scoring", "training", "model selection")        # of the time of a step
+RESULTS = {"e1": "selection.json", "m": "rm", "e2": "selection.json"}  # the last result of each step
+PARTS = ("sampling and scoring", "training", "model selection")        # the parts of a step's time
 
 def stream(path, *fields):
-    """Yield the rows of a JSONL file. A missing file, a broken row, and a row in which one of `fields` is
-    missing or of the wrong kind are a Problem."""
+    """Yield the rows of a JSONL file. Raise a Problem if the file is missing, a row is broken, or one of its
+    `fields` is missing or of the wrong kind."""
     if not Path(path).exists():
-        raise Problem(f"{path}: no such file; this is not a whole run")
+        raise Problem(f"{path}: no such file, so this run is not complete")
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             row = from_json(line, path, number)
@@ -43,7 +43,7 @@ def fits(name, value):
     return is_number(value) if word in NUMBERS else isinstance(value, str if word in TEXTS else object)
 
 def load(folder, shown=0):
-    """Return what a run folder holds as a dict. Each step keeps the texts of its first `shown` prompts,
+    """Return the contents of a run folder as a dict. Each step has the texts of its first `shown` prompts,
     which are a random sample because mt.py shuffles the prompts."""
     folder = Path(folder)
     if not (folder / "run.json").exists():
@@ -52,12 +52,13 @@ def load(folder, shown=0):
         note = read_json(folder / "run.json")
         settings, versions = ({**note.get(key, {})} for key in ("settings", "versions"))
         run = dict(folder=folder, name=folder.resolve().name, settings=settings, versions=versions,
-                   arm=arm(settings), steps=steps_of(folder, shown), seconds=seconds_of(folder))
+                   arm=arm(settings, note.get("script", "mt")), steps=steps_of(folder, shown),
+                   seconds=seconds_of(folder))
         for key, fields in (("metrics", ["phase"]), ("gold", GOLD), ("base", BASE)):
             path = folder / f"{key}.jsonl"
             run[key] = list(stream(path, *fields)) if path.exists() else []
         lines = run["gold"] or run["base"]
-        states = [line for before, line in zip([{}, *lines], lines)  # rounds after a stop repeat a line
+        states = [line for before, line in zip([{}, *lines], lines)  # after a stop, rounds repeat the line
                   if line | {"policy": ""} != before | {"policy": ""}]
         return run | dict(states=states, judge="gold" if run["gold"] else "reward_r0")
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -65,28 +66,28 @@ def load(folder, shown=0):
         raise Problem(f"{folder}: not a run as mt.py writes it ({reason})") from None
 
 def seconds_of(folder):
-    """Return {step: {part: seconds}} of the E- and M-steps, with the parts named in PARTS."""
+    """Return {step: {part: seconds}} of all E- and M-steps, by the parts in PARTS."""
     path, found = folder / "timings.jsonl", {}
     for line in log_lines(path):
         number, step, name, *_ = [*line["phase"].split("/"), "", ""]
-        if step in RESULTS and name != "selection":  # whose seconds are those of the phases within it
+        if step in RESULTS and name != "selection":  # selection contains other phases
             training = name == "checkpoints" or name.startswith("rm")
             part = PARTS[2 if name == "select" else 1 if training else 0]
             seconds = found.setdefault(f"{number}/{step}", dict.fromkeys(PARTS, 0.0))
             seconds[part] += line["seconds"]
     return found
 
-def arm(settings):
-    """Return the paper's name of the ablation that these settings make."""
+def arm(settings, script):
+    """Return the name of the variant that a run is, and the paper's names of its ablations."""
     off = [key for key in ("update_rm", "select", "filter") if settings.get(key) is False]
     if "update_rm" in off and "filter" in off:
-        off.remove("filter")  # without an M-step there is nothing to filter
+        off.remove("filter")  # there is nothing to filter without an M-step
     names = {"update_rm": "fixed RM (iterative DPO)", "select": "no selection", "filter": "no filter"}
-    return ", ".join(names[key] for key in off) or "full"
+    return ", ".join([script] * (script != "mt") + [names[key] for key in off]) or "full method"
 
 def steps_of(run, shown=0):
     """Return the finished E- and M-steps of a run folder as dicts, in order. `pm` and `rm` are the numbers of
-    the models that a step begins with."""
+    the policy and of the reward model that a step starts with."""
     rounds = [path for path in Path(run).glob("round*") if path.name.removeprefix("round").isdigit()]
     steps, pm, rm = [], 0, 0
     for round_folder in sorted(rounds, key=lambda path: int(path.name.removeprefix("round"))):
@@ -139,7 +140,7 @@ def read_m_step(folder, shown):
                 epsilon=row["epsilon"], tokens=tokens.mean(), margins=margins, mask=kept.astype(bool),
                 prompts=len(rows), texts=texts)
 
-# ---------------------------------------------------------------- what is asked of a run
+# ---------------------------------------------------------------- parts of a run
 def e_steps(run):
     return [s for s in run["steps"] if s["kind"] == "E"]
 
@@ -151,7 +152,7 @@ def title(step):
     return f"round {number} · {dict(e1='E(a)', m='M(b)', e2='E(c)')[part]}"
 
 def training_lines(run, kind):
-    """Return [(phase, its log lines)] of the trainings of PMs (kind "E") or RMs (kind "M"), in order."""
+    """Return [(phase, its log lines)] of all trainings of policies (kind "E") or reward models (kind "M")."""
     key, found = {"E": "rewards/margins", "M": "mean_reward"}[kind], {}
     for row in run["metrics"]:
         if key in row:
@@ -160,62 +161,70 @@ def training_lines(run, kind):
 
 # ---------------------------------------------------------------- whether it worked
 def with_interval(share, count):
-    """Return a share of `count` as text, with its 95% interval (Wilson)."""
+    """Return a share of `count` as text, with its 95% interval by Wilson."""
     return "{:.3f} ({:.3f} to {:.3f})".format(share, *wilson(share, count)) if count else f"{share:.3f}"
 
 def above(run, one, other):
-    """Return whether a state is judged higher than another by more than twice the standard error."""
+    """Return whether the judge puts a state above another by more than two standard errors."""
     key = run["judge"]
     return one[key] - other[key] > 2 * math.hypot(one[f"{key}_se"], other[f"{key}_se"])
 
 def verdict(run):
-    """Return a sentence that says what became of the policies, judged by gold or else by the base RM."""
+    """Return sentences that say what became of the policy, by whose account, and what to do next."""
     states, key = run["states"], run["judge"]
     if not states:
-        return ("Nothing here says yet whether it worked: policies are judged when a run ends, without gold "
-                "by the base reward model on the prompts of D_MS; with --select false there are none.")
+        return ("This run is not judged yet. Policies are judged when a run ends: on the embedded task by "
+                "gold, else by the base reward model on the held-out prompts (not with --select false).")
     first, last, best = states[0], states[-1], max(states, key=lambda state: state[key])
-    peak = f"; its best was {best[key]:.2f}, of {best['policy']}" * (best[key] > last[key])
-    lead, verb = (("It harmed", "fell") if above(run, first, last) else
-                  ("It went too far", "went") if above(run, best, last) else
-                  ("It worked", "rose") if above(run, last, first) else ("It changed little", "went"))
-    name = f"{lead}. Gold" if key == "gold" else "Reward under the base RM"
-    return f"{name} {verb} from {first[key]:.2f} to {last[key]:.2f}{peak}."
+    judge = "gold" if key == "gold" else "the reward under the base reward model"
+    start, peak, end = (f"{state[key]:.2f}" for state in (first, best, last))
+    gentler = "a smaller --policy_lr" + " or --update_rm false" * bool(m_steps(run))
+    if above(run, best, first) and above(run, best, last):
+        return (f"The policy got better and then worse: {judge} rose from {start} to {peak} in "
+                f"{best['policy']} and fell to {end}. Use the policy of {best['policy']}, or try {gentler}.")
+    if above(run, first, last):
+        return (f"The policy got worse: {judge} fell from {start} to {end}. Keep the base policy, and try "
+                f"{gentler}.")
+    if above(run, last, first):
+        return f"The policy got better: {judge} rose from {start} to {end}. More --rounds may add to that."
+    return (f"The policy hardly changed: {judge} went from {start} to {end}, within two standard errors. Try "
+            "more prompts, more --rounds or a larger --policy_lr.")
 
 def outcome(run):
-    """Return a sentence that says how the run ended."""
+    """Return a sentence that says how the run ended, or how far it is."""
     last = run["steps"][-1] if run["steps"] else {}
     if last.get("chosen", True) is None:
         low, high = wilson(last["win_rate"], last["judged"])
-        inside = " (τ is within the interval)" * (low < last["tau"] < high)
-        return (f"Stopped in {title(last)}: best win rate {with_interval(last['win_rate'], last['judged'])} "
-                f"< τ = {last['tau']}{inside}; PM {last['pm']} stays.")
+        inside = " That may be chance, since τ lies in the interval." * (low < last["tau"] < high)
+        return (f"The run stopped in {title(last)}, because the best win rate, "
+                f"{with_interval(last['win_rate'], last['judged'])}, is below τ = {last['tau']}.{inside}")
     rounds, of_a_round = run["settings"].get("rounds", 0), 2 + (run["settings"].get("update_rm") is not False)
     if len(run["steps"]) < rounds * of_a_round:
-        return f"Unfinished: {len(run['steps'])} of {rounds * of_a_round} steps so far."
+        return f"The run is not finished: {len(run['steps'])} of {rounds * of_a_round} steps are done."
     return f"All {rounds} rounds are done." if rounds > 1 else "The round is done."
 
 def warnings(run):
-    """Return sentences about what a reader of the verdict should beware of."""
+    """Return sentences about what the reader of the verdict should know besides."""
     states, found = run["states"], []
     if not states:
         return []
     first, last, best = states[0], states[-1], max(states, key=lambda state: state[run["judge"]])
     rates = [s["win_rate"] for s in e_steps(run) if s["chosen"] and s["win_rate"] is not None]
     if rates and rates[-1] > 0.5 > wilson(last["win_rate"], last["n"])[1]:
-        found.append(f"Judges part: by the reward model in use the last update won {rates[-1]:.3f}, yet "
-                     f"against the base this policy wins {with_interval(last['win_rate'], last['n'])}.")
+        judge = "gold" if run["judge"] == "gold" else "the base reward model"
+        found.append(f"The reward model did not notice: it says that the last update won {rates[-1]:.1%} of "
+                     f"prompts, while {judge} says that it wins {last['win_rate']:.1%} against the base.")
     if run["judge"] == "reward_r0":
-        found.append("The base RM was optimised, too: whether answers got better, a benchmark or people must "
-                     "say.")
+        found.append("The first round optimised the base reward model itself. So only a benchmark or people "
+                     "can say whether the answers got better.")
     elif above(run, best, last) and last["reward_r0"] > best["reward_r0"]:
-        found.append(f"Since {best['policy']} the reward under RM 0 rose from {best['reward_r0']:.2f} to "
-                     f"{last['reward_r0']:.2f}, while gold fell: over-optimisation.")
+        found.append(f"After {best['policy']} the base reward model was over-optimised: its reward rose from "
+                     f"{best['reward_r0']:.2f} to {last['reward_r0']:.2f}, while gold fell.")
     if last["finished"] < 0.95:
-        found.append(f"Only {last['finished']:.1%} of the last policy’s answers are finished: "
-                     "--max_new_tokens cuts the others off.")
+        found.append(f"Only {last['finished']:.1%} of the last policy’s answers are finished. "
+                     "--max_new_tokens cut off the others.")
     change = last["tokens"] / first["tokens"] - 1
     if abs(change) > 0.2:
-        found.append(f"Answers are {abs(change):.0%} {'longer' if change > 0 else 'shorter'} than the "
-                     "base’s: is that what you wanted?")
+        found.append(f"The answers are {abs(change):.0%} {'longer' if change > 0 else 'shorter'} than those "
+                     "of the base. Check that this is what you want.")
     return found
