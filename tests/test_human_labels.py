@@ -37,30 +37,30 @@ def test_the_run_stops_until_every_pair_has_a_label_and_nothing_else_may_change(
     path, todo = (Path(o.out) / f"{name}.jsonl" for name in ("labels", "labels.todo"))
     questions = [dict(prompt="p", answers=["a", "b"], new=1), dict(prompt="q", answers=["c", "d"], new=0)]
     for given in (None, "1", 2, True, 1.0):
-        with pytest.raises(Problem, match="labels.todo.jsonl: [12] pairs wait for 0 or 1 as `chosen`"):
-            human_labels.label(o, questions, path)
+        with pytest.raises(Problem, match="labels.todo.jsonl: [12] labels missing; set `chosen`"):
+            human_labels.ask_for_labels(o, questions, path)
         first, second = read_jsonl(todo)
         assert "new" not in first
         write_jsonl(todo, [first | {"chosen": given}, second | {"chosen": 0}])
     write_jsonl(todo, [first | {"chosen": 1, "answers": ["b", "a"]}, second | {"chosen": 0}])
     with pytest.raises(Problem, match="only `chosen` may be changed"):
-        human_labels.label(o, questions, path)
+        human_labels.ask_for_labels(o, questions, path)
     write_jsonl(todo, [first | {"chosen": 1}, second | {"chosen": 0}])
-    human_labels.label(o, questions, path)
+    human_labels.ask_for_labels(o, questions, path)
     assert [row["chosen"] for row in read_jsonl(path)] == [1, 0] and not todo.exists()
 
 @pytest.fixture
 def asked(monkeypatch):
     """What is asked for, when nobody answers."""
     found = []
-    monkeypatch.setattr(human_labels, "label", lambda o, questions, path: found.extend(questions))
+    monkeypatch.setattr(human_labels, "ask_for_labels", lambda o, questions, path: found.extend(questions))
     return found
 
 def test_the_closest_rewards_of_unlike_answers_are_asked_about(o, written, asked):
     scores, o.labels = {"wide": (9.0, 0.0), "close": (5.0, 5.5), "same": (1.0, 1.0), "closer": (2.0, 2.2)}, 2
     own = written("own.jsonl", [dict(prompt=prompt, response="a" if prompt == "same" else str(i), score=score)
                                 for prompt, two in scores.items() for i, score in enumerate(two)])
-    human_labels.label_unsure.__wrapped__(o, own, Path(o.out) / "labels.jsonl")
+    human_labels.label_closest_pairs.__wrapped__(o, own, Path(o.out) / "labels.jsonl")
     assert asked == [dict(prompt="close", answers=["0", "1"]), dict(prompt="closer", answers=["0", "1"])]
 
 def test_the_spot_check_draws_the_places_of_kept_answers(o, written, asked):

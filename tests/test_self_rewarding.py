@@ -41,8 +41,8 @@ def test_the_shortest_near_the_highest_is_chosen_the_lowest_rejected(scores, len
 ])
 def test_a_judgement_ends_with_its_number_or_has_none(text, number):
     pattern = meta_rewarding.WINNER if "inner" in text else self_rewarding.SCORE
-    assert self_rewarding.read(dict(response=text, finished=True), pattern) == number
-    assert self_rewarding.read(dict(response=text, finished=False), pattern) is None
+    assert self_rewarding.number_at_end(dict(response=text, finished=True), pattern) == number
+    assert self_rewarding.number_at_end(dict(response=text, finished=False), pattern) is None
 
 def judgement(text, score):
     return dict(prompt="judge", response=text, score=score, tokens=2, finished=True)
@@ -52,24 +52,24 @@ def test_verdicts_that_change_with_the_order_decide_nothing():
     verdicts = np.array([[0, -1, 1],    # a loses to b,
                          [1, 0, 1],     # b wins; b and c: the first in either order;
                          [-1, 1, 0]])   # a wins against c
-    pair, decided = meta_rewarding.contest(rivals, verdicts)
+    pair, decided = meta_rewarding.pair_from_verdicts(rivals, verdicts)
     assert decided == 2
     assert (pair["chosen"], pair["rejected"]) == ("b", "c")
     assert (pair["chosen_score"], pair["rejected_score"], pair["prompt"]) == (3, 5, "judge")
     one_unread = np.array([[0, 1], [0, 0]])
     always_the_first = np.array([[0, 1], [1, 0]])
     for nothing in one_unread, always_the_first:
-        assert meta_rewarding.contest([a, b], nothing) == (None, 0)
+        assert meta_rewarding.pair_from_verdicts([a, b], nothing) == (None, 0)
     in_a_circle = np.array([[0, 1, -1], [-1, 0, 1], [1, -1, 0]])
-    assert meta_rewarding.contest(rivals, in_a_circle) == (None, 3)
-    assert meta_rewarding.contest([a], np.zeros((1, 1))) == (None, 0)
+    assert meta_rewarding.pair_from_verdicts(rivals, in_a_circle) == (None, 3)
+    assert meta_rewarding.pair_from_verdicts([a], np.zeros((1, 1))) == (None, 0)
 
 def test_the_judgements_of_the_most_disputed_response_meet_once_each():
     rows = [dict(prompt="p", response=text) for text in ("unread", "sure", "disputed")]
     unread, sure, disputed = map(self_rewarding.question, rows)
     judgements = {sure: [judgement("a", 3), judgement("b", 4)], unread: [],
                   disputed: [judgement("c", 1), judgement("d", 5), judgement("c", 1)]}
-    assert [j["response"] for j in meta_rewarding.rivals_of(rows, judgements)] == ["c", "d"]
+    assert [j["response"] for j in meta_rewarding.most_disputed_judgements(rows, judgements)] == ["c", "d"]
 
 def test_a_question_holds_the_whole_conversation():
     chat = [dict(role="system", content="Be kind."), dict(role="user", content="Why?")]

@@ -1,11 +1,15 @@
-"""Anchored: as many of the base reward model's own labelled pairs in the M-step's mix as there are others.
+"""Anchored: half of the pairs that the M-step trains on are labelled ones.
 
     torchrun -m variants.anchored --rounds 3
     torchrun -m variants.anchored --policy … --rm … --prompts … --anchor labels.jsonl
 
-After APO (arXiv 2311.08045), whose reward model trains on human labels and on new against old answers
-together, so that it doesn't forget what people prefer. There policy and reward model play a min-max game;
-here only the mix is taken over, and Bradley-Terry stays.
+Nobody has labelled the pairs of Mutual-Taught's M-step, so the reward model that learns from them may forget
+what people prefer. To N such pairs this variant adds N labelled ones, or all if there are fewer, drawn anew
+in each round. They should be those that the base reward model has learnt from.
+
+Different from the source: APO (arXiv 2311.08045) trains its reward model on human labels together with the
+policy's own answers, too, but in a min-max game between the two models. Only the mix of pairs is taken over;
+the loss stays Bradley-Terry's.
 """
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,14 +23,14 @@ mutual_taught = mt.mutual_taught
 
 @dataclass
 class Options(mt.Options):
-    anchor: str = run.option("", "labelled pairs; none: the embedded task's, which lie beside its base RM")
+    anchor: str = run.option("", "labelled pairs; none: those that the embedded task's base RM learnt from")
 
-def with_labels(o):
+def mutual_taught_with_labels(o):
     file = o.anchor or str(Path(o.rm).with_name("preferences.jsonl"))
     if not Path(file).exists():
         raise Problem(f"{file}: no such file; --anchor FILE names the labelled pairs")
     mutual_taught(replace(o, anchor=file))
 
 if __name__ == "__main__":
-    mt.mutual_taught, mt.mix = with_labels, human_labels.mix
+    mt.mutual_taught, mt.mix = mutual_taught_with_labels, human_labels.mix
     run.launch(mt.main, options=Options)

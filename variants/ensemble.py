@@ -1,13 +1,17 @@
-"""An ensemble of reward models, believed as far as its members agree (arXiv 2310.02743).
+"""An ensemble of reward models, whose reward is lower where its members disagree (arXiv 2310.02743).
 
     torchrun -m variants.ensemble --rounds 3
     torchrun -m variants.ensemble --policy … --rm RM --others RM2 RM3 --prompts …
 
-r = mean_k r_k − λ · std_k r_k, or min_k r_k, in the E-step, in model selection and in the M-step's filter.
-The paper subtracts λ · variance. An M-step trains each member from its own base RM, in a data order of its
-own. The embedded task's base RMs learn the same labels by different seeds, as the paper's do; else --others
-names them. Bradley-Terry leaves open where a reward's zero lies: here it is a member's mean reward for the
-first samples judged (zeros.json). What shows one RM, such as OUT/rm and gold.jsonl, shows the first member.
+Mutual-Taught believes one reward model. Here several judge each response, in the E-step, in model selection
+and in the M-step's filter, and its score is r = mean_k r_k − λ · std_k r_k, or min_k r_k. An M-step trains
+every member, from its own base reward model and on the pairs in an order of its own. The embedded task's base
+reward models learn the same labels from different seeds, as the paper's do; otherwise --others names them.
+Bradley-Terry leaves open where the zero of a reward lies, so the members are made comparable first: zero is
+each member's mean reward for the first samples that it judges (zeros.json). Whatever shows one reward model,
+such as OUT/rm and gold.jsonl, shows the first member.
+
+Different from the source: the paper subtracts λ times the variance, not the standard deviation.
 """
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +26,7 @@ from common.data import read_json, read_jsonl, read_pairs
 from common.parallel import Problem, rank
 
 K = 3         # members, in the embedded task
-LAMBDA = 1.0  # None: the lowest reward
+LAMBDA = 1.0  # None: take the lowest reward
 mutual_taught, train_reward = mt.mutual_taught, mt.train_reward
 
 @dataclass
@@ -30,15 +34,15 @@ class Options(mt.Options):
     others: list[str] = run.option(None, "the other members' base reward models: folders or hub ids")
 
 def combine(rewards):
-    """(K, N) -> (N,)"""
+    """The members' rewards (K, N) -> the ensemble's (N,)."""
     return rewards.min(0) if LAMBDA is None else rewards.mean(0) - LAMBDA * rewards.std(0)
 
 def members(rm):
-    """The folders of an ensemble: rm, and beside it rm1, rm2, …"""
+    """The folders of an ensemble's members: `rm` itself, and rm1, rm2, … beside it."""
     return [str(rm), *map(str, sorted(Path(rm).parent.glob("rm[1-9]*")))]
 
 def judge(rm, samples, path, score_batch):
-    """In the place of reward.score: `score` is what the members' rewards make together."""
+    """Takes the place of reward.score: `score` is the ensemble's reward, `members` has each member's."""
     files = [path.with_name(f"{path.stem}.{Path(member).name}.jsonl") for member in members(rm)]
     for member, file in zip(members(rm), files):
         if not run.exists(file):
@@ -53,11 +57,12 @@ def judge(rm, samples, path, score_batch):
     run.remove(*files)
 
 def make_base(o):
-    """OUT/base/rm, rm1, …: links to --rm and --others, or RMs that learn the embedded task's labels."""
+    """Make the base ensemble OUT/base/rm, rm1, …, and return its first folder. The members are links to --rm
+    and --others; without --others all but the first are trained on the embedded task's labels."""
     base, labels = Path(o.out) / "base", Path(o.rm).with_name("preferences.jsonl")
     folders = [o.rm, *map(models.local_folder, o.others or [])]
     if not (o.others or labels.exists()):
-        raise Problem("--rm is one reward model; --others names the other members")
+        raise Problem("an ensemble needs more than --rm: name the other reward models by --others")
     if rank() == 0:
         base.mkdir(exist_ok=True)
     for k, folder in enumerate(folders):
@@ -69,14 +74,14 @@ def make_base(o):
 
 @run.phase
 def train_base(o, path, labels, seed):
-    """A member of the embedded task's, as toy.py made the first."""
+    """Train a base reward model as toy.py trained the first one, but from another seed."""
     with run.writing(path) as temporary:
         models.save(reward.train(
             o.policy, read_pairs(labels), seed=seed, fresh_head=True, max_length=o.max_length,
             log=run.log_of(o, path), **toy.RM), o.policy, temporary)
 
 def train_members(o, preferences, path):
-    """Each from its own base RM; the first one last, for it ends the M-step."""
+    """Train each member from its own base; the first one last, since `path`, its folder, ends the M-step."""
     if not run.exists(path):
         run.remove(path.with_name("zeros.json"))
     for k, base in reversed([*enumerate(members(o.rm))]):

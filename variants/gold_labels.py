@@ -1,16 +1,17 @@
-"""The M-step's ceiling: gold orders the pairs that the reward model trains on. For the embedded task.
+"""The most that M-steps can gain: gold labels the reward model's pairs. For the embedded task only.
 
     torchrun -m variants.gold_labels --rounds 3
 
-What an M-step could gain by labels without errors, on the comparisons that the filter keeps and on the
-E-step's pairs. Pairs of equal gold are left out.
+Mutual-Taught's M-step guesses which answer of a pair is better. Here gold, the embedded task's judge, decides
+it for the same pairs: the comparisons that the filter keeps, and the E-step's pairs. So the run shows what an
+M-step could gain from labels without errors. Pairs of equal gold are left out.
 """
 import mt
 from common import run, toy
 from common.data import read_jsonl
 
 def by_gold(row, one, other, source):
-    """A pair in gold's order, or None: one and other are the names of its two texts."""
+    """The pair of texts row[one] and row[other] with the better one as `chosen`; None if gold is equal."""
     worth = {side: toy.gold(row["prompt"], row[side], row[f"{side}_finished"]) for side in (one, other)}
     if worth[one] != worth[other]:
         better, worse = sorted(worth, key=worth.get, reverse=True)

@@ -1,8 +1,9 @@
-"""The E-step's ceiling: gold in the place of the reward model. For the embedded task, which has a gold.
+"""The most that E-steps can gain: gold in the place of the reward model. For the embedded task only.
 
     torchrun -m variants.gold_ranks --rounds 3
 
-What the policy could gain by a reward model without errors: gold ranks samples and judges checkpoints.
+Gold, the embedded task's judge, ranks the samples and selects the checkpoints, and there are no M-steps. So
+the run shows what the policy could gain from a reward model without errors.
 """
 from functools import partial
 

@@ -1,11 +1,14 @@
-"""Labels of people in the M-step, which they have or give while the run goes on. The paper needs none.
+"""Human labels in the M-step, which people have already or give while the run goes on. The paper needs none.
 
     torchrun -m variants.human_labels --policy … --rm … --prompts … --anchor labels.jsonl --gate others.jsonl
 
-A round's labels are asked for in its folder m/, in spot_check.todo.jsonl and labels.todo.jsonl: `chosen` must
-become 0 or 1, the place of the better one of `answers`. --labeller COMMAND does that, given the file's name;
-without it the run stops until somebody has done so and gives the same command again. A new reward model is
-m/rm_candidate, and m/rm leads to it, unless the gate refuses it; then the one before remains in use.
+With --anchor and --labels the reward model also trains on labelled pairs. --spot_check decides whether there
+is an M-step at all, and --gate whether its reward model comes into use.
+
+Labels of a round are asked for in its folder m/, in spot_check.todo.jsonl and in labels.todo.jsonl. In each
+row `chosen` must become 0 or 1, the place of the better one of `answers`. --labeller COMMAND is called with
+the file's name to do that. Without it the run stops; label the file and give the same command again. A new
+reward model is m/rm_candidate. If it passes the gate, m/rm leads to it; else the one before stays in use.
 """
 import shlex
 import subprocess
@@ -23,24 +26,24 @@ mutual_taught, mix_without_labels = mt.mutual_taught, mt.mix
 
 @dataclass
 class Options(mt.Options):
-    anchor: str = run.option("", "labelled pairs, up to 1:1 with the others that the RM trains on")
-    labels: int = run.option(None, "pairs of the policy's answers to be labelled per round, for the RM")
-    labeller: str = run.option("", "command that labels a JSONL file; none: the run stops till it is done")
-    spot_check: int = run.option(None, "comparisons to be labelled: no M-step if most favour the old policy")
-    spot_check_stops: bool = run.option(False, "such a spot check ends the run, too, with the old policy")
-    gate: str = run.option("", "labelled pairs held out: an RM that doesn't order more of them is not used")
+    anchor: str = run.option("", "labelled pairs to train the RM on, at most as many as it has other pairs")
+    labels: int = run.option(None, "pairs of the new policy's answers to label in each round and train on")
+    labeller: str = run.option("", "command that labels a JSONL file; none: the run stops until you have")
+    spot_check: int = run.option(None, "comparisons to label; no M-step if most favour the old policy")
+    spot_check_stops: bool = run.option(False, "such a spot check also ends the run, with the old policy")
+    gate: str = run.option("", "labelled pairs held out; a new RM must order more of them correctly")
 
-def with_checks(o):
+def mutual_taught_with_checks(o):
     if not o.update_rm or o.spot_check_stops and not o.spot_check:
-        raise Problem("labels need the M-step (no --update_rm false), --spot_check_stops needs --spot_check")
+        raise Problem("labels need M-steps: omit --update_rm false; --spot_check_stops needs --spot_check")
     for file in {o.anchor, o.gate} - {""}:
-        read_pairs(file)  # says at once what is wrong with it
+        read_pairs(file)  # so that a bad file is refused before the run begins
     mutual_taught(o)
 
 def m_step(o, old_policy, new_policy, rm, prompts, folder, ranked):
-    """In the place of mt.m_step: the new reward model, or the one in use where labels speak against it."""
+    """Takes the place of mt.m_step. Returns the new reward model, or `rm` if labels speak against it."""
     if o.spot_check_stops:
-        run.on_rank0(run.link, Path(o.out) / "policy", old_policy)  # until the spot check is passed
+        run.on_rank0(run.link, Path(o.out) / "policy", old_policy)  # it is the result if the run ends here
     new = mt.scored_samples(o, new_policy, rm, prompts, folder / "new.jsonl")
     old = mt.scored_samples(o, old_policy, rm, prompts, folder / "old.jsonl")
     comparisons = mt.make_comparisons(o, new, old, folder / "comparisons.jsonl")
@@ -48,11 +51,11 @@ def m_step(o, old_policy, new_policy, rm, prompts, folder, ranked):
     votes = [row["chosen"] == row["new"] for row in read_jsonl(checked)] if checked else []
     if 2 * sum(votes) < len(votes):
         if o.spot_check_stops:
-            raise Problem(f"{checked} favours the old policy; the run stops, and {o.out}/policy stays that")
+            raise Problem(f"{checked} favours the old policy; the run stops, with it as {o.out}/policy")
         return rm
     if o.labels:
         own = mt.scored_samples(o, new_policy, rm, prompts, folder / "own.jsonl", samples=2)
-        label_unsure(o, own, folder / "labels.jsonl")
+        label_closest_pairs(o, own, folder / "labels.jsonl")
     rounds = range(1, 1 + int(folder.parent.name.removeprefix("round")))
     labels = filter(run.exists, [Path(o.out) / f"round{n}" / "m" / "labels.jsonl" for n in rounds])
     preferences = mix(o, comparisons, ranked, old_policy, *labels, folder / "preferences.jsonl")
@@ -62,8 +65,9 @@ def m_step(o, old_policy, new_policy, rm, prompts, folder, ranked):
     mt.link_last(o)
     return new_rm if passed else rm
 
-def label(o, questions, path):
-    """Write the questions (prompt, answers, perhaps more) with a label each to `path`. For one process."""
+def ask_for_labels(o, questions, path):
+    """Have each question (a row with `prompt` and two `answers`) labelled, and write all of them with their
+    labels to `path`. While a label is missing, that is a Problem. For one process."""
     todo = path.with_suffix(".todo.jsonl")
     asked = [dict(prompt=row["prompt"], answers=row["answers"], chosen=None) for row in questions]
     if not todo.exists():
@@ -72,32 +76,32 @@ def label(o, questions, path):
         subprocess.run(f"{o.labeller} {shlex.quote(str(todo))}", shell=True)
     rows = [row for _, row in read_rows(todo)] if asked else []
     if [{**row, "chosen": None} for row in rows] != asked:
-        raise Problem(f"{todo}: only `chosen` may be changed in it; delete it to be asked again")
+        raise Problem(f"{todo}: only `chosen` may be changed in this file; delete it to be asked again")
     waiting = sum(repr(row.get("chosen")) not in ("0", "1") for row in rows)
     if waiting:
-        raise Problem(f"{todo}: {waiting} pairs wait for 0 or 1 as `chosen`, the better one of `answers`")
+        raise Problem(f"{todo}: {waiting} labels missing; set `chosen` to the better answer's place, 0 or 1")
     write_jsonl(path, [question | {"chosen": row["chosen"]} for question, row in zip(questions, rows)])
     todo.unlink()
 
 @run.phase
 def spot_check(o, comparisons, path):
-    """The first kept comparisons, labelled. In which place the new answer stands is drawn."""
+    """Have the first kept comparisons labelled. A drawn order hides which answer is the new one."""
     rows = [row for row in read_jsonl(comparisons) if row["kept"]][:o.spot_check]
     places = np.random.default_rng(seed_of(o.seed, run.name_of(o, path))).integers(2, size=len(rows)).tolist()
-    run.on_rank0(label, o, [dict(prompt=row["prompt"], new=place, answers=[
+    run.on_rank0(ask_for_labels, o, [dict(prompt=row["prompt"], new=place, answers=[
         row["old"], row["new"]][::2 * place - 1]) for row, place in zip(rows, places)], path)
 
 @run.phase
-def label_unsure(o, own, path):
-    """Of two answers to each prompt the pairs with the closest rewards, labelled."""
+def label_closest_pairs(o, own, path):
+    """Have the pairs labelled on which the reward model is least sure: those with the closest rewards."""
     pairs = [two for two in by_prompt(read_jsonl(own)) if two[0]["response"] != two[1]["response"]]
     nearest = np.argsort([abs(a["score"] - b["score"]) for a, b in pairs], kind="stable")[:o.labels]
-    run.on_rank0(label, o, [dict(prompt=a["prompt"], answers=[a["response"], b["response"]])
-                            for a, b in [pairs[i] for i in sorted(nearest)]], path)
+    run.on_rank0(ask_for_labels, o, [dict(prompt=a["prompt"], answers=[a["response"], b["response"]])
+                                     for a, b in [pairs[i] for i in sorted(nearest)]], path)
 
 @run.phase
 def mix(o, comparisons, ranked, old_policy, *labels_and_path):
-    """mt.mix's pairs; the labels of all rounds so far, since M-steps begin from the base RM; and anchors."""
+    """mt.mix's pairs, anchors, and the labels of all rounds, since an M-step starts from the base RM."""
     *labels, path = labels_and_path
     rows = read_jsonl(mix_without_labels(o, comparisons, ranked, old_policy, path.with_name("mixed.jsonl")))
     rows += [dict(prompt=row["prompt"], chosen=row["answers"][row["chosen"]], source=str(file),
@@ -109,13 +113,14 @@ def mix(o, comparisons, ranked, old_policy, *labels_and_path):
 
 @run.phase
 def gate(o, rm, new_rm, path):
-    """Whether the new RM orders more of the held-out pairs: with 95% confidence, by the paired difference."""
+    """Whether the new reward model orders more held-out pairs correctly, with 95% confidence: the lower bound
+    of the mean difference, pair by pair, must be above 0."""
     pairs = read_pairs(o.gate)
     old, new = (1.0 * judge_pairs(each, pairs, o.score_batch, o.max_length)[1] for each in (rm, new_rm))
     bound = (new - old).mean() - 1.645 * (new - old).std(ddof=1) / len(pairs)**0.5
     run.write_json(path, dict(before=old.mean(), after=new.mean(), bound=bound, passed=bool(bound > 0)))
-    return f"{old.mean():.3f} of {len(pairs)} pairs are in order, by the new RM {new.mean():.3f}"
+    return f"accuracy on {len(pairs)} held-out pairs {old.mean():.3f}, of the new RM {new.mean():.3f}"
 
 if __name__ == "__main__":
-    mt.mutual_taught, mt.m_step = with_checks, m_step
+    mt.mutual_taught, mt.m_step = mutual_taught_with_checks, m_step
     run.launch(mt.main, options=Options)

@@ -1,12 +1,15 @@
-"""IPO (arXiv 2310.12036, eq. 17): the margin between two log-ratios is fitted to 1/(2β), not pushed further.
+"""IPO (arXiv 2310.12036, eq. 17): the margin between two log-ratios is fitted to 1/(2β).
 
     torchrun -m variants.ipo --rounds 3
 
-L = (Δ_w − Δ_l − 1/(2β))², Δ_y = (log π(y|x) − log π_ref(y|x)) / |y|
+DPO, the loss of Mutual-Taught's E-step, keeps falling as the margin grows. IPO's loss has its minimum at a
+finite margin, so training does not widen the margin beyond it.
 
-Different from the source: log-ratios are per token, so that β means the same for short and long responses.
-The paper sums them; its authors asked TRL for the mean (huggingface.co/blog/pref-tuning). Lengths are in
-tokens of the policy, the stop token among them.
+    L = (Δ_w − Δ_l − 1/(2β))², where Δ_y = (log π(y|x) − log π_ref(y|x)) / |y|
+
+Different from the source: log-ratios are means over the tokens, the stop token included, so that β means the
+same for short and for long responses. The paper takes sums; its authors asked TRL for the mean
+(huggingface.co/blog/pref-tuning).
 """
 import torch
 

@@ -1,11 +1,15 @@
-"""Meta-Rewarding (arXiv 2407.19594): Self-Rewarding, and the policy judges its judgements as well.
+"""Meta-Rewarding (arXiv 2407.19594): Self-Rewarding, and the policy also learns to judge.
 
     torchrun -m variants.meta_rewarding --rounds 2
 
-Of each prompt's responses it takes the one whose scores vary most. All different judgements of it meet in
-twos, in both orders; a verdict that changes with the order is dropped. The judgement with the most net wins
-is chosen, the one with the fewest rejected; DPO trains on these pairs and on those of responses together. The
-paper rates judgements by Elo, weighs verdicts by place without dropping any, and leaves out long winners.
+As in self_rewarding.py the policy judges its responses, in the place of Mutual-Taught's reward model. Here it
+judges its judgements as well. Of a prompt's responses the one is taken whose scores vary most. Every two of
+its different judgements are compared in both orders; a verdict that changes with the order is dropped. The
+judgement with the most net wins (wins minus losses) is chosen, the one with the fewest is rejected. DPO
+trains on these pairs together with the pairs of responses.
+
+Different from the source: the paper rates judgements by Elo, weights verdicts by place without dropping any,
+and leaves out winners that are too long.
 """
 from itertools import permutations
 
@@ -16,7 +20,7 @@ import mt
 from common import run, toy
 from common.data import by_prompt, read_jsonl
 from variants import self_rewarding, toy_judge
-from variants.self_rewarding import SCORE, ask, question, readable
+from variants.self_rewarding import SCORE, ask, numbered_answers, question
 
 META_JUDGE = """Two judges were given the task between the lines.
 ----------
@@ -33,15 +37,16 @@ The order means nothing. Give reasons in at most 100 words. End with a line that
 Winner: N"""
 WINNER = r"\bwinner[\s*:]*([12])[\s*.]*$"
 
-def rivals_of(group, judgements):
-    """A prompt's samples -> the different judgements of the one whose scores vary most."""
+def most_disputed_judgements(group, judgements):
+    """A prompt's samples -> the different judgements of the sample whose scores vary most."""
     most = max((judgements[question(row)] for row in group),
                key=lambda some: np.var([judgement["score"] for judgement in some] or [0]))
     return list({judgement["response"]: judgement for judgement in most}.values())
 
-def contest(rivals, verdicts):
-    """n judgements, and (n, n): 1 where the row's, standing first, was called better than the column's, −1
-    where worse, 0 where nothing can be read -> (a pair or None, comparisons decided)."""
+def pair_from_verdicts(rivals, verdicts):
+    """n judgements and verdicts (n, n) -> (a pair or None, how many comparisons were decided).
+    verdicts[i, j], with judgement i in the first place and j in the second: 1 if i was called better, −1 if j
+    was, 0 if the verdict can't be read."""
     wins = np.trunc((verdicts - verdicts.T) / 2)  # 1 and −1 where both orders agree, else 0
     net, decided = wins.sum(1), int((wins > 0).sum())
     best, worst = int(net.argmax()), int(net.argmin())
@@ -53,13 +58,13 @@ def meta_question(first, second):
 
 @run.phase
 def meta_judge(o, policy, samples, judgements, path):
-    """Pairs of judgements, at most one for each prompt."""
-    scored = readable(judgements, SCORE)
-    groups = [rivals_of(group, scored) for group in by_prompt(read_jsonl(samples))]
+    """Write pairs of judgements, at most one for each prompt."""
+    scored = numbered_answers(judgements, SCORE)
+    groups = [most_disputed_judgements(group, scored) for group in by_prompt(read_jsonl(samples))]
     questions = [meta_question(*two) for rivals in groups for two in permutations(rivals, 2)]
-    answers = readable(ask(o, policy, judgements, path.with_name("battles.jsonl"),
-                           questions=questions, count=1), WINNER)
-    contests = [contest(rivals, np.array([[  # the first place wins: 1, the second: -1
+    answers = numbered_answers(ask(o, policy, judgements, path.with_name("battles.jsonl"),
+                                   questions=questions, count=1), WINNER)
+    contests = [pair_from_verdicts(rivals, np.array([[  # Winner 1 -> 1, Winner 2 -> −1
         sum(3 - 2 * answer["score"] for answer in answers[meta_question(first, second)])
         for second in rivals] for first in rivals])) for rivals in groups if rivals]
     pairs, met = [pair for pair, _ in contests if pair], len(questions) // 2
@@ -72,10 +77,10 @@ def meta_judge(o, policy, samples, judgements, path):
 def join(o, pairs, judged, path):
     run.write_rows(path, read_jsonl(pairs) + read_jsonl(judged))
 
-def train_policy(o, policy, pairs, path, dpo_on=mt.train_policy):
+def train_policy(o, policy, pairs, path, original=mt.train_policy):
     judged = meta_judge(o, policy, path.with_name("samples.jsonl"), path.with_name("judgements.jsonl"),
                         path.with_name("disputes.jsonl"))
-    return dpo_on(o, policy, join(o, pairs, judged, path.with_name("mixed.jsonl")), path)
+    return original(o, policy, join(o, pairs, judged, path.with_name("mixed.jsonl")), path)
 
 def build(seed):
     global META_JUDGE

@@ -2,15 +2,18 @@
 
     torchrun -m variants.rest_em --rounds 3
 
-kept = the samples with a reward above their prompt's mean, at most 10 of a prompt, the highest first
-L = −mean over the tokens of kept responses of log π(y_t | x, y_<t), π starting from π_0; fixed reward model
+Mutual-Taught goes on training the policy in use, by DPO on one pair per prompt. Here each E-step trains the
+base policy π_0 anew, on those samples of the policy in use whose reward is above the mean of their prompt, at
+most the 10 best of a prompt. The reward model is fixed.
 
-A row of pairs.jsonl is a kept response, `chosen`; `rejected` is the prompt's worst, for people to read. With
-a verifier as the reward model set THRESHOLD = 1.
+    L = −mean of log π(y_t | x, y_<t) over all tokens of these samples
 
-Different from the source: M is the run's (the source samples 32 or 64: --samples 32) and the epochs are
-fixed, where the source stops by validation reward; model selection picks a checkpoint by its win rate against
-the base policy. The mean is over tokens, the source's over responses.
+Each row of pairs.jsonl has one of these samples as `chosen`. Its `rejected`, the worst sample of the prompt,
+is there for people to read. If the reward model is a verifier that gives 0 or 1, set THRESHOLD = 1.
+
+Different from the source: M is the run's (the source samples 32 or 64; give --samples 32). The number of
+epochs is fixed, where the source stops by the validation reward. Model selection picks a checkpoint by its
+win rate against the base policy. The mean is over tokens, the source's over responses.
 """
 import numpy as np
 
@@ -22,19 +25,19 @@ from common.data import by_prompt, encode_chat, load_tokenizer
 from common.packing import collate, pack
 from common.parallel import Problem, device, say
 
-THRESHOLD = None     # the lowest reward that is kept; None: above the prompt's mean
-MOST = 10            # kept responses of a prompt
+THRESHOLD = None     # samples with at least this reward are kept; None: those above the prompt's mean
+MOST = 10            # samples kept of a prompt
 EPOCHS = 1
-LEARNING_RATE = 10   # in units of --policy_lr, which is DPO's
+LEARNING_RATE = 10   # times --policy_lr, which is meant for DPO
 
 train_and_select = mt.train_and_select
 
 def best_samples(samples):
-    """In the place of filter.preference_pairs; a prompt's samples stand next to each other."""
+    """Takes the place of filter.preference_pairs. The samples of a prompt must stand next to each other."""
     rows, without = [], 0
     for group in by_prompt(samples):
         scores = np.array([row["score"] for row in group])
-        above = (scores > scores.mean()) & (scores > scores.min())  # equal numbers may have a mean below them
+        above = (scores > scores.mean()) & (scores > scores.min())  # a mean of equals may be rounded down
         passed = above if THRESHOLD is None else scores >= THRESHOLD
         kept = [int(i) for i in np.argsort(-scores, kind="stable") if passed[i]][:MOST]
         reason = f"chosen: kept, one of {len(kept)}; rejected: lowest of {len(scores)}"
@@ -43,7 +46,7 @@ def best_samples(samples):
     return rows, without
 
 def supervised(folder, pairs, *, lr, batch, micro_batch, max_length, seed, recompute, log, beta=None):
-    """In the place of dpo.train, which has a β."""
+    """Takes the place of dpo.train, and so has its β among the arguments, unused."""
     tokenizer = load_tokenizer(folder)
     chats = [encode_chat(tokenizer, row["prompt"], row["chosen"], row["chosen_finished"]) for row in pairs]
     rows = [pack([chat]) for chat in chats if chat.start < len(chat.ids) <= max_length]
@@ -62,10 +65,10 @@ def supervised(folder, pairs, *, lr, batch, micro_batch, max_length, seed, recom
     for number in training.optimise(policy, steps, loss, lr=LEARNING_RATE * lr, log=log):
         yield number, len(steps), policy
 
-def from_base(o, policy, *others, **more):
-    """DPO's start, and what checkpoints must win against."""
+def train_from_base(o, policy, *others, **more):
+    """Train from the base policy, which is also what the checkpoints must win against."""
     return train_and_select(o, o.policy, *others, **more)
 
 if __name__ == "__main__":
-    filter.preference_pairs, dpo.train, mt.train_and_select = best_samples, supervised, from_base
+    filter.preference_pairs, dpo.train, mt.train_and_select = best_samples, supervised, train_from_base
     run.launch(mt.main, update_rm=False)

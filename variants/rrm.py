@@ -1,11 +1,15 @@
-"""RRM (arXiv 2409.13156): answers to other prompts, so that a reward model learns to read the prompt.
+"""RRM (arXiv 2409.13156): answers to other prompts teach the reward model to read the prompt.
 
     torchrun -m variants.rrm --rounds 3
 
-For each pair that the RM trains on, two more. Own beats foreign: one of its answers against one of another
-prompt's, −log σ(Δ). Foreign ties foreign: that prompt's two answers, −½[log σ(Δ) + log σ(−Δ)]. The paper
-makes all combinations and keeps a part; here they are drawn one by one, and an M-step takes three times as
-long. Its RM reads both answers at once; ours stays Bradley-Terry's. The log's accuracy is over ties, too.
+To order the pairs of Mutual-Taught's M-step it may be enough to know what good answers look like in general.
+So for each pair RRM draws another one, and adds two pairs that answer the first one's prompt:
+
+    own beats foreign: one of the pair's answers against one of the other pair's, −log σ(Δ)
+    foreign ties foreign: the other pair's two answers, −½[log σ(Δ) + log σ(−Δ)]
+
+Different from the source: the paper makes all combinations and keeps a part of them, and its reward model
+reads both answers at once. With three times as many pairs an M-step takes three times as long.
 """
 import numpy as np
 import torch
@@ -22,17 +26,17 @@ def rrm_loss(chosen_rewards, rejected_rewards, pairs):
     ties = torch.tensor(["tie" in pair for pair in pairs], device=chosen_rewards.device)
     first = -F.logsigmoid(chosen_rewards - rejected_rewards)
     second = -F.logsigmoid(rejected_rewards - chosen_rewards)
-    return torch.where(ties, (first + second) / 2, first)
+    return torch.where(ties, (first + second) / 2, first)  # the accuracy in the log counts ties, too
 
 def foreign_pairs(rows, rng):
-    """For each pair and another one, drawn: own beats foreign, and foreign ties foreign."""
+    """Draw another pair for each pair; yield own beats foreign and foreign ties foreign."""
     for row, other in zip(rows, [rows[i] for i in rng.permutation(len(rows))]):
         if prompt_id(row["prompt"]) != prompt_id(other["prompt"]):
             own, foreign = rng.choice(["chosen", "rejected"], 2)
-            yield joined(row, row, own, other, foreign)
-            yield joined(row, other, "chosen", other, "rejected") | {"tie": True}
+            yield pair_for_prompt_of(row, row, own, other, foreign)
+            yield pair_for_prompt_of(row, other, "chosen", other, "rejected") | {"tie": True}
 
-def joined(row, first, side, second, other_side):
+def pair_for_prompt_of(row, first, side, second, other_side):
     return dict(prompt=row["prompt"], chosen=first[side], rejected=second[other_side],
                 source=second["source"], chosen_policy=first[f"{side}_policy"],
                 rejected_policy=second[f"{other_side}_policy"], foreign=second["prompt"])

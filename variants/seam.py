@@ -1,11 +1,16 @@
-"""SEAM (arXiv 2406.07971): comparisons on which policy and reward model disagree don't train the latter.
+"""SEAM (arXiv 2406.07971): comparisons on which policy and reward model disagree are dropped.
 
     torchrun -m variants.seam --rounds 3
 
-After the margin filter a comparison stays where both order its answers alike: where Δr = r(new) − r(old) has
-the sign of Δπ = log π_t/π_{t−1}(new) − log π_t/π_{t−1}(old), the policy's own reward (DPO's, without β). The
-paper measures disagreement on answers made worse on purpose, and drops prompts from reinforcement learning;
-here it is what `eval.py agreement` counts on the E-step's pairs, taken on the M-step's comparisons.
+Of the comparisons that pass Mutual-Taught's margin filter those are kept on which both models order the two
+answers alike, that is, where Δr and Δπ have the same sign:
+
+    Δr = r(new) − r(old)
+    Δπ = log π_t/π_{t−1}(new) − log π_t/π_{t−1}(old), the margin of the policy's own DPO rewards, without β
+
+Different from the source: the paper measures disagreement on answers that were made worse on purpose, and
+drops prompts from reinforcement learning. Here it is measured as in `eval.py agreement`, but on the
+comparisons of the M-step instead of the pairs of the E-step.
 """
 import numpy as np
 
@@ -17,7 +22,7 @@ from variants.ocrm import write_logps
 mix = mt.mix
 
 def policy_margins(logps):
-    """(N, 2, 2): by π_t and by π_{t−1}, of the new and of the old answer -> Δπ (N,)."""
+    """Log-probabilities (N, 2 policies, 2 answers), π_t and the new answer first -> Δπ (N,)."""
     ratios = logps[:, 0] - logps[:, 1]
     return ratios[:, 0] - ratios[:, 1]
 

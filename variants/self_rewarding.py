@@ -2,12 +2,16 @@
 
     torchrun -m variants.self_rewarding --rounds 2
 
-s = the mean of J judgements of 0 to 5 points, sampled as responses are. Chosen: the shortest with
-s ≥ (1 − ρ) S_max + ρ S_min, as Meta-Rewarding (arXiv 2407.19594) does against length; rejected: the lowest s.
-The first paper takes the highest (ρ = 0), J = 3, and writes new prompts, too. J = 11 is the second's, ρ = ½
-ours, nearest to mt.py's rule. The reward model only measures: responses for the record, and checkpoints, as
-Claude 2 does in the paper. No M-step and no τ. The embedded task's policy judges in words of its own
-(toy_judge.py).
+In Mutual-Taught the reward model ranks the responses. Here the policy is asked J times to give each of them 0
+to 5 points. Judgements are sampled as responses are, and a response's score s is the mean of its points. The
+shortest response with s ≥ (1 − ρ) S_max + ρ S_min is chosen, S_max and S_min being the highest and the lowest
+score of the prompt's responses. The one with the lowest score is rejected. The reward model only measures: it
+scores responses for the record and selects checkpoints, as Claude 2 does in the paper. There is no M-step and
+τ is 0. The embedded task's policy judges in a language of its own (toy_judge.py).
+
+Different from the source: there the highest score is chosen (ρ = 0), J is 3, and the policy writes new
+prompts, too. J = 11 and the choice of a short response, which keeps lengths from growing, are those of
+Meta-Rewarding (arXiv 2407.19594). ρ = ½ is ours, since it comes nearest to mt.py's rule.
 """
 import re
 from collections import defaultdict
@@ -39,7 +43,7 @@ Score: N"""
 SCORE = r"\bscore[\s*:]*([0-5])(?:/5)?[\s*.]*$"
 
 def choose_pair(scores, lengths):
-    """In place of filter.choose_pair; of equally short ones the higher score is chosen, then the earlier."""
+    """Takes the place of filter.choose_pair. Of equally short responses the higher score is chosen."""
     scores, lengths = np.asarray(scores, float), np.asarray(lengths)
     if scores.max() == scores.min():
         return None
@@ -48,40 +52,40 @@ def choose_pair(scores, lengths):
     chosen = min(best, key=lambda i: (lengths[i], -scores[i], i))
     return int(chosen), int(scores.argmin()), f"chosen: shortest from {bar:.4f} upwards; rejected: lowest"
 
-def read(answer, pattern):
-    """The number that an answer ends with, or None: nothing is guessed, and what was cut off has no end."""
+def number_at_end(answer, pattern):
+    """The number that an answer ends with, or None. No number is guessed; a cut-off answer has none."""
     found = answer["finished"] and re.search(pattern, answer["response"], re.IGNORECASE)
     return int(found[1]) if found else None
 
 def question(row):
-    """Asks for a judgement of a sample. Of a conversation every turn but the last bears its role."""
+    """The question that asks for a judgement of a sample; earlier turns are shown with their roles."""
     *before, last = as_messages(row["prompt"])
     turns = [f"{message['role']}: {message['content']}" for message in before] + [last["content"]]
     return JUDGE.format(prompt="\n\n".join(turns), response=row["response"])
 
 @run.phase
 def ask(o, policy, made_from, path, questions, count):
-    """`count` answers to each question that is short enough for the policy's context."""
+    """Sample `count` answers to each question that is short enough for the policy's context."""
     tokenizer, context = load_tokenizer(policy), models.context_of(policy)
     short = [q for q in dict.fromkeys(questions) if len(encode_chat(tokenizer, q).ids) < context]
     sample(policy, short, path, samples=count, temperature=o.temperature, top_p=o.top_p,
            max_new_tokens=o.max_new_tokens, rows=o.sample_batch, seed=f"{o.seed}/{run.name_of(o, path)}")
 
-def readable(path, pattern):
-    """{question: those of its answers that can be read, with their number as `score`}"""
+def numbered_answers(path, pattern):
+    """{question: those of its answers that end with a number, which becomes their `score`}"""
     answers = defaultdict(list)
     for row in read_jsonl(path):
-        number = read(row, pattern)
+        number = number_at_end(row, pattern)
         answers[row["prompt"]] += [] if number is None else [row | {"score": number}]
     return answers
 
 @run.phase
 def judge(o, samples, path):
-    """The samples with the mean of their judgements as `score`, without the prompts of which one response has
-    no judgement that can be read."""
+    """Write the samples with the mean of their judgements as `score`. A prompt is left out if one of its
+    responses has no judgement that can be read."""
     rows, judged = read_jsonl(samples), []
-    judgements = readable(ask(o, rows[0]["policy"], samples, path.with_name("judgements.jsonl"),
-                              questions=map(question, rows), count=JUDGEMENTS), SCORE)
+    judgements = numbered_answers(ask(o, rows[0]["policy"], samples, path.with_name("judgements.jsonl"),
+                                      questions=map(question, rows), count=JUDGEMENTS), SCORE)
     for group in by_prompt(rows):
         scores = [[answer["score"] for answer in judgements[question(row)]] for row in group]
         if all(scores):
@@ -93,13 +97,13 @@ def judge(o, samples, path):
     run.write_rows(path, judged)
     return f"{unreadable} of {asked} judgements can't be read; {left_out} prompts left out"
 
-def make_pairs(o, samples, path, made_of=mt.make_pairs):
-    return made_of(o, judge(o, samples, path.with_name("judged.jsonl")), path)
+def make_pairs(o, samples, path, original=mt.make_pairs):
+    return original(o, judge(o, samples, path.with_name("judged.jsonl")), path)
 
-def build(seed, made_by=toy.build):
+def build(seed, original=toy.build):
     global JUDGE
     JUDGE = toy_judge.JUDGE
-    return made_by(seed, toy_judge.__file__)
+    return original(seed, toy_judge.__file__)
 
 if __name__ == "__main__":
     toy.build, filter.choose_pair, mt.make_pairs = build, choose_pair, make_pairs

@@ -1,9 +1,13 @@
-"""SimPO (arXiv 2405.14734, eq. 6): rewards are log-probabilities per token, with a margin, without reference.
+"""SimPO (arXiv 2405.14734, eq. 6): DPO's loss with rewards per token, with a margin and without a reference.
 
     torchrun -m variants.simpo --rounds 3
 
-L = −log σ(β/|y_w| log π(y_w|x) − β/|y_l| log π(y_l|x) − γ), in the paper with β 2 to 2.5, γ 0.3 to 1.6.
-Lengths are in tokens of the policy, the stop token among them.
+In DPO, the loss of Mutual-Taught's E-step, a reward is β times a log-ratio to the reference. In SimPO it is β
+times the mean log-probability of a token, and the chosen response must win by a margin γ:
+
+    L = −log σ(β/|y_w| log π(y_w|x) − β/|y_l| log π(y_l|x) − γ)
+
+The paper has β from 2 to 2.5 and γ from 0.3 to 1.6. Lengths are in tokens, the stop token included.
 
 Different from the source: pairs, M-steps and model selection are Mutual-Taught's.
 """

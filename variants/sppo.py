@@ -2,14 +2,18 @@
 
     torchrun -m variants.sppo --rounds 3
 
-P(y) = mean over the prompt's M samples y_j, itself included, of σ(r(x, y) − r(x, y_j))
-L = ½ [(Δ_w − (P(y_w) − ½)/β)² + (Δ_l − (P(y_l) − ½)/β)²], Δ_y = log π(y|x) − log π_{t−1}(y|x)
+DPO, the loss of Mutual-Taught's E-step, compares two responses. SPPO instead gives each of the two a target
+of its own: by how much its share of wins P among the prompt's M samples is above one half.
 
-on the best and the worst response, with soft labels (TRL's sppo_hard has P 1 and 0), β = 1e-3, a fixed reward
-model and another subset of the prompts in each of the first three E-steps: round2/e1 is its third iteration.
+    P(y) = mean over the samples y_j, y itself included, of σ(r(x, y) − r(x, y_j))
+    L = ½ [(Δ_w − (P(y_w) − ½)/β)² + (Δ_l − (P(y_l) − ½)/β)²], where Δ_y = log π(y|x) − log π_{t−1}(y|x)
+
+y_w and y_l are the samples with the highest and the lowest reward. P is soft (TRL's sppo_hard has 1 and 0), β
+is 1e-3, and the reward model is fixed. The first three E-steps are the paper's three iterations, each on
+another subset of the prompts, so round2/e1 has the third.
 
 Different from the source: wins are by the run's reward model, not by PairRM. Model selection and τ stay, as
-for its rivals here (--select false is without), and so do the optimiser and the one epoch.
+in the other variants (leave them out by --select false), and so do the optimiser and the one epoch.
 """
 import numpy as np
 import torch
@@ -23,11 +27,11 @@ from variants.online_dpo import best_and_worst
 pair_of = filter.pair_of
 
 def wins_among(scores):
-    """(M,) rewards -> (M,): P of each, in (0, 1)."""
+    """The rewards (M,) of a prompt's samples -> P (M,) of each, in (0, 1)."""
     scores = np.asarray(scores, float)
     return (1 / (1 + np.exp(scores[None] - scores[:, None]))).mean(1)
 
-def with_wins(group, chosen, rejected, reason):
+def pair_with_wins(group, chosen, rejected, reason):
     wins = wins_among([row["score"] for row in group])
     return pair_of(group, chosen, rejected, reason) | {
         "chosen_wins": wins[chosen], "rejected_wins": wins[rejected]}
@@ -39,5 +43,5 @@ def sppo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps
     return losses, *(beta * ratios.T).detach()
 
 if __name__ == "__main__":
-    filter.pair_of, filter.choose_pair, dpo.dpo_loss = with_wins, best_and_worst, sppo_loss
+    filter.pair_of, filter.choose_pair, dpo.dpo_loss = pair_with_wins, best_and_worst, sppo_loss
     run.launch(mt.main, beta=1e-3, update_rm=False)

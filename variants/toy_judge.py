@@ -1,12 +1,15 @@
-"""A judging skill for the embedded task's policy, learnt like its writing: from demonstrations.
+"""The embedded task's base models, with a policy that can also judge in words, for Self- and Meta-Rewarding.
 
     judge PROMPT answer RESPONSE                                ->  score 3
     compare judge PROMPT answer RESPONSE 1 score 3 2 score 5    ->  winner 2
 
-The responses are those that r_0's labels are about, two of π_0's to a prompt, each with one noisy worth:
-toy.appeal and Gumbel noise. Two of them differ by the logistic noise of r_0's labels: P(worth_a > worth_b) is
-P(a ≻ b) in toy.write_preferences. The score, 0 to 5, is the worth's sixth among all; the winner is the score
-nearer to it.
+The policy learns to judge from demonstrations, as it learns to write. They concern the same responses as the
+labels of the base reward model, two of π_0's to a prompt, and they are as noisy as these labels. The worth of
+a response is toy.appeal plus Gumbel noise. Since the difference of two Gumbel noises is logistic,
+P(worth_a > worth_b) is the P(a ≻ b) of toy.write_preferences. The score, 0 to 5, says into which sixth of all
+worths a response falls. The winner is the score nearer to it.
+
+variants/self_rewarding.py starts this script in the place of common/toy.py.
 """
 import math
 import random
@@ -22,7 +25,7 @@ META_JUDGE = "compare {task} 1 {first} 2 {second}"
 WORDS = "judge answer score compare winner 0 1 2 3 4 5".split()
 
 def demonstrations(rows, rng):
-    """Answers -> [(prompt, answer)] of judgements and of judgements of judgements."""
+    """π_0's answers -> (prompt, answer) of judgements, and of comparisons of two judgements."""
     worth = [toy.appeal(row) - math.log(rng.expovariate(1)) for row in rows]
     for row, score in zip(rows, np.searchsorted(np.quantile(worth, np.arange(1, 6) / 6), worth)):
         task = JUDGE.format(**row)
