@@ -111,34 +111,11 @@ def report(*folders, out=""):
         return
     runs = [figures.load(folder, SHOWN) for folder in folders]
     for run in runs:
-        print_tables(run)
+        say(figures.tables(run))
         say(f"picture: {draw_picture(run)}" if can_plot() else "no picture: pip install matplotlib")
     path = Path(out) if out.endswith(".html") else Path(out or folders[0]) / "report.html"
     write_page(runs, path)
     say(f"page: {path}")
-
-def print_tables(run):
-    """Print a table of the steps, a table of the policies if the run has gold, and the verdict."""
-    steps = [["step", "sampled reward", "tokens", "finished", "pairs", "win rate", "outcome"]]
-    for s in run["steps"]:
-        if s["kind"] == "E":
-            steps.append([s["phase"], f"{s['reward']:.3f}", f"{s['tokens']:.1f}", f"{s['finished']:.1%}",
-                          str(s["pairs"]), f"{s['win_rate']:.3f}" if s["win_rates"] else "-",
-                          f"policy: {s['chosen']}" if s["chosen"] else "discarded, run stopped"])
-        else:
-            steps.append([s["phase"], "", f"{s['tokens']:.1f}", "", f"{s['kept']}/{s['comparisons']}", "",
-                          f"reward model; margin {s['margin']:+.3f}, epsilon {s['epsilon']:.3f}"])
-    tables = [steps]
-    if run["gold"]:
-        keys = ("gold", "gold_se", "win_rate", "tokens", "reward_r0", "accuracy_base", "accuracy_current",
-                "length_slope")
-        tables.append([["policy", "RM", *(key.replace("_", " ") for key in keys)], *(
-            [s["policy"], s["rm"], *(f"{s[key]:.3f}" for key in keys)] for s in run["states"])])
-    say(f"\n{run['name']}: {run['arm']}")
-    for rows in tables:
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        say("\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows) + "\n")
-    say("\n".join([f"{figures.verdict(run)} {figures.outcome(run)}", *figures.warnings(run), ""]))
 
 COMMANDS = {"winrate": (WinRate, winrate), "accuracy": (Accuracy, pair_accuracy),
             "rewardbench": (RewardBench, rewardbench), "alpaca": (Alpaca, alpaca), "arena": (Arena, arena),

@@ -99,8 +99,8 @@ def e_step(o, policy, rm, prompts, folder, judge=None, judge_selects=True):
     return kept
 
 def m_step(o, old_policy, new_policy, rm, prompts, folder, ranked, judge=None):
-    """Train the base reward model on comparisons of the new policy's answers with the old one's, and on
-    `ranked`, the pairs of the E-step just before. Returns the folder of the new reward model."""
+    """Train the base reward model on comparisons of the new policy's answers with the old one's, and on the
+    pairs of the E-step just before, `ranked`. Returns the folder of the new reward model."""
     new = scored_samples(o, new_policy, rm, prompts, folder / "new.jsonl", judge=judge)
     old = scored_samples(o, old_policy, rm, prompts, folder / "old.jsonl", judge=judge)
     comparisons = make_comparisons(o, new, old, folder / "comparisons.jsonl")
@@ -221,13 +221,15 @@ def make_comparisons(o, new, old, path):
 
 @phase
 def mix(o, comparisons, ranked, old_policy, path):
-    """Put together what the reward model trains on: the comparisons that the filter kept, and all pairs of
-    the E-step just before."""
-    rows = [dict(prompt=row["prompt"], chosen=row["new"], rejected=row["old"], source=str(comparisons),
-                 chosen_policy=row["new_policy"], rejected_policy=row["old_policy"], **weight_of(row))
+    """Join the pairs for the reward model: the kept comparisons, and all pairs of the E-step just before."""
+    def shared(row):
+        return {name: row[name] for name in ("prompt", "weight") if name in row}
+
+    rows = [dict(shared(row), chosen=row["new"], rejected=row["old"], source=str(comparisons),
+                 chosen_policy=row["new_policy"], rejected_policy=row["old_policy"])
             for row in read_jsonl(comparisons) if row["kept"]]
-    rows += [dict(prompt=row["prompt"], chosen=row["chosen"], rejected=row["rejected"], source=str(ranked),
-                  chosen_policy=str(old_policy), rejected_policy=str(old_policy), **weight_of(row))
+    rows += [dict(shared(row), chosen=row["chosen"], rejected=row["rejected"], source=str(ranked),
+                  chosen_policy=str(old_policy), rejected_policy=str(old_policy))
              for row in read_jsonl(ranked)]
     run.write_rows(path, rows)
     return f"{len(rows)} pairs"
@@ -244,10 +246,6 @@ def train_reward(o, preferences, path):
         models.save(model, o.rm, temporary)
 
 # ---------------------------------------------------------------- the command
-def weight_of(row):
-    """The pair's weight in the loss, as a field, if the row has one."""
-    return {"weight": row["weight"]} if "weight" in row else {}
-
 def main(options=Options, **defaults):
     """Run the loop. A variant may give a subclass of Options, with flags of its own, and other defaults."""
     embedded_task = " ".join(f"--{name} {value}" for name, value in (toy.SETTINGS | defaults).items())

@@ -35,8 +35,7 @@ PREFILL = 8   # prompts prefilled together
 
 # ---------------------------------------------------------------- drawing one token
 def uniform(keys, counter):
-    """int64 keys and counters of one shape -> uniform float32 numbers in (0, 1], by the splitmix64 hash
-    (doi.org/10.1145/2714064.2660195)."""
+    """int64 keys, counters -> uniform float32 in (0, 1], by splitmix64 (doi.org/10.1145/2714064.2660195)."""
     def shifted(x, bits):  # fills with zeros, while >> of torch's signed int64 copies the sign
         return (x >> bits) & (2**(64 - bits) - 1)
 
@@ -107,8 +106,7 @@ class Slots:
         self.token, self.at, self.key, self.drawn = torch.zeros(4, rows, dtype=torch.long, device=device)
 
     def fill(self, rows, prompts, key=0):
-        """Copy a prefilled prompt into each of these rows. prompts: for each row a list of (keys, values)
-        per layer, both (kv_heads, length, D)."""
+        """Copy into each row a prefilled prompt: (keys, values) of each layer, both (kv_heads, length, D)."""
         for k, v in prompts[0] if not self.layers else ():
             self.layers.append((k.new_zeros(len(self.rows), len(k), k.shape[2], self.capacity),
                                 v.new_zeros(len(self.rows), len(v), self.capacity, v.shape[2])))
@@ -177,8 +175,7 @@ def cache_tokens(model):
     return max(0, memory() - weights) // 2 // token
 
 def prefill(model, prompts):
-    """P token lists -> P times (the prompt's (keys, values) per layer, logits (V,) of the first response
-    token), by one forward pass."""
+    """P token lists -> P times ((keys, values) of each layer, logits (V,) of the first response token)."""
     packed, kept = collate([alone(prompt) for prompt in prompts], model.device), []
     logits = model(**packed["inputs"], kept=kept, logits_to_keep=packed["last"], use_cache=False).logits[0]
     lengths = [len(prompt) for prompt in prompts]
@@ -187,8 +184,7 @@ def prefill(model, prompts):
 
 @torch.no_grad()
 def verify(model):
-    """At the first use of a model, check that a prefill and two decoding steps give the logits of plain
-    forward passes (common/probe.py)."""
+    """At a model's first use, compare a prefill and two decoding steps with plain forward passes."""
     if hasattr(model, "cache_holds"):
         return
     probe.verify(model)
@@ -216,8 +212,7 @@ def beginnings(model, prompts, samples):
                 yield (p, m), prompt, logits
 
 def enter(slots, jobs, free, entering, keys):
-    """Put the beginnings `entering` into free rows. Returns these rows and the logits (rows, V) from which
-    their first tokens are drawn."""
+    """Put the beginnings `entering` into free rows. Returns these rows and their logits (rows, V)."""
     new_jobs, starts, logits = zip(*entering)
     rows = free[:len(entering)]
     slots.fill(rows, starts, np.array([keys[job] for job in new_jobs], np.uint64).view(np.int64))
@@ -280,9 +275,8 @@ def block_size(prompts, filling):
 
     filling: how many prompts fill all rows. At the end of a block rows idle until its longest response is
     done: 30% of the time if the rows are filled 4 times, 6% if 28 times. So make blocks large, at most 28
-    fillings and at least 4, and their number a multiple of 8, so that 2, 4 or 8 processes end together. Rows
-    can't go on into the next block: which responses are decoded together, and so how they are rounded, would
-    depend on the number of processes.
+    fillings and at least 4, and their number a multiple of 8, so that 2, 4 or 8 processes end together. If
+    rows went on into the next block, rounding would depend on the number of processes.
     """
     blocks = 8 * -int(-prompts // (8 * 28 * filling))
     return max(1, int(4 * filling), -(-prompts // blocks))

@@ -249,9 +249,8 @@ def encode_chat(tokenizer, prompt, response=None, finished=True, whole=False):
     """The tokens of a chat, with one BOS if the tokenizer uses one.
 
     Without a response the chat ends where the assistant's answer begins, ready for sampling. A finished
-    response is followed by one stop token, that of the template, or EOS if the template writes none. An
-    unfinished response ends with its last word. whole: keep what the template writes after the stop token,
-    as reward models were trained to read it.
+    response is followed by one stop token, that of the template, or EOS if the template writes none. whole:
+    keep what the template writes after the stop token, as reward models were trained to read it.
     """
     messages, special = as_messages(prompt), Special(tokenizer)
     said = [str(value) for message in messages for value in message.values()] + [response or ""]

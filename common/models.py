@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from huggingface_hub import save_torch_state_dict, snapshot_download
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.core_model_loading import revert_weight_conversion
@@ -45,8 +46,7 @@ def check_policy(folder):
     return config
 
 def check_reward(folder, fresh_head=False):
-    """Return the folder's config. Raise a Problem if its head has several labels, or if it has no reward head
-    and `fresh_head` does not allow that."""
+    """Return the folder's config. Raise a Problem if it has several labels or, but for `fresh_head`, none."""
     config = config_of(folder)
     kind = (config.architectures or ["?"])[0]
     if not kind.endswith("ForSequenceClassification"):
@@ -89,8 +89,7 @@ def bytes_of(folder):
     return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 def disk_needed(o, policy, rm, steps):
-    """How many bytes the models of a run take on disk at most. o: mt.Options; policy, rm: bytes of one model;
-    steps: the optimiser steps of one E-step."""
+    """Bytes on disk for a run's models. policy, rm: bytes of one; steps: optimiser steps of an E-step."""
     checkpoints = steps // o.save_every + 1 if o.select else 1
     return o.rounds * (2 * policy + o.update_rm * rm) + checkpoints * policy
 
@@ -159,6 +158,18 @@ def save(root, source, folder):
         except Exception as error:  # for a full disk tokenizers raises a bare Exception
             raise Problem(f"{folder}: could not be saved: {first_line(error)}") from None
     barrier()
+
+def average(folders, shares, out):
+    """Write the folder `out`, a model with the weights Σ shares[i] · weights of folders[i], added up in fp32
+    and rounded to the last folder's precision. All else is the last folder's. For one process."""
+    mean = {}
+    for folder, share in zip(folders, shares):
+        weights = {k: w for file in Path(folder).glob("*.safetensors") for k, w in load_file(file).items()}
+        if mean and mean.keys() != weights.keys():
+            raise Problem(f"{folder}: its weights have other names than those of {folders[0]}")
+        mean = {name: mean.get(name, 0) + share * w.float() for name, w in weights.items()}
+    shutil.copytree(folders[-1], out, ignore=shutil.ignore_patterns("*.safetensors*"), dirs_exist_ok=True)
+    save_torch_state_dict({name: w.to(weights[name].dtype) for name, w in mean.items()}, out)
 
 def _write(model, weights, source, folder):
     weights = {name.removeprefix("model."): w for name, w in weights.items()}

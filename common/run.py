@@ -35,8 +35,7 @@ HOME = Path(__file__).resolve().parents[1]
 
 # ---------------------------------------------------------------- command line
 def launch(main, **arguments):
-    """Run a script's main() in its process group. Errors that a user can mend are shown as one line, and the
-    exit code is then 2."""
+    """Run a script's main(). Errors that a user can mend are shown as one line, with exit code 2."""
     name = Path(sys.argv[0]).name
     try:
         start()
@@ -113,8 +112,7 @@ def exists(path):
 
 @contextmanager
 def writing(path):
-    """Give all processes a temporary path to write to, and rename it to `path` at the end, so that a file or
-    folder that exists is complete."""
+    """Give all processes a temporary path to write to, and rename it to `path` when it is complete."""
     temporary = Path(path).with_name(f".{Path(path).name}.tmp")
     temporary.parent.mkdir(parents=True, exist_ok=True)
     remove(temporary)
@@ -129,8 +127,7 @@ def write_rows(path, rows):
     on_rank0(write_jsonl, path, rows)
 
 def link(path, target):
-    """Make a symbolic link. It is relative, so that the folder that holds both ends can be moved. For one
-    process."""
+    """Make a link, a relative one, so that the folder with both ends can be moved. For one process."""
     temporary = Path(path).with_name(f".{Path(path).name}.tmp")
     delete(temporary)
     temporary.symlink_to(os.path.relpath(Path(target).resolve(), temporary.parent.resolve()))
@@ -211,8 +208,7 @@ def lock(path):
         pass  # this file system has no locks
 
 def sources():
-    """{file: digest} of the script and of the project's modules that are loaded, except eval.py and evals/,
-    which train nothing."""
+    """{file: digest} of the script and the loaded modules, but for eval.py and evals/: they train nothing."""
     files = {Path(m.__file__).resolve() for m in [*sys.modules.values()] if getattr(m, "__file__", None)}
     ours, script = (HOME, HOME / "common", HOME / "variants"), Path(sys.argv[0]).resolve()
     return {os.path.relpath(file, HOME): code_of(file) for file in sorted(files - {HOME / "eval.py"})
@@ -270,8 +266,7 @@ def results_of(out):
     write_text(note_of(out), json.dumps(note, indent=1) + "\n")
 
 def _begin(out, made_from, path):
-    """Return '' if the result exists and is in order. Otherwise note that it is being made, and return 'now',
-    or 'again' if an earlier attempt was interrupted."""
+    """Return '' if the result exists and is in order, else 'now', or 'again' after an interrupted attempt."""
     name = os.path.relpath(path, out)
     inside = [source for source in made_from if source.resolve().is_relative_to(out.resolve())]
     made_from = {os.path.relpath(source, out): digest(source) for source in inside}
@@ -328,8 +323,7 @@ def log_of(o, path):
     return open_log(Path(o.out) / "metrics.jsonl", name_of(o, path))
 
 def open_log(path, phase):
-    """Return a function log(**values) that adds a JSON line for the phase to the file `path`, in rank 0. The
-    lines of an earlier attempt are removed."""
+    """Return log(**values), which adds a line to the JSONL file `path`. An earlier attempt's are removed."""
     if rank() == 0 and Path(path).exists():
         kept = [line for line in log_lines(path) if line["phase"] != phase]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))

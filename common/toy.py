@@ -188,8 +188,7 @@ def tokenizer(more=()):
         clean_up_tokenization_spaces=False)
 
 def parts(seed):
-    """All prompts, shuffled and cut into those of the loop, the test, the base RM's labels and the base
-    policy's demonstrations."""
+    """All prompts, shuffled and cut: for the loop, for the test, and for the training of the base models."""
     prompts = all_prompts()
     random.Random(seed).shuffle(prompts)
     rest = prompts[LOOP_PROMPTS + TEST_PROMPTS:]
@@ -197,9 +196,8 @@ def parts(seed):
             "labels": rest[:LABELS], "demonstrations": rest[-DEMONSTRATIONS:]}
 
 def build(seed, script=__file__):
-    """Make the base models and the prompts of a seed, unless they exist, by the command `script` in another
-    process. Returns mt.py's options policy, rm and prompts. The process has one thread, so that the models
-    don't depend on how many threads a run has."""
+    """Make the base models and prompts of a seed, unless they exist; return mt.py's options policy, rm and
+    prompts. `script` runs in a process of its own, with one thread however many the run has."""
     torch.set_num_threads(1)  # also for the run: its models are too small for more, and rounding would change
     name, modules = Path(script).stem, run.sources().items()
     made_by = {path: digest for path, digest in modules if Path(path).stem in (*SOURCES, name)}

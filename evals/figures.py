@@ -19,6 +19,8 @@ TEXTS = ("response", "new", "old", "reason")  # fields whose names end in one of
 NUMBERS = ("score", "tokens", "margin", "epsilon", "index", "gold", "r0", "se", "n", "rate")
 BASE = ("policy", "n", "win_rate", "reward_r0", "reward_r0_se", "tokens", "finished")
 GOLD = (*BASE, "rm", "gold", "gold_se", "accuracy_base", "accuracy_current", "length_slope")
+STATE = ("gold", "gold_se", "win_rate", "tokens", "reward_r0", "accuracy_base", "accuracy_current",
+         "length_slope")  # the columns of a policy in the terminal's table
 RESULTS = {"e1": "selection.json", "m": "rm", "e2": "selection.json"}  # the last result of each step
 PARTS = ("sampling and scoring", "training", "model selection")        # the parts of a step's time
 
@@ -228,3 +230,23 @@ def warnings(run):
         found.append(f"The answers are {abs(change):.0%} {'longer' if change > 0 else 'shorter'} than those "
                      "of the base. Check that this is what you want.")
     return found
+
+# ---------------------------------------------------------------- what the terminal shows
+def tables(run):
+    """Return a run as text: a table of its steps, one of its policies if it has gold, and the verdict."""
+    steps = [["step", "sampled reward", "tokens", "finished", "pairs", "win rate", "outcome"]]
+    for s in run["steps"]:
+        if s["kind"] == "E":
+            steps.append([s["phase"], f"{s['reward']:.3f}", f"{s['tokens']:.1f}", f"{s['finished']:.1%}",
+                          str(s["pairs"]), f"{s['win_rate']:.3f}" if s["win_rates"] else "-",
+                          f"policy: {s['chosen']}" if s["chosen"] else "discarded, run stopped"])
+        else:
+            steps.append([s["phase"], "", f"{s['tokens']:.1f}", "", f"{s['kept']}/{s['comparisons']}", "",
+                          f"reward model; margin {s['margin']:+.3f}, epsilon {s['epsilon']:.3f}"])
+    states = [["policy", "RM", *(key.replace("_", " ") for key in STATE)], *(
+        [s["policy"], s["rm"], *(f"{s[key]:.3f}" for key in STATE)] for s in run["states"] if run["gold"])]
+    lines = [f"\n{run['name']}: {run['arm']}"]
+    for rows in [steps, states] if run["gold"] else [steps]:
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        lines += [*("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows), ""]
+    return "\n".join([*lines, verdict(run), outcome(run), *warnings(run), ""])

@@ -36,9 +36,10 @@ def optimise_with_bsr(model, steps, loss, **settings):
 
     @torch.no_grad()
     def sums_over(step):
-        own = [(loss(micro.numbers)[1]["mean_reward"], torch.tensor(micro.shares) > 0) for micro in step]
-        values = training.sum_over_processes([sum(rewards.cpu()[mine].sum().item() for rewards, mine in own),
-                                              sum(mine.sum().item() for _, mine in own)])
+        rewards = [(micro, loss(micro.numbers)[1]["mean_reward"]) for micro in step]
+        values = training.sum_over_processes(
+            [sum(some.sum().item() for micro, some in rewards if micro.share),
+             sum(len(some) for micro, some in rewards if micro.share)])  # a filler has no share
         return dict(zip(("total", "count"), values))
 
     def regularised(numbers):

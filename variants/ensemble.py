@@ -8,13 +8,12 @@ and in the M-step's filter, and its score is r = mean_k r_k − λ · std_k r_k,
 every member, from its own base reward model and on the pairs in an order of its own. The embedded task's base
 reward models learn the same labels from different seeds, as the paper's do; otherwise --others names them.
 Bradley-Terry leaves open where the zero of a reward lies, so the members are made comparable first: zero is
-each member's mean reward for the first samples that it judges (zeros.json). Whatever shows one reward model,
-such as OUT/rm and gold.jsonl, shows the first member.
+each member's mean reward for the first samples that it judges (zeros.json). The link OUT/rm shows the first
+member.
 
 Different from the source: the paper subtracts λ times the variance, not the standard deviation.
 """
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +26,7 @@ from common.parallel import Problem, rank
 
 K = 3         # members, in the embedded task
 LAMBDA = 1.0  # None: take the lowest reward
-mutual_taught, train_reward = mt.mutual_taught, mt.train_reward
+mutual_taught, train_reward, score = mt.mutual_taught, mt.train_reward, reward.score
 
 @dataclass
 class Options(mt.Options):
@@ -41,12 +40,14 @@ def members(rm):
     """The folders of an ensemble's members: `rm` itself, and rm1, rm2, … beside it."""
     return [str(rm), *map(str, sorted(Path(rm).parent.glob("rm[1-9]*")))]
 
-def judge(rm, samples, path, score_batch):
+def score_by_all(rm, samples, path, score_batch, judge=None):
     """Takes the place of reward.score: `score` is the ensemble's reward, `members` has each member's."""
+    if len(members(rm)) == 1:  # a reward model that belongs to no ensemble
+        return score(rm, samples, path, score_batch, judge)
     files = [path.with_name(f"{path.stem}.{Path(member).name}.jsonl") for member in members(rm)]
     for member, file in zip(members(rm), files):
         if not run.exists(file):
-            reward.score(member, samples, file, score_batch)
+            score(member, samples, file, score_batch)
     rewards = np.array([[row["score"] for row in read_jsonl(file)] for file in files])
     zeros = Path(rm).with_name("zeros.json")
     if not run.exists(zeros):
@@ -90,5 +91,5 @@ def train_members(o, preferences, path):
 
 if __name__ == "__main__":
     mt.mutual_taught, mt.train_reward = lambda o: mutual_taught(replace(o, rm=make_base(o))), train_members
-    mt.e_step, mt.m_step = partial(mt.e_step, judge=judge), partial(mt.m_step, judge=judge)
+    reward.score = score_by_all
     run.launch(mt.main, options=Options)

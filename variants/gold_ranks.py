@@ -10,8 +10,8 @@ from functools import partial
 import mt
 from common import run, toy
 
-def judge(rm, samples, path, score_batch):
-    run.write_rows(path, [row | {"score": toy.gold_of(row), "rm": "gold"} for row in samples])
+def judge(prompt, rows):
+    return [toy.gold_of(row) for row in rows]
 
 if __name__ == "__main__":
     mt.e_step = partial(mt.e_step, judge=judge)
