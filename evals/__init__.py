@@ -1,1 +1,1 @@
-"""Everything that looks: at models on benchmarks, at runs."""
+"""Everything that only looks: benchmarks of models, reports on runs, and the plan of a run."""

@@ -1,4 +1,5 @@
-"""How often a run's reward models agree with gold, or with each other, on answers of its policies.
+"""Measures how often a run's reward models agree with gold on the answers of its policies. Without gold, the
+run's last reward model takes its place.
 
     python eval.py agreement --run runs/mt
 """
@@ -19,13 +20,13 @@ from evals.stats import JSON, ordered_alike
 @dataclass
 class Agreement:
     run: str = option(help="run folder")
-    prompts: int = option(200, "without gold: the first prompts of each E-step")
+    prompts: int = option(200, "without gold: how many of each E-step's first prompts are used")
     score_batch: int = 8
     json: str = option("", JSON)
 
 def agreement(o):
-    """Print how often each RM orders two answers of a PM as gold does (without gold: as the run's last
-    RM does), and how often PM and RM disagree."""
+    """Print how often each reward model orders two answers of a policy to a prompt as the judge does (gold,
+    or the last reward model), and how often policy and reward model disagree on the pairs for DPO."""
     run, judged = figures.load(o.run), {}
     answers, rms = answers_of(run, o.prompts), rms_of(run)
     for rm, folder in rms.items():
@@ -39,10 +40,10 @@ def agreement(o):
         rms.popitem()  # the judge
     alike = {pm: {rm: ordered_alike(judged[rm][pm], judge[pm]) for rm in rms} for pm in answers}
     say(f"agreement with {'gold' if run['gold'] else list(judged)[-1]}\n{'answers of':12}"
-        + "".join(f"{rm:>8}" for rm in rms) if rms else "one reward model and no gold: nothing to agree with")
+        + "".join(f"{rm:>8}" for rm in rms) if rms else "no gold and one reward model: nothing to compare")
     for pm, row in alike.items() if rms else []:
         say(f"{pm:12}" + "".join(f"{share:8.3f}" for share in row.values()))
-    say("PM-RM disagreement")
+    say("PM-RM disagreement: share of the DPO pairs that the policy orders against the reward model")
     apart = disagreement(run)
     for phase, share in apart.items():
         say(f"{phase:12}{share:8.3f}")
@@ -50,12 +51,13 @@ def agreement(o):
         write_json(o.json, dict(agreement=alike, disagreement=apart))
 
 def disagreement(run):
-    """{E-step: share of DPO pairs in the epoch's second half that β log π/π_{t−1} orders against the RM}."""
+    """Return {E-step: share of its DPO pairs that the policy orders against the reward model}. The policy
+    prefers the answer with the larger β log π/π_{t−1}. The second half of the epoch's steps is counted."""
     return {phase: float(1 - np.mean([row["rewards/accuracies"] for row in rows[len(rows) // 2:]]))
             for phase, rows in figures.training_lines(run, "E")}
 
 def rms_of(run):
-    """{name: folder} of the run's RMs, the base first."""
+    """Return {name: folder} of the run's reward models, with the base first."""
     made = [run["folder"] / s["phase"] / "rm" for s in figures.m_steps(run)]
     base = run["settings"].get("rm")
     if not base:
@@ -63,13 +65,14 @@ def rms_of(run):
     return {f"RM {i}": local_folder(str(folder)) for i, folder in enumerate([base, *made])}
 
 def answers_of(run, prompts):
-    """{PM: [a prompt's rows]}: with gold the answers to test prompts after each round, with a field `gold`;
-    else those of the E-steps to their first prompts."""
+    """Return {policy: a list of each prompt's rows}. With gold, these are the answers to the test prompts
+    after each round, with a field `gold`. Without it, they are the samples for the first `prompts` prompts
+    of each E-step."""
     if run["gold"]:
         files = {g["policy"]: run["folder"] / "test" / g["policy"].replace(" ", "") / "r0.jsonl"
                  for g in run["gold"]}
         rows = {pm: [row | {"gold": gold_of(row)} for row in figures.stream(file)]
-                for pm, file in files.items() if file.exists()}  # rounds after a stop have none
+                for pm, file in files.items() if file.exists()}  # a round after a stop has no file
     else:
         rows = {f"PM {s['pm']}": figures.stream(run["folder"] / s["phase"] / "samples.jsonl")
                 for s in figures.e_steps(run)}

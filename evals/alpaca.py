@@ -1,13 +1,13 @@
-"""AlpacaEval 2: a policy's answers for a judge that is not ours, and the figures from what it said.
+"""AlpacaEval 2: write a policy's answers for an external judge, and compute the scores from its verdicts.
 
     python eval.py alpaca-generate --policy runs/mt/policy --prompts alpaca_eval.json
     python eval.py alpaca --annotations annotations.json --gamed df_gamed.csv
 
-alpaca-generate writes model_outputs.json, as the official tool reads it; alpaca takes that tool's annotations
-and gives its win rates, also those at equal lengths, in percent.
+alpaca-generate writes model_outputs.json for the official tool, which asks the judge. alpaca reads the tool's
+annotations and prints the win rate and the length-controlled win rate in percent.
 
-Left out on purpose: asking a judge (it needs a network and a key), the cross-validated L1 penalty of the
-official fit (it moves the result by about 0.1; the most seen is 0.14).
+Left out on purpose: asking a judge (it needs a network and a key), and the cross-validated L1 penalty of the
+official fit, which moves the result by about 0.1 points, and by 0.14 at most where we compared.
 """
 import csv
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from common.data import check_prompt, read_jsonl, read_rows
 from common.models import local_folder
 from common.parallel import Problem, say
 from common.run import claim, exists, option, write_json
-from evals.stats import JSON, bootstrap, need, publish, standard_error
+from evals.stats import JSON, bootstrap, existing, publish, standard_error
 from sampler import sample
 
 # where the files are published
@@ -29,11 +29,12 @@ INSTRUCTIONS = "huggingface.co/datasets/tatsu-lab/alpaca_eval: alpaca_eval.json"
 
 # ---------------------------------------------------------------- figures, from numpy arrays
 def preferences(raw):
-    """Raw preferences (N,): 1 baseline … 2 model, 0 a draw, NaN none -> in [0, 1], where a draw is 1/2."""
+    """Map raw preferences (N,) to [0, 1]. They run from 1 for the baseline to 2 for the model; 0 is a draw
+    and becomes 1/2. NaN is a missing preference and stays NaN."""
     return np.where(raw == 0, 1.5, raw) - 1
 
 def win_rates(y):
-    """(N,) preferences in [0, 1] -> AlpacaEval's figures, in percent; NaN is left out."""
+    """Return AlpacaEval's win rates (percent) and counts from preferences (N,) in [0, 1]. NaN is left out."""
     y = y[~np.isnan(y)]
     wins, losses = int((y > 0.5).sum()), int((y < 0.5).sum())
     draws = len(y) - wins - losses
@@ -45,13 +46,16 @@ def sigmoid(z):
     return np.exp(-np.logaddexp(0, -z))
 
 def cross_entropy(theta, x, y, weights):
-    """Σ w (log(1 + e^z) − y z) with z = x·θ, for labels y in [0, 1]."""
+    """Return Σ w (log(1 + e^z) − y z), where z = x·θ, for labels y in [0, 1]."""
     z = x @ theta
     return float(weights @ (np.logaddexp(0, z) - y * z))
 
 def logistic(x, y, weights):
-    """(N, K), (N,) in [0, 1], (N,) -> (K,): the minimum of cross_entropy, by Newton's method; a step that
-    would raise the loss is halved. The ridge keeps separable data solvable and moves no minimum."""
+    """Return the θ (K,) with the least cross_entropy, for x (N, K), y (N,) in [0, 1] and weights (N,).
+
+    The method is Newton's. A step that would raise the loss is halved. A ridge, in the Hessian alone, makes
+    separable data solvable without moving the minimum.
+    """
     theta = np.zeros(x.shape[1])
     for _ in range(100):
         p = sigmoid(x @ theta)
@@ -66,12 +70,14 @@ def logistic(x, y, weights):
     return theta
 
 def length_controlled(y, shorter, difficulty, gamed):
-    """The preference that each row would have at equal lengths (arXiv 2404.04475): logit p = θt + φγ + ψ,
-    t = tanh(shorter / its standard deviation), predicted at t = 0.
+    """Predict the preference that each row would have if both answers were equally long (arXiv 2404.04475).
 
-    y (N,): preferences, NaN rows are only predicted. shorter (N,): characters by which the model's answer is
-    shorter than the baseline's. difficulty (N,): γ of each row's position. gamed (G, 3): t, γ, y of the two
-    gamed baselines, which enter with weight 0.1 and without ψ. Returns predictions (N,), (θ, φ, ψ).
+    The model is logit p = θt + φγ + ψ, with t = tanh(shorter / its standard deviation). The prediction is p
+    at t = 0. Returns the predictions (N,) and (θ, φ, ψ).
+
+    y (N,): preferences; where one is NaN, the row is predicted but not fitted. shorter (N,): by how many
+    characters the model's answer is shorter than the baseline's. difficulty (N,): γ of the row's instruction.
+    gamed (G, 3): t, γ and y of the two gamed baselines, which enter the fit with weight 0.1 and without ψ.
     """
     deviation = shorter.std(ddof=1) if len(shorter) > 1 else 0.0
     t = np.tanh(shorter / deviation) if deviation > 0 else np.zeros(len(shorter))
@@ -82,10 +88,10 @@ def length_controlled(y, shorter, difficulty, gamed):
     return sigmoid(theta[1] * difficulty + theta[2]), theta
 
 def alpaca_figures(y, lengths, baseline_lengths, difficulty, gamed, is_baseline=False):
-    """AlpacaEval 2's figures, under its names and in percent, with bootstrap intervals over the rows.
+    """Return AlpacaEval 2's figures in percent, under its names, with bootstrap intervals over the rows.
 
-    y (N,): preferences; lengths of the outputs in characters; else as in length_controlled. The baseline
-    against itself is 50 by definition.
+    y (N,): preferences. lengths, baseline_lengths (N,): of the outputs, in characters. difficulty, gamed: as
+    in length_controlled. is_baseline: the model is the baseline, which is 50 against itself by definition.
     """
     def controlled(i):
         if is_baseline:
@@ -96,15 +102,16 @@ def alpaca_figures(y, lengths, baseline_lengths, difficulty, gamed, is_baseline=
     low, high = bootstrap(lambda i: 100 * known[i].mean(), len(known))
     lc_low, lc_high = bootstrap(lambda i: 100 * controlled(i).mean(), len(y))
     return win_rates(y) | dict(
-        avg_length=int(np.mean(lengths)),  # cut off, not rounded, like the published ones
+        avg_length=int(np.mean(lengths)),  # truncated like the published ones, not rounded
         length_controlled_winrate=100 * float(predicted.mean()),
-        lc_standard_error=100 * standard_error(predicted),  # of the instructions' spread alone, as published
+        lc_standard_error=100 * standard_error(predicted),  # as published, without the error of the fit
         win_rate_ci_low=low, win_rate_ci_high=high, lc_ci_low=lc_low, lc_ci_high=lc_high)
 
 # ---------------------------------------------------------------- the official tool's files
 def read_annotations(path):
-    """(model, baseline, raw preferences (N,), lengths of the model's outputs in characters (N,), the
-    baseline's) of AlpacaEval's annotations.json, or of the same in columns."""
+    """Read AlpacaEval's annotations.json, or one object with the same in columns. Returns the names of model
+    and baseline, raw preferences (N,), and lengths in characters (N,) of the model's outputs and of the
+    baseline's."""
     rows = [row for _, row in read_rows(path)]
     try:
         if isinstance(rows[0]["preference"], list):
@@ -117,13 +124,14 @@ def read_annotations(path):
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise Problem(f"{path}: not AlpacaEval's annotations ({error!r})") from None
     if len(set(names)) > 1 or len({len(column) for column in (raw, *lengths)}) > 1:
-        raise Problem(f"{path}: several models, or columns of different lengths; one model's rows are needed")
+        raise Problem(f"{path}: several models, or columns of different lengths; give the rows of one model")
     if np.isnan(raw).all() or not (np.isnan(raw) | (raw == 0) | (raw >= 1) & (raw <= 2)).all():
-        raise Problem(f"{path}: preferences are from 1 to 2, 0 for a draw, null for none (not all of them)")
+        raise Problem(f"{path}: a preference is from 1 to 2, 0 for a draw or null, and not all may be null")
     return *names[0], raw, *lengths
 
 def read_gamed(path):
-    """df_gamed.csv -> difficulty γ by position (805,), and (G, 3): tanh of the length, γ, preference."""
+    """Read df_gamed.csv. Returns the difficulty γ of each instruction (805,) and, for the rows that have a
+    preference, (G, 3): tanh of the length difference, γ, preference."""
     names = ("index", "std_delta_len", "instruction_difficulty", "preference")
     try:
         with open(path, encoding="utf-8", newline="") as file:
@@ -143,7 +151,7 @@ class AlpacaGenerate:
     policy: str = option(help="folder or hub id")
     prompts: str = option(help="JSON or JSONL with a field `instruction` or `prompt`")
     out: str = option("runs/alpaca", "folder for model_outputs.json")
-    name: str = option("", "the generator's; default: its folder, or its run")
+    name: str = option("", "name of the generator; none: the policy's folder, or its run")
     temperature: float = option(0.0, "0: greedy")
     top_p: float = 0.95
     max_new_tokens: int = 2048
@@ -151,7 +159,7 @@ class AlpacaGenerate:
     sample_batch: int = 64
 
 def alpaca_generate(o):
-    rows = read_rows(need(o.prompts, INSTRUCTIONS))
+    rows = read_rows(existing(o.prompts, INSTRUCTIONS))
     prompts = [check_prompt(where, row.get("instruction", row.get("prompt"))) for where, row in rows]
     name, answers = answer(o, prompts)
     write_json(Path(o.out) / "model_outputs.json", [
@@ -160,7 +168,8 @@ def alpaca_generate(o):
     say(f"{Path(o.out) / 'model_outputs.json'}: {len(rows)} answers")
 
 def answer(o, prompts):
-    """(generator's name, a row of sampler.py for every prompt, in their order)."""
+    """Sample an answer to every prompt, unless that is done already. Returns the generator's name and
+    sampler.py's rows in the order of the prompts."""
     path = Path(o.out) / "samples.jsonl"
     claim(o.out, o)
     if not exists(path):
@@ -169,7 +178,8 @@ def answer(o, prompts):
     return o.name or name_of(o.policy), read_jsonl(path)
 
 def name_of(policy):
-    """A policy's folder; in a run folder, where all are called `policy`, the run and the step."""
+    """Return the name of a policy's folder. In a run folder all policies are called `policy`, so return the
+    run's name there, followed by the step if the policy is that of a step."""
     *folders, name = Path(policy).absolute().parts
     if name != "policy":
         return name
@@ -177,16 +187,16 @@ def name_of(policy):
 
 @dataclass
 class Alpaca:
-    annotations: str = option(help="annotations.json of one model, or its columns as one object")
-    gamed: str = option(help="df_gamed.csv: difficulty of instructions, the gamed baselines")
+    annotations: str = option(help="annotations.json of one model, or one object with the same in columns")
+    gamed: str = option(help="df_gamed.csv: the instructions' difficulty and the gamed baselines")
     json: str = option("", JSON)
 
 def alpaca(o):
-    model, baseline, raw, lengths, baseline_lengths = read_annotations(need(o.annotations, ANNOTATIONS))
-    difficulty, gamed = read_gamed(need(o.gamed, GAMED))
+    model, baseline, raw, lengths, baseline_lengths = read_annotations(existing(o.annotations, ANNOTATIONS))
+    difficulty, gamed = read_gamed(existing(o.gamed, GAMED))
     if len(raw) > len(difficulty):
         raise Problem(f"{o.annotations}: {len(raw)} rows, but {o.gamed} knows {len(difficulty)} instructions")
     say(f"{model} against {baseline}")
-    # by the row's position, as the official tool has it, even where an instruction is missing
+    # A row's difficulty goes by its position, as in the official tool, even where an instruction is missing.
     publish(alpaca_figures(preferences(raw), lengths, baseline_lengths, difficulty[:len(raw)], gamed,
                            model == baseline), o.json)

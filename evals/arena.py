@@ -1,11 +1,11 @@
-"""Arena-Hard v0.1: a policy's answers for a judge that is not ours, and the score from its verdicts.
+"""Arena-Hard v0.1: write a policy's answers for an external judge, and compute the score from its verdicts.
 
     python eval.py arena-generate --policy runs/mt/policy --prompts question.jsonl
     python eval.py arena --judgments MODEL.jsonl
 
-arena-generate writes NAME.jsonl, as the official tool reads it, in the format of the questions: with
-`question_id` and `turns`, or, since 2025, with `uid` and `prompt`; arena takes that tool's judgments of one
-model and gives its score against the baseline, in percent.
+arena-generate writes NAME.jsonl for the official tool, which asks the judge. Questions have `question_id` and
+`turns` or, since 2025, `uid` and `prompt`, and the answers are written in the format that belongs to them.
+arena reads the tool's judgments of one model and prints the model's score against the baseline in percent.
 
 Left out on purpose: asking a judge (it needs a network and a key), style control, version 2.
 """
@@ -20,7 +20,7 @@ from common.data import check_prompt, read_rows, seed_of
 from common.parallel import Problem, say
 from common.run import option, write_rows
 from evals.alpaca import AlpacaGenerate, answer, name_of
-from evals.stats import JSON, bootstrap, need, publish
+from evals.stats import JSON, bootstrap, existing, publish
 
 # where the files are published
 QUESTIONS = "github.com/lmarena/arena-hard-auto: data/arena-hard-v0.1/question.jsonl"
@@ -30,19 +30,20 @@ GAMES = {"A>>B": (3, 3), "A>B": (1, 1), "A=B": (0.5, 1), "B>A": (0, 1), "B>>A": 
 
 # ---------------------------------------------------------------- figures, from verdicts
 def tally(first, second):
-    """Verdicts on a question's two games, the baseline being A in the first and the model in the second ->
-    (games won by the model, games played); no verdict, no game."""
+    """Return (games won by the model, games played) for a question's two verdicts. A is the baseline in the
+    first and the model in the second. A strong verdict counts as three games, a missing one as none."""
     lost, played = GAMES.get(first, (0, 0))
     won, more = GAMES.get(second, (0, 0))
     return won + played - lost, played + more
 
 def arena_figures(verdicts):
-    """[(first verdict, second verdict)] per question -> the score against the baseline in percent
-    (arXiv 2406.11939).
+    """Return the score against the baseline in percent (arXiv 2406.11939). verdicts: a pair (first game's,
+    second game's) for each question.
 
-    With all games against one baseline the Bradley-Terry likelihood is Π σ(θ)^won (1 − σ(θ))^lost; its
-    maximum is the share of games won, so nothing is fitted. The interval draws questions, not games: the
-    games of a question are not independent. (The official tool draws games.)
+    All games are against one baseline, so the Bradley-Terry likelihood is Π σ(θ)^won (1 − σ(θ))^lost. It is
+    largest where σ(θ) is the share of games won, so nothing needs to be fitted. The official tool draws the
+    bootstrap samples from games. Here they are drawn from questions, because the games of one question are
+    not independent.
     """
     games = np.array([tally(*pair) for pair in verdicts], float)  # (Q, 2) won, played
     games = games[games[:, 1] > 0]
@@ -54,13 +55,13 @@ def arena_figures(verdicts):
 @dataclass
 class ArenaGenerate(AlpacaGenerate):
     prompts: str = option(help="Arena-Hard v0.1's question.jsonl")
-    out: str = option("runs/arena", "folder for NAME.jsonl, the answers")
+    out: str = option("runs/arena", "folder for the answers, NAME.jsonl")
     max_new_tokens: int = 4096
 
 def arena_generate(o):
     if not re.fullmatch(r"[^./\\][^/\\]*", o.name or name_of(o.policy)):
-        raise Problem(f"--name {o.name!r}: a plain name is needed, since a file is called so")
-    rows = read_rows(need(o.prompts, QUESTIONS))
+        raise Problem(f"--name {o.name!r}: a plain name is needed, because it names the file of answers")
+    rows = read_rows(existing(o.prompts, QUESTIONS))
     try:
         new = "uid" in rows[0][1]
         ids = [row["uid" if new else "question_id"] for _, row in rows]
@@ -72,14 +73,15 @@ def arena_generate(o):
     path = Path(o.out) / f"{name}.jsonl"
     form = new_answer if new else old_answer
     write_rows(path, [form(name, id, reply) for id, reply in zip(ids, answers)])
-    say(f"{path}: {len(answers)} answers, by {'uid' if new else 'question_id'}, as the questions")
+    say(f"{path}: {len(answers)} answers, by {'uid' if new else 'question_id'} like the questions")
 
 def old_answer(name, id, reply):
-    """An answer as the official tool read it until 2025."""
+    """Return an answer in the format that the official tool read until 2025."""
     return dict(question_id=id, answer_id=f"{seed_of(name, id):016x}", model_id=name, tstamp=time.time(),
                 choices=[dict(index=0, turns=[dict(content=reply["response"], token_len=reply["tokens"])])])
 
 def new_answer(name, id, reply):
+    """Return an answer in the format that it has read since."""
     return dict(uid=id, ans_id=f"{seed_of(name, id):016x}", model=name, tstamp=time.time(), metadata={
         "token_len": reply["tokens"]}, messages=[
             dict(role="user", content=reply["prompt"]),
@@ -87,11 +89,11 @@ def new_answer(name, id, reply):
 
 @dataclass
 class Arena:
-    judgments: str = option(help="JSONL of one model: two `games` per question, with `score`")
+    judgments: str = option(help="JSONL of one model: for each question two `games`, each with a `score`")
     json: str = option("", JSON)
 
 def arena(o):
-    rows = read_rows(need(o.judgments, JUDGMENTS))
+    rows = read_rows(existing(o.judgments, JUDGMENTS))
     try:
         verdicts = [[game and game["score"] for game in row["games"]] for _, row in rows]
         models = {row["model"] for _, row in rows}
@@ -99,8 +101,8 @@ def arena(o):
     except (KeyError, TypeError) as error:
         raise Problem(f"{o.judgments}: not Arena-Hard's judgments ({error!r})") from None
     if len(models) > 1 or {len(pair) for pair in verdicts} != {2}:
-        raise Problem(f"{o.judgments}: two games per question are needed, and all of one model")
+        raise Problem(f"{o.judgments}: two games per question are needed, and rows that are all of one model")
     if not given:
-        raise Problem(f"{o.judgments}: no verdict (as score: {', '.join(GAMES)})")
+        raise Problem(f"{o.judgments}: no verdict in any game; a `score` is one of {', '.join(GAMES)}")
     say(f"{models.pop()} against the baseline")
     publish(arena_figures(verdicts), o.json)

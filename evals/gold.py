@@ -1,8 +1,14 @@
-"""Whether a run's policies get better, by a judge who stays the same: a line for the base and each round.
+"""Measures whether a run's policies get better, by a judge that stays the same in all rounds. The result has
+a line for the base policy and one for the policy after each round.
 
-measure: of the embedded task, by gold, on test prompts that nothing else has seen: gold.jsonl.
-by_base: of other runs, by the base RM against the base's answers, on the prompts of D_MS: base.jsonl. It is
-the RM that the first round optimises, so a gain there is still to be shown by a benchmark or by people.
+`measure` is for the embedded task, and writes gold.jsonl. The judge is gold, a function that knows the task's
+rules and says how well an answer does what its prompt asks (common/toy.py: gold). The base reward model
+learnt from noisy labels of gold. Nothing else in mt.py trains on it or sees the test prompts. Two answers
+are drawn for each test prompt, and a policy's gold is the mean over both answers and all prompts.
+
+`by_base` is for other runs, and writes base.jsonl. The judge is the base reward model, which compares each
+policy's answers to the prompts of model selection (D_MS) with those of the base policy. This is the reward
+model that the first round optimises, so a gain still has to be confirmed by a benchmark or by people.
 """
 from pathlib import Path
 
@@ -17,7 +23,7 @@ from evals.stats import ordered_alike, standard_error
 from filter import win_rate
 
 def by_base(o):
-    """base.jsonl in the run folder; without model selection there are no answers to judge, and no file."""
+    """Write base.jsonl into the run folder. Without model selection there are no answers, and no file."""
     out, lines, base = Path(o.out), [], None
     for label, policy, _ in states_of(out, o) if o.select and o.select_prompts > 1 else []:
         step, name = out / "round1" / "e1", "before"
@@ -28,28 +34,30 @@ def by_base(o):
                                       out / "judged" / f"{label.replace(' ', '')}.jsonl"))
         base = base or rows
         scores, base_scores = ([row["score"] for row in some] for some in (rows, base))
-        lines.append(dict(policy=label, n=len(rows), win_rate=win_rate(scores, base_scores), **shared(rows)))
+        lines.append(dict(policy=label, n=len(rows), win_rate=win_rate(scores, base_scores), **average(rows)))
     if lines:
         run.write_rows(out / "base.jsonl", lines)
 
-def shared(rows, per_prompt=1):
-    """What both files say of a policy's answers, scored by the base RM."""
+def average(rows, per_prompt=1):
+    """Return what gold.jsonl and base.jsonl have in common: means over a policy's answers, which the base RM
+    has scored."""
     scores = np.reshape([row["score"] for row in rows], (-1, per_prompt)).mean(1)
     return dict(reward_r0=float(scores.mean()), reward_r0_se=standard_error(scores),
                 **{key: float(np.mean([row[key] for row in rows])) for key in ("tokens", "finished")})
 
 @phase
 def score_again(o, answers, rm, path):
-    """Answers that are there, scored by another reward model."""
+    """Score a file's answers with another reward model."""
     reward.score(rm, read_jsonl(answers), path, o.score_batch)
 
 @phase
 def test_answers(o, policy, path, label):
-    """Two answers to each test prompt, scored by the base RM."""
+    """Sample two answers to each test prompt, and score them with the base RM."""
     reward.sample_and_score(o, policy, o.rm, parts(o.seed)["test"], 2, f"{o.seed}/test/{label}", path)
 
 def measure(o):
-    """gold.jsonl in the run folder."""
+    """Write gold.jsonl into the run folder. For the win rate, a policy's first answer to a prompt is compared
+    with the base policy's first answer, and the second with the second."""
     out, lines, base = Path(o.out), [], None
     states = states_of(out, o)
     for label, policy, rm in states:
@@ -67,12 +75,12 @@ def measure(o):
         lines.append(dict(
             policy=label, rm=Path(rm).parts[-3] if rm != o.rm else "r0", gold=float(values.mean()),
             gold_se=standard_error(values.mean(1)), n=len(values), win_rate=win_rate(values, base_values),
-            **shared(rows, 2), accuracy_base=agreement_with_gold(on_base),
+            **average(rows, 2), accuracy_base=agreement_with_gold(on_base),
             accuracy_current=agreement_with_gold(on_own), length_slope=length_slope(on_base)))
     run.write_rows(out / "gold.jsonl", lines)
 
 def states_of(out, o):
-    """[(label, policy, RM)] of the base models and after each round: folders."""
+    """Return [(label, policy, RM)] of the base models and after each round. Models are given as folders."""
     states, policy, rm = [("base", o.policy, o.rm)], o.policy, o.rm
     for number in range(1, o.rounds + 1):
         for step, kind in (("e1", "policy"), ("m", "rm"), ("e2", "policy")):
@@ -84,13 +92,14 @@ def states_of(out, o):
     return states
 
 def agreement_with_gold(rows):
-    """How often an RM orders two answers to a prompt as gold does, where gold has a preference."""
+    """Return how often an RM orders the two answers to a prompt as gold does, where gold has a preference."""
     pairs = list(zip(rows[::2], rows[1::2]))
     return ordered_alike([[row["score"] for row in pair] for pair in pairs],
                          [[gold_of(row) for row in pair] for pair in pairs])
 
 def length_slope(rows):
-    """Within a prompt, how much reward (in its standard deviations) goes with ten more tokens."""
+    """Return the slope of reward over length between the two answers to a prompt, in standard deviations of
+    the reward per ten tokens."""
     rewards = np.diff(np.reshape([row["score"] for row in rows], (-1, 2)))
     tokens = np.diff(np.reshape([row["tokens"] for row in rows], (-1, 2)))
     return float((rewards * tokens).sum() / (tokens**2).sum() * 10 / np.std([row["score"] for row in rows]))

@@ -1,4 +1,5 @@
-"""Draws a run's curves, each a function on a matplotlib axis: for report.png, and as SVG for the page.
+"""Draws a run's curves. Each plot is a function that draws on a matplotlib axis: `draw_picture` puts three of
+them into report.png, and `svg` makes one into inline SVG for the page.
 
 matplotlib is imported only where something is drawn, so everything else works without it.
 """
@@ -23,15 +24,16 @@ HIDDEN = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u2
                     "\ud800-\udfff\ufeff\ufff9-\ufffb\U000e0000-\U000e007f]")
 
 def visible(text):
-    """Return a text with a name for each character that cannot be seen or that turns the writing round."""
+    """Replace characters that are invisible, or that reverse the writing direction, by their code points."""
     return HIDDEN.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)
 
 def can_plot():
     return find_spec("matplotlib") is not None
 
 def svg(caption, draw, salt):
-    """Return draw(axis) as HTML with inline SVG, or '' without matplotlib. Its colours are the page's
-    variables. Ids are hashes of what they name and of `salt`, so different salts keep them apart."""
+    """Return what draw(axis) draws as a figure in HTML with inline SVG, or '' without matplotlib. The colours
+    become the page's CSS variables, so that they follow its dark mode. matplotlib hashes the salt into the
+    SVG's ids, so those of two plots with different `salt` or `caption` differ, as one page requires."""
     if not can_plot():
         return ""
     import matplotlib
@@ -50,7 +52,7 @@ def svg(caption, draw, salt):
             f'<svg role="img" aria-label="{escape(caption)}"{text}</figure>')
 
 def finish(axis, xlabel, ylabel, ticks=None):
-    """Name the axes, label the places {x: label}, and set a legend above the plot."""
+    """Name the axes, label the ticks {x: label}, and put a legend above the plot if its lines have labels."""
     axis.set(xlabel=xlabel, ylabel=ylabel)
     if ticks:
         axis.set_xticks(list(ticks), [str(label).removeprefix("round") for label in ticks.values()])
@@ -58,7 +60,7 @@ def finish(axis, xlabel, ylabel, ticks=None):
         axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0, handlelength=1.4)
 
 def plot_states(axis, runs, key):
-    """Draw a figure of the base policy and of the policy after each round, with its standard error."""
+    """Draw the figure `key` of the base policy and of the policy after each round, with standard errors."""
     for run, colour in zip(runs, SERIES * len(runs)):
         axis.errorbar(range(len(run["states"])), [state[key] for state in run["states"]],
                       [state[f"{key}_se"] for state in run["states"]], marker="o", color=colour, capsize=2,
@@ -67,7 +69,7 @@ def plot_states(axis, runs, key):
     finish(axis, "policy after round", UNITS[key], {at: s["policy"] for at, s in enumerate(longest)})
 
 def plot_win_rates(axis, run):
-    """Draw each checkpoint's win rate with its 95% interval; the chosen ones are filled."""
+    """Draw each checkpoint's win rate with its 95% interval. The markers of chosen checkpoints are filled."""
     at, middles = 0, {}
     for s in e_steps(run):
         for i, (name, rate) in enumerate(s["win_rates"].items()):
@@ -103,7 +105,7 @@ def plot_lengths(axis, run):
     finish(axis, "E-step", "tokens per response", {at: s["phase"] for at, s in enumerate(e_steps(run))})
 
 def plot_accuracy(axis, run):
-    """Draw how often the RM in use orders two answers as gold does."""
+    """Draw how often the RM in use orders two answers to a prompt as gold does."""
     for key, name, colour in (("accuracy_current", "on own answers", SERIES[0]),
                               ("accuracy_base", "on the base’s answers", SERIES[1])):
         axis.plot([state[key] for state in run["states"]], marker="o", color=colour, label=name)
@@ -111,14 +113,15 @@ def plot_accuracy(axis, run):
         at: f"{s['policy']}\n{s['rm']}" for at, s in enumerate(run["states"])})
 
 def plot_margins(axis, step):
-    """Draw a histogram of Δr: kept below, dropped on top, and a line at −ε."""
+    """Draw a histogram of Δr, with dropped comparisons stacked on kept ones, and a line at −ε."""
     axis.hist([step["margins"][step["mask"]], step["margins"][~step["mask"]]], 40, stacked=True,
               color=[SERIES[0], QUIET], label=["kept", "dropped"])
     axis.axvline(-step["epsilon"], color=SERIES[1], linestyle="--", label="−ε")
     finish(axis, "Δr = r(new) − r(old)", "comparisons")
 
 def draw_picture(run):
-    """Write report.png: win rates, what judges each policy, and RM accuracy or lengths. Return its path."""
+    """Write report.png: win rates, the judge's figure of each policy, and RM accuracy or, without gold,
+    response lengths. Return its path."""
     import matplotlib
     from matplotlib.figure import Figure
     with matplotlib.rc_context(STYLE):

@@ -1,7 +1,9 @@
 """Writes report.html, the page of one or several runs: one file that loads nothing and runs no script.
 
-Its figures are over all rows of the runs' files. Its texts are the first prompts of each step, cut off so
-that the page of a run on 60,000 prompts opens at once. Whatever comes from a file passes `escape`.
+    python eval.py report runs/mt
+
+Figures are over all rows of the runs' files. Texts are shown for the first prompts of each step only, so that
+the page of a run on 60,000 prompts opens at once. Every text from a file goes through `escape`.
 """
 import html
 from functools import partial
@@ -13,9 +15,9 @@ from evals import figures, plots
 from evals.figures import e_steps, m_steps, outcome, title, with_interval
 from evals.plots import svg
 
-SHOWN = 60              # prompts of a step whose texts are shown
-TEXT_BYTES = 5_000_000  # of all texts together
-LONGEST = 8000          # characters of a text; the rest is cut off, with a note
+SHOWN = 60              # prompts of a step whose texts are on the page
+TEXT_BYTES = 5_000_000  # of HTML for the texts of all steps together
+LONGEST = 8000          # characters of one text; a note says how many more it has
 TRAINING = [("E", "DPO loss", "loss", {"loss": ""}),  # kind of step, caption, unit, {metric: name}
             ("E", "DPO rewards", "β log π/π_ref",
              {"rewards/chosen": "chosen", "rewards/rejected": "rejected"}),
@@ -57,13 +59,13 @@ details:not([open]) > summary .text { display: inline-block; max-width: 75%; ver
 def write_page(runs, path):
     """Write the page of `runs`, which figures.load has read, to `path`."""
     name, found = escape(" · ".join(run["name"] for run in runs)), sections(runs)
-    missing = "<p>Without plots: <code>pip install matplotlib</code>, then write this page again."
+    missing = "<p>There are no plots: run <code>pip install matplotlib</code> and write this page again."
     write_text(path, "".join([
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
         f'content="width=device-width"><meta http-equiv="Content-Security-Policy" content="{CSP}">'
         f'<title>{name}</title><style>{CSS}</style><h1>{name}</h1><p class=note>Mutual-Taught: policy models '
-        '(PM) and reward models (RM) that train each other. Figures are over all rows of the run’s files, '
-        'texts are a sample.', missing * (not plots.can_plot()),
+        '(PM) and reward models (RM) that train each other. Figures are over all rows of the run’s files; '
+        'the texts are a sample.', missing * (not plots.can_plot()),
         "<nav>", *(f'<a href="#{i}">{head}</a>' for i, (head, *_) in enumerate(found)), "</nav>",
         *(f'<h2 id="{i}">{head}</h2><p class=note>{note}</p>{"".join(parts)}\n'
           for i, (head, note, *parts) in enumerate(found)), "</html>\n"]))
@@ -75,24 +77,27 @@ def sections(runs):
     """Return [(heading, note, HTML, …)]."""
     size = TEXT_BYTES // max(1, sum(len(run["steps"]) for run in runs))
     return [
-        ("Did it work?", "Judged by gold where there is one, on test prompts that nothing else has seen; "
-         "else by RM 0, the base reward model, on D_MS. In brackets: 95% intervals; ±: standard errors (se).",
+        ("Did it work?", "The embedded task’s policies are judged by gold, which knows the task’s rules, on "
+         "test prompts that serve no other purpose. Other policies are judged by RM 0, the base reward "
+         "model, on the prompts held out for model selection (D_MS). “Win vs base” is how often the judge "
+         "prefers a policy’s answer to the base policy’s. RM accuracy is how often the RM in use orders two "
+         "answers to a prompt as gold does. Brackets hold 95% intervals, and standard errors (se) follow ±.",
          *[comparison_table(runs)] * (len(runs) > 1), side_by_side(runs, first_screen)),
-        ("Policies and reward models", "Win rates of a step’s checkpoints are against the PM before, on the "
-         "held-out prompts of D_MS, judged by the RM in use, with their 95% intervals.",
-         side_by_side(runs, chain)),
-        ("Curves", "In training, figures are from before a step’s update. Lengths are those of the E-steps’ "
-         "samples, with the middle 80% as a band. Δr is the reward of the new PM’s answer minus that of the "
-         "old one’s; at or below −ε, a standard deviation of the old rewards, a comparison is dropped. The "
-         "accuracy of reward models is how often the RM in use orders two answers as gold does.",
+        ("Policies and reward models", "PM 0 and RM 0 are the base models. The win rate of a checkpoint is "
+         "how often the RM in use prefers its answer to that of the PM before, on the prompts of D_MS. ✓ "
+         "marks the checkpoint that was kept. Δr is the reward of the new PM’s answer minus that of the old "
+         "PM’s, and ε is the standard deviation of the old PM’s rewards. A comparison is dropped if both "
+         "texts are the same or, unless the filter is off, if Δr is −ε or less.", side_by_side(runs, chain)),
+        ("Curves", "Training figures are taken before each optimiser step’s update. Lengths are medians of "
+         "an E-step’s samples, with the middle 80% as a band. RM accuracy, Δr and ε are explained above.",
          rewards(runs), side_by_side(runs, curves)),
-        ("Texts", f"The first prompts of each step, at most {SHOWN}; the run’s files have all.",
-         side_by_side(runs, partial(texts, size=size))),
+        ("Texts", f"The first prompts of each step, at most {SHOWN}. Click on a prompt to read its answers. "
+         "The run’s files hold the rest.", side_by_side(runs, partial(texts, size=size))),
         ("Time, settings and versions", "", side_by_side(runs, time_table),
          *(settings_table(runs, part) for part in ("settings", "versions")))]
 
 def side_by_side(runs, panel):
-    """Return panel(run) of each run, next to each other where the screen is wide enough."""
+    """Return panel(run) of all runs, side by side where the screen is wide enough."""
     if len(runs) == 1:
         return panel(runs[0])
     heads = [escape(f"{run['name']}: {run['arm']}") for run in runs]
@@ -120,8 +125,8 @@ def comparison_table(runs):
                      f"{num(best.get(judge))} ({best.get('policy', '–')})", num(last.get(judge)),
                      with_interval(last["win_rate"], last["n"]) if last else "–",
                      *(num(last.get(key)) for key in ("accuracy_current", "accuracy_base")), outcome(run)])
-    return table(["run", "ablation", "judge", "base", "best", "last", "last, win vs base", "RM accuracy: own",
-                  "base’s answers", "outcome"], rows, "long")
+    return table(["run", "ablation", "judge", "base", "best", "last", "last, win vs base",
+                  "RM accuracy, own answers", "RM accuracy, base’s answers", "outcome"], rows, "long")
 
 def first_screen(run):
     gold = bool(run["gold"])
@@ -137,7 +142,7 @@ def first_screen(run):
             + table(head, rows))
 
 def chain(run):
-    """Return what each step made, out of what, with its figures."""
+    """Return the list of steps: what each one made, from which models, with its figures."""
     links = []
     for s in run["steps"]:
         if s["kind"] == "M":
@@ -162,7 +167,7 @@ def rewards(runs):
                 for key, some in judged.items() if some)
 
 def curves(run):
-    """Return the plots of a run, of the metrics that it has; variants of the method have others."""
+    """Return the plots of a run. One whose metrics are missing is left out, as variants log other metrics."""
     selected = any(s["win_rates"] for s in e_steps(run))
     drawn = [("Win rate of each checkpoint", partial(plots.plot_win_rates, run=run))] * selected
     for kind, caption, unit, keys in TRAINING:
@@ -184,7 +189,7 @@ def settings_table(runs, part):
                  [[key, *(run[part].get(key, "–") for run in runs)] for key in keys], "long")
 
 def texts(run, size):
-    """Return the texts of each step as at most `size` bytes of HTML; the first step of each kind is open."""
+    """Return each step's texts as at most `size` bytes of HTML. The first step of each kind is open."""
     kinds, parts = [s["kind"] for s in run["steps"]], []
     for number, step in enumerate(run["steps"]):
         items, room = [], size
@@ -193,32 +198,32 @@ def texts(run, size):
             room -= len(item.encode())
             items += [item] * (room >= 0)
         is_open = " open" * (kinds.index(step["kind"]) == number)
-        what = "new against old" if step["kind"] == "M" else f"PM {step['pm']}"
+        what = "new PM against old" if step["kind"] == "M" else f"PM {step['pm']}"
         parts.append(f"<details{is_open}><summary>{title(step)}: {what}, judged by RM {step['rm']}, "
                      f"{len(items)} of {step['prompts']} prompts</summary>{''.join(items)}</details>")
     return "".join(parts)
 
 def prompt_item(prompt, figure, why, answers):
-    """Return a prompt that a click opens: its answers, and why they were chosen, dropped and so on."""
+    """Return a prompt that opens at a click, with its answers and why they were chosen or dropped."""
     turns = as_messages(prompt)
     text = "\n".join(f"{t['role']}: {t['content']}" if len(turns) > 1 else t["content"] for t in turns)
     return (f"<details><summary><span class=text>{shortened(text)}</span> <span class=note>{figure}</span>"
             f"</summary><p class=note>{escape(why)}</p>{grid(answers)}</details>")
 
 def shortened(text):
-    """Return a text as HTML, at most LONGEST characters of it."""
+    """Return at most LONGEST characters of a text as HTML, and how many more there are."""
     rest = len(text) - LONGEST
     return escape(text[:LONGEST]) + (f"<i> … {rest} more characters</i>" if rest > 0 else "")
 
 def responses(run, drawn):
-    """Return all responses to a prompt by falling reward, and which became chosen and rejected."""
+    """Return all responses to a prompt, the highest reward first, and which became chosen and rejected."""
     group, pairs = drawn
     rewards, roles = [row["score"] for row in group], {}
     for pair in pairs:
         roles[pair["rejected_index"]] = "<b class=bad>rejected</b>"
         roles[pair["chosen_index"]] = "<b class=good>chosen</b>"
     why = "; ".join(pair["reason"] for pair in pairs) or (
-        "no pair: all rewards are equal" if len(set(rewards)) == 1 else "no pair: the same text twice")
+        "no pair: all rewards are equal" if len(set(rewards)) == 1 else "no pair: chosen equals rejected")
     order = sorted(range(len(group)), key=lambda i: -rewards[i])
     return prompt_item(group[0]["prompt"], f"reward {min(rewards):.3f} to {max(rewards):.3f}", why,
                        [answer(run, group[i], roles.get(i, "")) for i in order])

@@ -1,4 +1,4 @@
-"""RewardBench: a reward model on the benchmark's file, in percent.
+"""RewardBench: how often a reward model prefers the chosen answer of the benchmark's pairs, in percent.
 
     python eval.py rewardbench --rm runs/mt/rm --data filtered.parquet --json rewardbench.json
 """
@@ -13,12 +13,13 @@ from common.models import context_of, local_folder
 from common.packing import how_many, pair_rows
 from common.parallel import Problem, quiet, say
 from common.run import option
-from evals.stats import JSON, need, publish
+from evals.stats import JSON, existing, publish
 
 # where the file is published
 FILTERED = "huggingface.co/datasets/allenai/reward-bench: the split `filtered`"
 
-# weights of the subsets (arXiv 2403.13787); math-prm has 447 rows and weighs as much as the code
+# Weights of the subsets in their section (arXiv 2403.13787). math-prm has 447 rows, but it weighs as much as
+# the six programming languages together.
 SECTIONS = {
     "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28,
              "mt-bench-med": 40},
@@ -33,11 +34,12 @@ SUBSETS = [subset for weights in SECTIONS.values() for subset in weights]
 OLD_XSTEST = {"xstest-should-refuse": 250, "xstest-should-respond": 154}
 
 def rewardbench_figures(accuracies, old_xstest=False, prior=None):
-    """{subset: percent} -> {section: percent}, their mean and, given `prior`, the published score.
+    """Return {section: percent} from {subset: percent}, with the sections' mean as "Average" and, if there is
+    a `prior`, the published "Score".
 
-    old_xstest: the two xstest weights exchanged, as the tool had them at first (published tables mix both).
-    prior: percent on the prior test sets, which count half a section. A section is the weighted mean of the
-    subsets that are there; the means need all four sections.
+    A section is the weighted mean of those of its subsets that are there. Average and Score need all four
+    sections. old_xstest: exchange the two xstest weights, which the official tool at first had the other way
+    round; published tables mix both. prior: percent on the prior test sets, which count as half a section.
     """
     figures = {}
     for section, weights in SECTIONS.items():
@@ -54,17 +56,20 @@ def rewardbench_figures(accuracies, old_xstest=False, prior=None):
 @dataclass
 class RewardBench:
     rm: str = option(help="folder or hub id")
-    data: str = option(help="RewardBench v1: prompt, chosen, rejected, subset")
-    prior: float | None = option(None, "percent on the prior test sets, for the published score with them")
-    old_xstest: bool = option(False, "exchange the two xstest weights, as in tables of before September 2024")
+    data: str = option(help="RewardBench v1: rows with prompt, chosen, rejected and subset")
+    prior: float | None = option(None, "percent on the prior test sets, which the published score includes")
+    old_xstest: bool = option(False, "exchange both xstest weights, as in tables from before September 2024")
     json: str = option("", JSON)
     score_batch: int = 8
-    max_length: int = option(10**6, "longer pairs, in tokens, and those beyond the RM's context are left out")
+    max_length: int = option(10**6, "pairs with more tokens, or too long for the RM's context, are left out")
 
 def judge_pairs(folder, pairs, score_batch, max_length):
-    """The pairs that fit into the context of the reward model in `folder` and into `max_length` tokens, and
-    for each whether its chosen answer gets the higher reward: (pairs, (N,) bool). Equal rewards are wrong
-    (RewardBench's rule, arXiv 2403.13787). How many pairs are left out is said."""
+    """Return (pairs, right): the pairs that fit into `max_length` tokens and into the context of the reward
+    model in `folder`, and (N,) bool, whether the model gives their chosen answers the higher reward.
+
+    Equal rewards count as wrong, which is RewardBench's rule (arXiv 2403.13787). A line says how many pairs
+    are left out.
+    """
     count, limit = len(pairs), min(max_length, context_of(folder))
     _, pairs = pair_rows(load_tokenizer(folder), pairs, limit)
     if len(pairs) < count:
@@ -78,11 +83,11 @@ def judge_pairs(folder, pairs, score_batch, max_length):
     return pairs, np.array(right)
 
 def rewardbench(o):
-    pairs = read_pairs(need(o.data, FILTERED))
+    pairs = read_pairs(existing(o.data, FILTERED))
     unknown = {str(pair.get("subset")) for pair in pairs} - set(SUBSETS)
     if unknown:
         raise Problem(f"{o.data}: not a subset of RewardBench v1: {', '.join(sorted(unknown)[:3])} "
-                      "(other pairs: eval.py accuracy)")
+                      "(for other pairs use eval.py accuracy)")
     pairs, right = judge_pairs(local_folder(o.rm), pairs, o.score_batch, o.max_length)
     subsets = np.array([pair["subset"] for pair in pairs])
     accuracies = {s: 100 * float(right[subsets == s].mean()) for s in SUBSETS if s in subsets}
