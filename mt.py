@@ -18,6 +18,7 @@ Without --policy the run is on the small task of common/toy.py, with the default
 import os
 import shutil
 import sys
+import textwrap
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,7 +43,7 @@ class Options:
     rm: str = option("", "base reward model: a folder or hub id")
     prompts: str = option("", "JSONL, JSON, parquet or hub id with a field `prompt`")
     rounds: int = option(1, "rounds of E, M, E")
-    out: str = option("", "run folder (default: runs/toy for the embedded task, else runs/SCRIPT)")
+    out: str = option("", "run folder (default: runs/ and the name of the script; of mt.py, runs/toy)")
     overwrite: bool = option(False, "delete the run that --out holds and start again")
     seed: int = option(0)
     samples: int = option(5, "responses per prompt in the E-step (M)", group="sampling")
@@ -248,9 +249,9 @@ def train_reward(o, preferences, path):
 # ---------------------------------------------------------------- the command
 def main(options=Options, **defaults):
     """Run the loop. A variant may give a subclass of Options, with flags of its own, and other defaults."""
-    embedded_task = " ".join(f"--{name} {value}" for name, value in (toy.SETTINGS | defaults).items())
-    about = f"{sys.modules['__main__'].__doc__}\nThe embedded task's defaults are {embedded_task}"
-    o = run.parse(options, about=about, **defaults)
+    flags = " ".join(f"--{name} {value}" for name, value in (toy.SETTINGS | defaults).items())
+    about = textwrap.fill(f"The embedded task's defaults are {flags}", 110)
+    o = run.parse(options, about=f"{sys.modules['__main__'].__doc__}\n{about}", **defaults)
     embedded = not (o.policy or o.rm or o.prompts)
     if embedded:
         say("no --policy given, so this runs the embedded task (common/toy.py)")
