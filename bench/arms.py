@@ -1,13 +1,13 @@
-"""The embedded task, arm by arm and seed by seed: the table in docs/data/arms.md.
+"""Run the ablations and variants on the embedded task with several seeds: the table of docs/data/arms.md.
 
     python bench/arms.py --json docs/data/arms.jsonl
     python bench/arms.py --arms full "fixed RM" sppo --seeds 1 2 3 4
 
-An arm is mt.py with flags or a script in variants/, two runs at a time with a thread each, into runs/arms/.
-Variants of the E-step have no M-steps here, to be compared with "fixed RM". Runs that are there are not done
-again, and refused if other code made them. An arm that stopped keeps its last policy for the rounds that
-follow. Seconds are wall time of a whole run, without base models and with another run beside it; of one that
-was broken off, of its last attempt.
+An arm is mt.py with some flags or a script of variants/. Variants of the E-step run without M-steps, to be
+compared with "fixed RM". Two runs go on at a time, with one thread each, in runs/arms/. A finished run is not
+done again, and one that other code has made is refused. Where a run stopped, its last policy counts for the
+rounds that follow. Seconds are the wall time of a whole run, without the base models and with another run
+beside it. If the run was interrupted, they are those of its last attempt.
 """
 import argparse
 import json
@@ -35,17 +35,18 @@ ARMS = {
     "fixed RM, no selection, no stop": ["--update_rm", "false", "--select", "false"],
     "no selection": ["--select", "false"],
     "no filter": ["--filter", "false"],
-    "offline DPO": None,
+    "offline DPO": None,  # see `offline_dpo`
     **dict.fromkeys(["online_dpo", "dpo_fixed_reference", "ipo", "simpo"], ["--update_rm", "false"]),
 }
 VARIANTS = sorted(path.stem for path in HOME.glob("variants/*.py") if "launch(mt.main" in path.read_text())
 ARMS |= {name: [] for name in VARIANTS if name not in ARMS}
-BESIDE = {"fixed RM": range(1, ROUNDS + 1), "offline DPO": [ROUNDS]}
-LAST = {"win rate against base": "win_rate", "tokens": "tokens",
-        "RM accuracy, own answers": "accuracy_current", "seconds": "seconds"}
+COMPARED_WITH = {"fixed RM": range(1, ROUNDS + 1), "offline DPO": [ROUNDS]}  # arm -> after which rounds
+LAST_ROUND = {"win rate against base": "win_rate", "tokens": "tokens",  # column -> field of gold.jsonl
+              "RM accuracy, own answers": "accuracy_current", "seconds": "seconds"}
 
 def command(script, *words, cwd=None, **more):
-    """Run a script of this folder, or the module of that name. more: of the environment."""
+    """Run a script or module of the project with `words` as its command line, in the folder `cwd`. more:
+    environment variables. If the run fails, what it wrote to stderr is raised as a RuntimeError."""
     script = [str(HOME / script)] if script.endswith(".py") else ["-m", script]
     path = os.pathsep.join([str(HOME), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, *script, *map(str, words)], capture_output=True, text=True,
@@ -54,28 +55,30 @@ def command(script, *words, cwd=None, **more):
         raise RuntimeError(done.stderr)
 
 def run(arm, seed):
-    """gold.jsonl's lines of an arm; the last one has the seconds that the whole run took."""
+    """Return the lines of gold.jsonl of an arm's run, which is made if it is not there. The last line gets
+    the seconds that the whole run took."""
     out = Path("runs") / "arms" / f"{arm.replace(',', '').replace(' ', '-')}-seed{seed}"
     seconds, began = out / "seconds.json", time.time()
-    if not (out / "gold.jsonl").exists() or not by_this_code(out):
+    if not (out / "gold.jsonl").exists() or not made_by_this_code(out):
         if arm == "offline DPO":
-            offline(out, seed)
+            offline_dpo(out, seed)
         else:
             command(f"variants.{arm}" if arm in VARIANTS else "mt.py", "--rounds", ROUNDS, "--seed", seed,
                     "--out", out, *ARMS[arm])
         write_text(seconds, json.dumps(time.time() - began))
-    print(f"{out} is there", flush=True)
+    print(f"{out} is complete", flush=True)
     lines = read_jsonl(out / "gold.jsonl")
     if seconds.exists():
         lines[-1]["seconds"] = json.loads(seconds.read_text())
     return lines
 
-def by_this_code(out):
+def made_by_this_code(out):
     sources = json.loads((out / "run.json").read_text())["sources"]
     return all((HOME / name).exists() and code_of(HOME / name) == code for name, code in sources.items())
 
-def offline(out, seed):
-    """One DPO on the base policy's answers to the prompts of all three subsets, by the scripts alone."""
+def offline_dpo(out, seed):
+    """Train the base policy by one DPO on its own answers to the prompts of all three subsets. This runs the
+    scripts one by one, without mt.py."""
     s, base = toy.SETTINGS, toy.build(seed)
     o = Options(**(s | base | dict(rounds=1, seed=seed, out=str(out))))
     claim(out, o)
@@ -98,7 +101,7 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=range(1, 9))
     parser.add_argument("--arms", nargs="+", default=[*ARMS], choices=ARMS)
-    parser.add_argument("--json", help="where every run's lines go, as JSONL")
+    parser.add_argument("--json", help="JSONL file for the lines of all runs")
     o = parser.parse_args()
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(toy.build, o.seeds))
@@ -110,19 +113,20 @@ def main():
                              for seed, lines in zip(o.seeds, lines) for line in lines])
 
 def table(runs):
-    """Print {arm: [a seed's lines of gold.jsonl]}: gold by round, how much it is above others' of the same
-    seed, and the rest of the last round. An arm of one round is compared with by its last line."""
+    """Print a row for each arm of {arm: [the lines of gold.jsonl of one seed]}: gold after each round, how
+    far it is above the arms in COMPARED_WITH with the same seed, and LAST_ROUND's fields. Others are compared
+    with the last line of an arm that has fewer rounds, as offline DPO has."""
     rounds = range(1, ROUNDS + 1)
-    others = [(arm, n) for arm, numbers in BESIDE.items() if arm in runs for n in numbers]
+    others = [(arm, n) for arm, numbers in COMPARED_WITH.items() if arm in runs for n in numbers]
     print(f"base: {mean_and_error([line[0]['gold'] for line in next(iter(runs.values()))])}\n")
     heads = [f"round {n}" for n in rounds] + [f"above {other}, {n}" for other, n in others]
-    print(f"| arm | {' | '.join(heads + [*LAST])} |\n|---{'|---' * len(heads + [*LAST])}|")
+    print(f"| arm | {' | '.join(heads + [*LAST_ROUND])} |\n|---{'|---' * len(heads + [*LAST_ROUND])}|")
     for arm, lines in runs.items():
         cells = [[line[n]["gold"] for line in lines if n < len(line)] for n in rounds]
         cells += [[line[n]["gold"] - beside[min(n, len(beside) - 1)]["gold"]
                    for line, beside in zip(lines, runs[other]) if n < len(line) and arm != other]
                   for other, n in others]
-        cells += [[line[-1][key] for line in lines if key in line[-1]] for key in LAST.values()]
+        cells += [[line[-1][key] for line in lines if key in line[-1]] for key in LAST_ROUND.values()]
         print(f"| {arm} | {' | '.join(map(mean_and_error, cells))} |")
 
 def mean_and_error(values):

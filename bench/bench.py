@@ -1,22 +1,23 @@
-"""How fast and how lean each part is beside what one would use instead, measured in turn in one sitting.
+"""Measure the speed and the memory of each part beside what one would use instead.
 
     python bench/bench.py sampler    # beside Hugging Face generate, in three ways
     python bench/bench.py dpo        # beside TRL's DPOTrainer
     python bench/bench.py reward     # beside TRL's RewardTrainer; scoring beside plain transformers
     python bench/bench.py round      # where the time of the embedded task goes
-    python bench/bench.py slots      # counted: how busy the sampler's rows are over many blocks
-    python bench/bench.py host       # what the host does in an E-step while accelerators wait
-    python bench/bench.py traffic    # counted: bytes that two training processes exchange per optimiser step
+    python bench/bench.py slots      # counts how busy the sampler's rows are over many blocks
+    python bench/bench.py host       # what the CPU does in an E-step while accelerators wait
+    python bench/bench.py traffic    # counts the bytes that two training processes exchange per step
 
-One thread, fp32, random weights (made on first use in runs/bench). Every measurement is a process of its own
-and the sides take turns, `--repeats` times (large models once); medians are shown. Rates are per CPU second
-of the process, which other programs on the machine disturb little. Peak memory is the resident set of the
-process while it works, libraries and all. Training rates count real tokens, a prompt once per answer, on both
-sides.
+The models have random weights, in fp32; they are made on first use in runs/bench. Every measurement runs with
+one thread in a process of its own. The project and its peers take turns, `--repeats` times (once for the
+large models), and the median is shown. Rates are per CPU second of the process, because other programs on the
+machine disturb CPU time less than wall time. Peak memory is the largest resident set of the process while it
+works, with all libraries. Training rates count the tokens without padding, and a prompt once for each of its
+answers, on both sides.
 
-What it gave stands in bench/RESULTS.md. Memory is read from /proc, so this needs Linux.
+The results are in bench/RESULTS.md. Memory is read from /proc, so this needs Linux.
 
-Left out on purpose: GPUs, several processes, settings of the other libraries beyond those in the tables.
+Left out on purpose: GPUs, the speed of several processes, more settings of the other libraries.
 """
 import argparse
 import importlib.util
@@ -43,13 +44,13 @@ SHAPES = {"m10": (256, 6, 4, 2, 1024, 8192), "m60": (640, 10, 10, 5, 2048, 8192)
 FOLDER = ROOT / "runs" / "bench"
 SPECIAL = ("<pad>", "<s>", "</s>")
 NEW, ROWS, SAMPLES, BATCH = 128, 80, 5, 8
-STEPS = {"m10": 6, "v128k": 4, "tiny": 3}  # of training; the first, which warms up, is not counted
+STEPS = {"m10": 6, "v128k": 4, "tiny": 3}  # optimiser steps; the first one, a warm-up, is not counted
 TRL = "pip install trl==1.16.0 peft accelerate datasets"
 
 # ---------------------------------------------------------------- models and data
 def folder_of(name):
-    """A random Llama with a word-level tokenizer, as a plain folder; its logits spread like a language
-    model's (standard deviation 2.5)."""
+    """Return the folder of a Llama with random weights and a word-level tokenizer. Its logits have the
+    standard deviation 2.5, as those of a language model."""
     folder = FOLDER / name
     if not (folder / "tokenizer.json").exists():
         import torch
@@ -61,7 +62,7 @@ def folder_of(name):
             vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate,
             num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
             max_position_embeddings=2048, pad_token_id=0, bos_token_id=1, eos_token_id=2))
-        torch.nn.init.normal_(model.lm_head.weight, std=2.5 / hidden**0.5)  # on outputs of size 1
+        torch.nn.init.normal_(model.lm_head.weight, std=2.5 / hidden**0.5)  # its inputs have size 1
         model.save_pretrained(folder)
         vocabulary = [*SPECIAL, *map(word, range(len(SPECIAL), vocabulary))]
         words = Tokenizer(models.WordLevel({w: i for i, w in enumerate(vocabulary)}, unk_token="<pad>"))
@@ -79,36 +80,36 @@ def text(rng, tokens, name):
     return " ".join(word(rng.randrange(3, SHAPES[name][5])) for _ in range(tokens))
 
 def prompts_of(name, count):
-    """Lists of 8 to 96 tokens."""
+    """Return `count` prompts, which are lists of 8 to 96 tokens."""
     rng, vocabulary = random.Random(1), SHAPES[name][5]
     return [[1] + [rng.randrange(3, vocabulary) for _ in range(rng.randint(7, 95))] for _ in range(count)]
 
 def pairs_of(name, count, longer=1):
-    """Pairs of texts: prompts of 64 tokens, answers of 32 to 192 (times `longer`) with their stop token."""
+    """Return `count` pairs: prompts of 64 tokens, answers of 32 to 192 (times `longer`) with a stop token."""
     rng = random.Random(2)
     return [{"prompt": text(rng, 63, name), **{side: text(rng, longer * rng.randint(32, 192) - 1, name)
                                                for side in ("chosen", "rejected")}} for _ in range(count)]
 
 def answers_of(name, count):
-    """(prompt, five answers) in the same lengths."""
+    """Return [(prompt, five answers)], as long as those of `pairs_of`."""
     rng = random.Random(3)
     return [(text(rng, 63, name), [text(rng, rng.randint(31, 191), name) for _ in range(SAMPLES)])
             for _ in range(count)]
 
 # ---------------------------------------------------------------- measuring
 class Measured:
-    """CPU seconds and the peak of the resident memory of a `with` block."""
+    """A context manager: `cpu` is the CPU seconds of its block, `peak` the largest resident memory in MB."""
     def __enter__(self):
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present value
         self.cpu = time.process_time()
         return self
 
     def __exit__(self, *_):
         self.cpu = time.process_time() - self.cpu
-        self.peak = resident("VmHWM")
+        self.peak = resident_mb("VmHWM")
 
 def matmul_rate():
-    """Floating-point operations per CPU second of an fp32 product of 1024 x 1024 matrices, at best."""
+    """Return the operations per CPU second of the fastest of 20 products of two fp32 1024 x 1024 matrices."""
     import torch
     a, best = torch.randn(1024, 1024), float("inf")
     for _ in range(20):
@@ -118,7 +119,8 @@ def matmul_rate():
     return 2 * 1024**3 / best
 
 def training_work(name, rows, with_head):
-    """Operations of a forward and a backward pass on floats: every token once, every chat's attention."""
+    """Return the floating-point operations of a forward and a backward pass over `rows`. A prompt's tokens
+    count once for all of its answers, but attention counts for each chat as a whole."""
     hidden, layers, heads, kv_heads, intermediate, vocabulary = SHAPES[name]
     body = layers * hidden * (2 * hidden * (1 + kv_heads / heads) + 3 * intermediate)
     attention = sum((len(r.trunk) + len(b))**2 for r in rows for b in r.branches) * layers * hidden
@@ -126,8 +128,8 @@ def training_work(name, rows, with_head):
     head = with_head * responses * hidden * vocabulary
     return 3 * 2 * (body * sum(map(len, rows)) + attention + head)
 
-class Steps:
-    """CPU seconds of every optimiser step."""
+class StepClock:
+    """Takes the CPU seconds of every optimiser step, in `seconds`."""
     def __init__(self):
         self.seconds = []
 
@@ -139,10 +141,10 @@ class Steps:
         self.start()
 
     def rate(self, amount):
-        """Per CPU second, where `amount` is of all steps; the first, which warms up, is not counted."""
+        """Return `amount`, which is of all steps, per CPU second. The first step, a warm-up, is not timed."""
         return amount / len(self.seconds) / statistics.mean(self.seconds[1:])
 
-# ---------------------------------------------------------------- one measurement: {rate, peak, …}
+# ---------------------------------------------------------------- one measurement each: {rate, peak, …}
 def sampler_project(name, prompts=64, new=NEW, stop=True):
     import numpy as np
 
@@ -154,13 +156,13 @@ def sampler_project(name, prompts=64, new=NEW, stop=True):
     with Measured() as measured:
         responses = sampler.generate(model, prompts_of(name, prompts), keys, temperature=0.8, top_p=0.95,
                                      stop_ids=stop_ids(name) if stop else [], max_new_tokens=new, rows=ROWS)
-    return sampled([len(tokens) for row in responses for tokens in row], measured)
+    return sampling_result([len(tokens) for row in responses for tokens in row], measured)
 
 def stop_ids(name):
-    """One token in 64 ends a response: lengths are nearly geometric, with a mean of about 55."""
+    """Return the tokens that end a response, one in 64: a response has about 55 tokens on average."""
     return list(range(3, SHAPES[name][5], 64))
 
-def sampled(lengths, measured):
+def sampling_result(lengths, measured):
     return dict(rate=sum(lengths) / measured.cpu, unit="tok/s", peak=measured.peak,
                 mean_length=statistics.mean(lengths))
 
@@ -192,7 +194,7 @@ def sampler_peer(name, kind):
                 ended = torch.isin(new, stops).int().cumsum(1)
                 lengths += ((ended == 0).sum(1) + 1).clamp(max=NEW).tolist()
     assert len(lengths) == 64 * SAMPLES
-    return sampled(lengths, measured)
+    return sampling_result(lengths, measured)
 
 def training_project(kind, name, steps=None, longer=1):
     import dpo
@@ -200,12 +202,12 @@ def training_project(kind, name, steps=None, longer=1):
     from common import data, models, packing, parallel
     parallel.start()
     steps = steps or STEPS[name]
-    folder, pairs, clock = folder_of(name), pairs_of(name, steps * BATCH, longer), Steps()
+    folder, pairs, clock = folder_of(name), pairs_of(name, steps * BATCH, longer), StepClock()
     options = dict(batch=BATCH, micro_batch=2, max_length=2048)
     rows, _ = packing.pair_rows(data.load_tokenizer(folder), pairs, 2048, unfinished=kind == "dpo")
 
     def log(shown="", step=None, **_):
-        clock.stop() if step else clock.start()  # the first line comes before the reference is computed
+        clock.stop() if step else clock.start()  # the line without a step comes before the reference's pass
 
     with tempfile.TemporaryDirectory() as out, Measured() as measured:
         if kind == "dpo":
@@ -213,14 +215,14 @@ def training_project(kind, name, steps=None, longer=1):
         else:
             model = reward.train(folder, pairs, lr=1e-5, fresh_head=True, log=log, **options)
         models.save(model, folder, Path(out))
-    result = trained(kind, clock, rows, measured)
+    result = training_result(kind, clock, rows, measured)
     result["share"] = clock.rate(training_work(name, rows, kind == "dpo")) / matmul_rate()
-    if kind == "dpo":  # its reference was computed before the first step
+    if kind == "dpo":  # the reference's log-probabilities were computed before the first step
         all_steps = steps * statistics.mean(clock.seconds[1:])
         result["with_reference"] = result["rate"] * all_steps / sum(clock.seconds)
     return result
 
-def trained(kind, clock, rows, measured):
+def training_result(kind, clock, rows, measured):
     tokens = clock.rate(sum(len(r.trunk) + len(b) for r in rows for b in r.branches))
     rate, unit = (tokens, "tok/s") if kind == "dpo" else (clock.rate(len(rows)), "pairs/s")
     return dict(rate=rate, unit=unit, tokens=tokens, peak=measured.peak)
@@ -238,7 +240,7 @@ def training_peer(kind, name, precompute=True, micro_batch=BATCH):
     from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
     from common import packing
-    folder, clock = folder_of(name), Steps()
+    folder, clock = folder_of(name), StepClock()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows, _ = packing.pair_rows(tokenizer, pairs_of(name, STEPS[name] * BATCH), 2048)
 
@@ -256,7 +258,7 @@ def training_peer(kind, name, precompute=True, micro_batch=BATCH):
                       max_length=None, logging_steps=1000, disable_tqdm=True)
         if kind == "dpo":
             class Trainer(DPOTrainer):
-                def _prepare_dataset(self, dataset, *_):  # it is tokens already
+                def _prepare_dataset(self, dataset, *_):  # the dataset has tokens already
                     return dataset
             some = Dataset.from_list([dict(prompt_ids=[*row.trunk], chosen_ids=[*row.branches[0]],
                                            rejected_ids=[*row.branches[1]]) for row in rows])
@@ -269,7 +271,8 @@ def training_peer(kind, name, precompute=True, micro_batch=BATCH):
                                            rejected_ids=[*row.trunk, *row.branches[1]]) for row in rows])
             RewardTrainer(model=model, args=RewardConfig(learning_rate=1e-5, **common), train_dataset=some,
                           processing_class=tokenizer, callbacks=[Clock()]).train()
-    return trained(kind, clock, rows, measured) | {"reference_in_steps": kind == "dpo" and not precompute}
+    return training_result(kind, clock, rows, measured) | {
+        "reference_in_steps": kind == "dpo" and not precompute}
 
 def scoring_project(name):
     import reward
@@ -299,7 +302,8 @@ def scoring_peer(name, kind):
     return dict(rate=len(chats) / measured.cpu, unit="answers/s", peak=measured.peak)
 
 def round_project(rounds, began):
-    """Seconds of wall time by what they are spent on; a part inside another counts for itself only."""
+    """Run mt.py; return its seconds of wall time by part, and the time of day at its end. What a part takes
+    inside another is not counted in the outer one. began: the time of day when this process was started."""
     import dpo
     import mt
     import reward
@@ -342,10 +346,10 @@ def round_project(rounds, began):
     return dict(spent=spent, ended=time.time())
 
 def block_steps(rows, size, prompts=20_000):
-    """Steps that the sampler's scheduler takes for each block of `size` prompts with five responses each, and
-    which share of its rows, and of those that are decoded still, these steps keep busy. There is no model:
-    responses end at lengths drawn with a fixed seed, 386 tokens on average and 1,024 at most, which stand in
-    the place of their keys."""
+    """Run the sampler's scheduler without a model, on blocks of `size` prompts with five responses each.
+    Their lengths are drawn with a fixed seed, 386 tokens on average and at most 1,024. They are passed as
+    keys, and a stand-in for sampler.draw ends each response by its key. Returns the steps of each block, the
+    share of all rows that these steps kept busy, and the share of the rows that were still decoded."""
     from types import SimpleNamespace
 
     import numpy as np
@@ -379,9 +383,9 @@ def block_steps(rows, size, prompts=20_000):
     return dict(steps=taken, busy=tokens / rows / sum(taken), of_decoded=tokens / sum(decoded))
 
 def host_work(name, prompts):
-    """CPU seconds of rank 0 for what the host does in an E-step of so many prompts, five responses of 386
-    tokens on average, while accelerators wait, shared by the processes there are; and how much memory it
-    takes at most, without pages of files."""
+    """Do what the CPU does in an E-step while accelerators wait, for `prompts` prompts with five responses of
+    386 tokens on average. The processes of the group share the work. Returns {seconds: {part: CPU seconds of
+    this process}, memory: MB that it took at most, without the pages of files}."""
     import filter
     import mt
     from common import data, models, packing, parallel, run
@@ -397,10 +401,10 @@ def host_work(name, prompts):
         with Measured() as measured:
             result = work(*arguments)
         seconds[part] = measured.cpu
-        peaks.append(measured.peak - resident("RssFile"))
+        peaks.append(measured.peak - resident_mb("RssFile"))
         return result
 
-    def sampled(prompt, index):
+    def random_sample(prompt, index):
         tokens = min(1024, 1 + int(rng.gammavariate(2, 196)))
         return dict(prompt=prompt, index=index, response=some(tokens), tokens=tokens, finished=True,
                     policy=folder, score=rng.gauss(0, 1), rm=folder)
@@ -409,8 +413,8 @@ def host_work(name, prompts):
         return packing.pack([data.encode_chat(tokenizer, row["prompt"], row["response"], whole=True)])
 
     questions = [some(130) + " " + word(3 + number % 8000) for number in range(prompts)]
-    run.write_rows(path, (sampled(prompt, i) for prompt in questions for i in range(SAMPLES)))
-    before = resident("RssAnon")
+    run.write_rows(path, (random_sample(prompt, i) for prompt in questions for i in range(SAMPLES)))
+    before = resident_mb("RssAnon")
     rows = timed("the samples' rows, in each", data.read_jsonl, path)
     timed("the file's digest, in one", run.digest, path)
     timed("prompts to tokens", models.prompts_that_fit, folder, questions)
@@ -419,19 +423,22 @@ def host_work(name, prompts):
     timed("means, in each", mt.means, rows, "score", "tokens", "finished")
     pairs, _ = timed("pairs", filter.preference_pairs, rows)
     timed("pairs to a file, in one", run.write_rows, other, pairs)
-    del pairs  # as between two phases of a run
+    del pairs  # in a run, too, they are gone before the next phase reads the file
     pairs = timed("and back, in each", data.read_jsonl, other)
     timed("pairs to tokens", packing.pair_rows, tokenizer, pairs, 2048, True)
     run.remove(path, other)
     return dict(seconds=seconds, memory=max(peaks) - before)
 
-def resident(kind):
-    """MB of this process: of files' pages (RssFile), of everything else (RssAnon), the peak (VmHWM)."""
+def resident_mb(kind):
+    """Return the resident memory of this process in MB. kind: "RssFile" for the pages of files, "RssAnon" for
+    everything else, "VmHWM" for the peak of both."""
     return int(Path("/proc/self/status").read_text().split(f"{kind}:")[1].split()[0]) / 1024
 
 def training_traffic(name, gradient, weights):
-    """Bytes that each process receives in the second step of DPO, where so much is kept whole between its
-    micro-batches (training.kept_whole), and the weights after it; for two processes under torchrun."""
+    """Count the bytes that each process receives in the second step of DPO. For two processes under torchrun.
+    gradient, weights: whether each process keeps the whole of them between the micro-batches of a step, which
+    training.kept_whole decides otherwise. Returns the bytes of each kind and of all parameters, and the norms
+    of the weights after the step."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     import dpo
@@ -442,7 +449,7 @@ def training_traffic(name, gradient, weights):
     class Counting(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), options=None):
             kind = {"_allgather_base_": "weights", "_reduce_scatter_base_": "gradients"}.get(function._opname)
-            if kind:  # its output whole, or its input
+            if kind:  # the whole is what an all-gather puts out, and what a reduce-scatter takes in
                 whole = arguments[0] if kind == "weights" else arguments[1]
                 received[kind] = received.get(kind, 0) + share * whole.nbytes
             return function(*arguments, **(options or {}))
@@ -457,28 +464,28 @@ def training_traffic(name, gradient, weights):
 
 # ---------------------------------------------------------------- the tables
 def measure(call, *launcher):
-    """Run `call` (a function of this file with its arguments) in a process of its own."""
+    """Run `call`, [a function of this file, its arguments…], in a process of its own; return its result."""
     command = [*(launcher or [sys.executable]), __file__, "--call", json.dumps(call)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
         sys.exit(f"bench.py: {call} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
-def compare(title, project, peers, repeats):
-    """Print a table of the project and its peers ({label: call}), which take turns. Beside a peer that
-    computes its reference in every step, the project's reference counts, too."""
+def print_table(title, project, peers, repeats):
+    """Measure the project and its peers, {label: call}, in turn, and print a table of the medians. Where a
+    peer computes its reference in every step, the project's rate includes its reference, too."""
     calls = {"this project": project, **peers}
     results = {label: [] for label in calls}
     for _ in range(repeats):
         for label, call in calls.items():
             results[label].append(measure(call))
             print(f"{title}  {label}: {results[label][-1]}", file=sys.stderr, flush=True)
-    middle = {label: {key: statistics.median_low(run[key] for run in runs) for key in runs[0]}
-              for label, runs in results.items()}
-    ours, others = middle["this project"], [middle[label] for label in peers]
+    medians = {label: {key: statistics.median_low(run[key] for run in runs) for key in runs[0]}
+               for label, runs in results.items()}
+    ours, others = medians["this project"], [medians[label] for label in peers]
     best = max(others, key=lambda m: m["rate"], default=None)
     print(f"\n| {title} | per CPU second | x faster | peak memory | x memory |\n|---|---|---|---|---|")
-    for label, m in middle.items():
+    for label, m in medians.items():
         mine = ours["with_reference" if m.get("reference_in_steps") else "rate"]
         more = (f"| {mine / m['rate']:.2f} | {m['peak']:,.0f} MB | {ours['peak'] / m['peak']:.2f} |"
                 if m is not ours else f"| | {m['peak']:,.0f} MB | |")
@@ -490,8 +497,8 @@ def compare(title, project, peers, repeats):
         print(f"With its reference, computed before the first step: {ours['with_reference']:,.0f} tok/s.")
     print(flush=True)
 
-def growth(title, calls):
-    """Print what a token costs in each call beside the first: on a straight line, 1.00."""
+def print_growth(title, calls):
+    """Print the CPU seconds per token of each of the calls, {label: call}, divided by those of the first."""
     results = {label: measure(call) for label, call in calls.items()}
     rates = [r.get("tokens", r["rate"]) for r in results.values()]
     print(f"| {title} | {' | '.join(results)} |\n|---|{'---|' * len(results)}")
@@ -507,15 +514,15 @@ def trl_installed():
 
 def sampling(repeats):
     for name in ("m10", "m60"):
-        folder_of(name)  # so that it is not made within a measurement
-        compare(f"sampling, {name}, 64 prompts x {SAMPLES}, {ROWS} rows", ["sampler_project", name], {
+        folder_of(name)  # now, so that no measurement includes it
+        print_table(f"sampling, {name}, 64 prompts x {SAMPLES}, {ROWS} rows", ["sampler_project", name], {
             "generate": ["sampler_peer", name, "plain"],
             "generate, prompts sorted by length": ["sampler_peer", name, "sorted"],
             "generate_batch (continuous batching)": ["sampler_peer", name, "continuous"]},
             repeats if name == "m10" else 1)
-    growth("m10: prompts", {str(n): ["sampler_project", "m10", n] for n in (64, 128, 256)})
-    growth("m10: tokens in every response", {str(n): ["sampler_project", "m10", 64, n, False]
-                                             for n in (128, 256, 512)})
+    print_growth("m10: prompts", {str(n): ["sampler_project", "m10", n] for n in (64, 128, 256)})
+    print_growth("m10: tokens in every response", {str(n): ["sampler_project", "m10", 64, n, False]
+                                                   for n in (128, 256, 512)})
 
 def policy_training(repeats):
     peers = trl_installed()
@@ -525,28 +532,28 @@ def policy_training(repeats):
                  "TRL, reference in every step": ["training_peer", "dpo", name, False]}
         if name == "m10":
             calls["TRL, reference precomputed, micro-batches of 2"] = ["training_peer", "dpo", name, True, 2]
-        compare(f"DPO, {name}, batches of {BATCH} pairs", ["training_project", "dpo", name],
+        print_table(f"DPO, {name}, batches of {BATCH} pairs", ["training_project", "dpo", name],
                 calls if peers else {}, repeats if name == "m10" else 1)
-    growth_of_training("dpo")
+    print_growth_of_training("dpo")
 
 def reward_models(repeats):
     folder_of("m10")
     peers = {"TRL": ["training_peer", "reward", "m10"], "TRL, micro-batches of 2":
              ["training_peer", "reward", "m10", True, 2]} if trl_installed() else {}
-    compare(f"reward model training, m10, batches of {BATCH} pairs", ["training_project", "reward", "m10"],
-            peers, repeats)
-    compare(f"scoring {SAMPLES} answers to each of 64 prompts, m10", ["scoring_project", "m10"], {
+    print_table(f"reward model training, m10, batches of {BATCH} pairs",
+                ["training_project", "reward", "m10"], peers, repeats)
+    print_table(f"scoring {SAMPLES} answers to each of 64 prompts, m10", ["scoring_project", "m10"], {
         "transformers, padded": ["scoring_peer", "m10", "plain"],
         "transformers, padded, sorted by length": ["scoring_peer", "m10", "sorted"]}, repeats)
-    growth_of_training("reward")
+    print_growth_of_training("reward")
 
-def growth_of_training(kind):
-    growth("m10: pairs", {str(n * BATCH): ["training_project", kind, "m10", n] for n in (3, 6, 12)})
-    growth("m10: tokens in an answer", {f"{32 * n} to {192 * n}": ["training_project", kind, "m10", 4, n]
-                                        for n in (1, 2, 4)})
+def print_growth_of_training(kind):
+    print_growth("m10: pairs", {str(n * BATCH): ["training_project", kind, "m10", n] for n in (3, 6, 12)})
+    print_growth("m10: tokens in an answer", {
+        f"{32 * n} to {192 * n}": ["training_project", kind, "m10", 4, n] for n in (1, 2, 4)})
 
 def slots(_):
-    """Beside blocks of four fillings of the rows, as they were before."""
+    """Compare blocks that fill the rows four times with those of sampler.block_size."""
     import sampler
     print("| 20,000 prompts x 5, eight processes | prompts in a block | blocks | steps of a block, at most "
           "| rows busy | of those decoded | idle at the end |\n|---|---|---|---|---|---|---|")
@@ -561,16 +568,16 @@ def slots(_):
 
 def host(_):
     folder_of("m10")
-    one, eight = measure(["host_work", "m10", 6000]), processes(8, ["host_work", "m10", 60_000])
+    one, eight = measure(["host_work", "m10", 6000]), measure_in_processes(8, ["host_work", "m10", 60_000])
     print("| the host, 60,000 prompts x 5: CPU seconds | one process | rank 0 of eight |\n|---|---|---|")
     for part, seconds in eight["seconds"].items():
         print(f"| {part} | {10 * one['seconds'][part]:.1f} | {seconds:.1f} |")
     print(f"| all | {10 * sum(one['seconds'].values()):.1f} | {sum(eight['seconds'].values()):.1f} |")
-    print("\nOne process had a tenth of the prompts, and its seconds are times ten. "
-          f"Rank 0 of eight took {eight['memory'] / 1000:.2f} GB more at most.")
+    print("\nThe single process had a tenth of the prompts, and its seconds are multiplied by ten. "
+          f"Rank 0 of eight took up to {eight['memory'] / 1000:.2f} GB more than before.")
 
-def processes(count, call):
-    """`call` in so many processes; what rank 0 says."""
+def measure_in_processes(count, call):
+    """Run `call` in `count` processes under torchrun and return what it returns in rank 0."""
     return measure(call, sys.executable, "-m", "torch.distributed.run", "--standalone",
                    f"--nproc-per-node={count}")
 
@@ -580,7 +587,7 @@ def traffic(_):
           "| weights received | gradients received | all |\n|---|---|---|---|")
     for label, held in (("nothing kept", (False, False)), ("the gradient kept", (True, False)),
                         ("gradient and weights kept", (True, True))):
-        result = processes(2, ["training_traffic", "m10", *held])
+        result = measure_in_processes(2, ["training_traffic", "m10", *held])
         bytes_ = result["weights"], result["gradients"], result["weights"] + result["gradients"]
         print(f"| {label} | " + " | ".join(f"{b / 1e6:,.1f} MB" for b in bytes_) + " |", flush=True)
 
@@ -621,11 +628,11 @@ if __name__ == "__main__":
         result = json.dumps(globals()[function](*arguments))
         if os.environ.get("RANK", "0") == "0":
             print(result, flush=True)
-        os._exit(0)  # past the threads of a process group
+        os._exit(0)  # the threads of a process group can abort a regular exit
     elif not Path("/proc/self/clear_refs").exists():
         sys.exit("bench.py: memory is read from /proc, which this system lacks")
     elif o.part:
         os.chdir(ROOT)
         PARTS[o.part](o.repeats)
     else:
-        parser.error("which part?")
+        parser.error(f"name a part: {', '.join(PARTS)}")

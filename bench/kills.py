@@ -1,12 +1,13 @@
-"""Kill runs of the loop again and again, go on with the same command, and compare every file in the end.
+"""Kill runs of mt.py, go on with the same command, and compare every file with those of an undisturbed run.
 
     python bench/kills.py --times 100                   # one process
-    python bench/kills.py --times 100 --processes 2     # one of two is killed, as by the system
+    python bench/kills.py --times 100 --processes 2     # one of two processes is killed
 
-A kill (SIGKILL) comes right before a random operation on a file of the run folder (opening for writing,
-renaming, removing, making a folder), or at a random time; most runs that go on are killed, too. The result
-must be that of a run that nobody disturbed, byte by byte, and nothing may be left behind. The models are tiny
-and random. Processes are forked from one that has imported everything, so that a restart takes no time.
+A kill is a SIGKILL. It comes right before a random operation on a file of the run folder (opening for
+writing, renaming, removing, making a folder or link), or at a random time. Most runs are killed again while
+they go on. In the end every file must be the same as in the undisturbed run, byte by byte, and no other file
+may be there. The models are tiny and random. Processes are forked from one that has imported everything, so
+that a restart takes no time.
 """
 import argparse
 import gc
@@ -32,8 +33,8 @@ from evals import plots  # noqa: E402
 
 EVENTS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "shutil.rmtree")
 
-def inputs(folder):
-    """Tiny models and prompts; returns the words of a command."""
+def make_inputs(folder):
+    """Make tiny models and prompts in `folder`; return the command line of mt.py for them."""
     words = toy.tokenizer()
     for name, kind in (("policy", LlamaForCausalLM), ("rm", LlamaForSequenceClassification)):
         torch.manual_seed(0)
@@ -50,8 +51,9 @@ def inputs(folder):
                  rm_lr=1e-3, tau=0, save_every=1, select_prompts=4, sample_batch=2)
     return [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
 
-def killed_before(operation):
-    """From now on, this process dies before its `operation`-th operation on a file of the run."""
+def die_before(operation):
+    """Have this process kill itself right before its `operation`-th operation on a file of the run, counted
+    from now on."""
     left = [operation]
 
     def hook(event, arguments):
@@ -63,7 +65,8 @@ def killed_before(operation):
     sys.addaudithook(hook)
 
 def start(words, folder, rank, processes, port, operation):
-    """A forked process of a run; returns its pid."""
+    """Fork one process of a run, which dies before its `operation`-th operation on a file if this is not 0.
+    Returns its pid."""
     pid = os.fork()
     if pid:
         return pid
@@ -77,7 +80,7 @@ def start(words, folder, rank, processes, port, operation):
             os.dup2(log.fileno(), 2)
         sys.argv = ["mt.py", *words]
         if operation:
-            killed_before(operation)
+            die_before(operation)
         run.launch(mt.main)
         os._exit(0)
     except BaseException:
@@ -86,7 +89,7 @@ def start(words, folder, rank, processes, port, operation):
         os._exit(1)
 
 def attempt(words, folder, processes, rng=None):
-    """Run the command, kill it if there is an `rng`; returns whether it came to its end."""
+    """Run the command; with an `rng`, kill it at a random place. Returns whether it ended regularly."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -95,21 +98,22 @@ def attempt(words, folder, processes, rng=None):
     pids = [start(words, folder, r, processes, port, operation * (r == victim)) for r in range(processes)]
     if by_time:
         time.sleep(rng.uniform(0.05, 1.5))
-        os.kill(pids[victim], signal.SIGKILL)  # which has perhaps ended, but is not yet waited for
+        os.kill(pids[victim], signal.SIGKILL)  # its pid stays valid until os.wait, even if it has ended
     codes, alive = [], set(pids)
     while alive:
         pid, status = os.wait()
         alive.remove(pid)
         codes.append(status)
-        if status:  # as torchrun does
+        if status:  # one has failed: end the others, as torchrun does
             for other in alive:
                 os.kill(other, signal.SIGKILL)
     if any(codes) and not any(os.WIFSIGNALED(code) and os.WTERMSIG(code) == signal.SIGKILL for code in codes):
-        sys.exit(f"kills.py: the run failed by itself:\n{(folder / 'log').read_text()[-3000:]}")
+        sys.exit(f"kills.py: the run failed without a kill:\n{(folder / 'log').read_text()[-3000:]}")
     return not any(codes)
 
 def files(folder):
-    """Everything in a run folder but its note, times, and what a picture library stamps: name -> bytes."""
+    """Return {name: bytes} of a run folder's files, without those that differ from run to run: run.json, the
+    times and the report, which shows the times."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*"))
             if p.is_file() and not p.is_symlink() and p.name not in (
                 "run.json", "timings.jsonl", "report.png", "report.html")}
@@ -117,17 +121,17 @@ def files(folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--times", type=int, default=100, help="kills")
+    parser.add_argument("--times", type=int, default=100, help="how many kills")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     o = parser.parse_args()
     torch.set_num_threads(1)
-    gc.freeze()  # models' loading collects garbage; what was imported is none
-    plots.find_spec = lambda name: None  # no pictures, which take seconds
+    gc.freeze()  # loading a model collects garbage; what was imported is none and need not be searched
+    plots.find_spec = lambda name: None  # matplotlib counts as missing, because pictures take seconds
     rng, kills, runs = random.Random(o.seed), 0, 0
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
-        words = inputs(scratch / "inputs")
+        words = make_inputs(scratch / "inputs")
         (scratch / "undisturbed").mkdir()
         assert attempt(words, scratch / "undisturbed", o.processes)
         expected = files(scratch / "undisturbed" / "run")
@@ -143,7 +147,7 @@ def main():
             for name in sorted({*expected, *found}):
                 if expected.get(name) != found.get(name):
                     sys.exit(f"kills.py: after {kills} kills, run {runs}: {name} differs")
-            print(f"{kills} kills, {runs} runs: all files as in the undisturbed run", flush=True)
+            print(f"{kills} kills, {runs} runs: all files are as in the undisturbed run", flush=True)
     print(f"{kills} kills in {runs} runs with {o.processes} process{'es' * (o.processes > 1)}: "
           f"{len(expected)} files, not one byte different")
 

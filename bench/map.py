@@ -1,18 +1,18 @@
-"""Where the M-step helps: gain of the full method over a fixed reward model, around the embedded task.
+"""Measure where the M-step helps: the gold of the full method above that of a fixed reward model, at points
+around the embedded task.
 
     python bench/map.py                        # fixed and full at all points, seeds 1 to 8: hours
     python bench/map.py --arms fixed full lighter --points base "taste 1.5" --seeds 1 2
-    python bench/map.py --table                # the tables of the rows that are there
+    python bench/map.py --table                # print the tables without new runs
 
-Two runs at a time lie in runs/map/POINT/ARM-SEED. Every run's row goes to docs/data/map.jsonl, and the tables
-are made from those rows. Rows of arms that this script no longer has stay in them: bench/map.py at commit
-91c20a3 made them.
+Two runs go on at a time, in runs/map/POINT/ARM-SEED. The row of every run goes to docs/data/map.jsonl, and
+the tables are made from these rows. They include arms that only bench/map.py at commit 91c20a3 can run.
 
 The first table has the gains. The second has what a user could know without gold: r_0's accuracy and Brier
-score on 300 held-out labelled pairs, and of the full method's first round the win rate, the share of
-comparisons kept, the disagreement of policy and reward model, and how many more of the held-out pairs, and of
-labelled pairs of the new policy's own answers, the new reward model orders. The third has the last of these
-for every M-step.
+score on 300 held-out labelled pairs, and five figures of the full method's first round. These are the win
+rate, the share of comparisons kept, the disagreement of policy and reward model, and how many more pairs the
+new reward model orders as their labels do, of the held-out ones and of the new policy's own answers. The
+third table has the accuracy of the reward models before and after every M-step on the policy's own answers.
 """
 import argparse
 import json
@@ -26,7 +26,7 @@ import numpy as np
 
 HOME = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HOME))
-from arms import ROUNDS, by_this_code, command, mean_and_error  # noqa: E402
+from arms import ROUNDS, command, made_by_this_code, mean_and_error  # noqa: E402
 
 import reward  # noqa: E402
 from common import toy  # noqa: E402
@@ -35,16 +35,16 @@ from evals import figures  # noqa: E402
 from evals.agreement import disagreement  # noqa: E402
 from evals.rewardbench import judge_pairs  # noqa: E402
 
-POINTS = {
+POINTS = {  # name -> constants of point.py
     "base": {},
     **{f"labels {n}": {"labels": n} for n in (500, 1500, 4500, 9000)},
     **{f"taste {nats}": {"taste": nats} for nats in (0.5, 1.5)},
     **{f"step {lr}": {"policy_lr": lr} for lr in (2e-5, 8e-5)},
     "best chosen": {"rule": "best"},
     "own body": {"own_body": True},
-    **{f"labels {n}, taste 1.5": {"labels": n, "taste": 1.5} for n in (500, 9000)},  # a grid with those
+    **{f"labels {n}, taste 1.5": {"labels": n, "taste": 1.5} for n in (500, 9000)},  # complete a grid
 }
-ARMS = {  # name -> flags, constants of point.py
+ARMS = {  # name -> (flags of mt.py, constants of point.py)
     "fixed": (["--update_rm", "false"], {}),
     "full": ([], {}),
     "lighter": (["--rm_lr", 1e-4], {}),  # a fifth of the embedded task's
@@ -56,32 +56,35 @@ ARMS = {  # name -> flags, constants of point.py
 PREDICTORS = ("accuracy", "brier", "win_rate", "kept", "disagreement", "gain_on_labels", "gain_on_own")
 
 def run(point, arm, seed):
-    """A row: gold by round and, of the full method, the predictors."""
+    """Return the row of a run, which is made if it is not there: its gold after each round, the accuracies on
+    its policies' own answers and, for the full method, the predictors."""
     folder = HOME / "runs" / "map" / point.replace(", ", "-").replace(" ", "")
     out = folder / f"{arm.replace(' ', '-')}-{seed}"
-    if not (out / "gold.jsonl").exists() or not by_this_code(out):
+    if not (out / "gold.jsonl").exists() or not made_by_this_code(out):
         folder.mkdir(parents=True, exist_ok=True)
         flags, how = ARMS[arm]
         command("bench.point", "--rounds", ROUNDS, "--seed", seed, "--out", out, *flags, cwd=folder,
                 POINT=json.dumps(POINTS[point] | how))
-    print(f"{out} is there", flush=True)
+    print(f"{out} is complete", flush=True)
     row = dict(point=point, **POINTS[point], arm=arm, seed=seed,
                gold=[line["gold"] for line in read_jsonl(out / "gold.jsonl")])
-    own = on_own_answers(out)
+    own = accuracy_on_own_answers(out)
     row |= {"own": own} if any(own) else {}
     if arm != "full":
         return row
     return row | predictors(out) | {"gain_on_own": own[0][1] - own[0][0] if own[0] else None}
 
-def base_of(out):
+def base_models_of(out):
+    """Return the folder of the base models that a run started from."""
     return Path(json.loads((out / "run.json").read_text())["settings"]["rm"]).parent
 
 def predictors(out):
+    """Return what a user could know of a run without gold, {name: figure}, but for gain_on_own."""
     found = figures.load(out)
-    held_out = read_pairs(base_of(out) / "held_out" / "preferences.jsonl")
-    first, margins = found["steps"][0], held_out_margins(base_of(out) / "rm", held_out)
+    held_out = read_pairs(base_models_of(out) / "held_out" / "preferences.jsonl")
+    first, margins = found["steps"][0], margins_of(base_models_of(out) / "rm", held_out)
     new = out / "round1" / "m" / "rm"
-    after = held_out_margins(new, held_out) if new.exists() else margins
+    after = margins_of(new, held_out) if new.exists() else margins
     compared = next((step for step in found["steps"] if step["kind"] == "M"), None)
     return dict(
         accuracy=float((margins > 0).mean()), brier=float(((1 / (1 + np.exp(margins)))**2).mean()),
@@ -89,14 +92,14 @@ def predictors(out):
         kept=compared and compared["kept"] / compared["comparisons"],
         gain_on_labels=float((after > 0).mean() - (margins > 0).mean()))
 
-def on_own_answers(out):
-    """[before, after] by round, None where there was no M-step: which share of pairs of the new policy's
-    answers the reward models before and after order as labels do. The answers are two different ones, drawn,
-    to each of up to 800 prompts of the next E-step."""
-    rm, found = base_of(out) / "rm", [None] * ROUNDS
+def accuracy_on_own_answers(out):
+    """Return [before, after] for each round, or None where there was no M-step: the share of labelled pairs
+    of the new policy's answers that the reward models before and after the M-step order as the labels do. The
+    pairs are those of `draw_two_answers` for up to 800 prompts of the round's second E-step."""
+    rm, found = base_models_of(out) / "rm", [None] * ROUNDS
     for new in sorted(out.glob("round*/m/rm")):
         pairs = []
-        for prompt, answers in drawn(read_jsonl(new.parents[1] / "e2" / "samples.jsonl"), 800):
+        for prompt, answers in draw_two_answers(read_jsonl(new.parents[1] / "e2" / "samples.jsonl"), 800):
             better = label(prompt, answers)
             pairs.append(dict(prompt=prompt, chosen=answers[better], rejected=answers[1 - better]))
         found[int(new.parents[1].name.removeprefix("round")) - 1] = [
@@ -104,8 +107,8 @@ def on_own_answers(out):
         rm = new
     return found
 
-def drawn(samples, count):
-    """[(prompt, answers)]: two different answers to each of `count` prompts, drawn."""
+def draw_two_answers(samples, count):
+    """Return [(prompt, [answer, answer])]: two different answers, drawn, to each of up to `count` prompts."""
     found = []
     for group in by_prompt(samples):
         answers = sorted({row["response"] for row in group})
@@ -116,19 +119,21 @@ def drawn(samples, count):
     return [(prompt, draw.sample(answers, 2)) for prompt, answers in found]
 
 def label(prompt, answers):
-    """Which of two answers gold with r_0's noise prefers, 0 or 1; the same whenever it is asked."""
+    """Return which of two answers gold prefers, 0 or 1, with the noise that r_0's labels have. The same
+    question always has the same label."""
     first, second = (toy.gold(prompt, answer) for answer in answers)
     chance = 1 / (1 + math.exp((first - second) / toy.LABEL_NOISE))  # of the second
     return int(random.Random(str(dict(prompt=prompt, answers=answers, chosen=None))).random() < chance)
 
-def held_out_margins(folder, pairs):
+def margins_of(folder, pairs):
+    """Return a reward model's margins, chosen minus rejected (N,), on labelled pairs."""
     model, tokenizer = reward.load(str(folder))
     return np.diff(reward.score_answers(model, tokenizer, [
         (pair["prompt"], [pair["rejected"], pair["chosen"]]) for pair in pairs], 32))[:, 0]
 
 # ---------------------------------------------------------------- tables
 def gains(rows, point, arm):
-    """(seeds, rounds): gold above the fixed reward model's, seed by seed."""
+    """Return (seeds, rounds): how far an arm's gold is above a fixed reward model's with the same seed."""
     gold = {(row["arm"], row["seed"]): row["gold"] for row in rows if row["point"] == point}
     seeds = sorted(seed for name, seed in gold if name == arm and ("fixed", seed) in gold)
     return np.array([np.subtract(gold[arm, seed], gold["fixed", seed])[1:] for seed in seeds])
@@ -137,10 +142,11 @@ def table(*heads):
     print(f"\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
 
 def tables(rows):
-    by_arm = {}  # (point, arm) -> rows, by seed
+    """Print the three tables of these rows."""
+    by_arm = {}  # (point, arm) -> rows, in the order of their seeds
     for row in sorted(rows, key=lambda row: row["seed"]):
         by_arm.setdefault((row["point"], row["arm"]), []).append(row)
-    arms = [*ARMS, *sorted({row["arm"] for row in rows} - {*ARMS})]  # the latter are older rows'
+    arms = [*ARMS, *sorted({row["arm"] for row in rows} - {*ARMS})]  # these, and those that only rows have
     names = [(point, arm) for point in POINTS for arm in arms if (point, arm) in by_arm]
     rounds = [f"round {n + 1}" for n in range(ROUNDS)]
 
@@ -175,16 +181,17 @@ def tables(rows):
             print(f"| {point} | {arm} | {' | '.join(map(before_and_after, steps))} |")
 
 def before_and_after(steps):
-    """`own` of one round, by seeds: older rows have a third figure, which is not shown."""
+    """Return the means over the seeds of `own` in one round, as text. The rows of commit 91c20a3 have a third
+    figure, which is not shown."""
     if not steps:
         return ""
     before, after = np.array([step[:2] for step in steps]).mean(0)
     return f"{before:.3f} → {after:.3f}"
 
 def spearman(x, y):
-    """Rank correlation, without what is NaN."""
+    """Return the rank correlation of two lists (Spearman), without the places where y is NaN."""
     x, y = np.array([x, y])[:, ~np.isnan(y)].round(9)
-    ranks = [np.sign(np.subtract.outer(values, values)).sum(1) for values in (x, y)]  # ties share theirs
+    ranks = [np.sign(np.subtract.outer(values, values)).sum(1) for values in (x, y)]  # ties share a rank
     return np.corrcoef(*ranks)[0, 1]
 
 def main():
@@ -194,11 +201,11 @@ def main():
     parser.add_argument("--arms", nargs="+", default=["fixed", "full"], choices=ARMS)
     parser.add_argument("--seeds", type=int, nargs="+", default=range(1, 9))
     parser.add_argument("--json", type=Path, default=HOME / "docs" / "data" / "map.jsonl")
-    parser.add_argument("--table", action="store_true", help="of the rows that are there")
+    parser.add_argument("--table", action="store_true", help="print the tables without new runs")
     o = parser.parse_args()
     rows = read_jsonl(o.json) if o.json.exists() else []
     if not o.table:
-        def work(point, seed):  # one after the other: they share their base models
+        def work(point, seed):  # arms run one after the other, because they share their base models
             return [run(point, arm, seed) for arm in ARMS if arm in o.arms]
         with ThreadPoolExecutor(2) as pool:
             jobs = [pool.submit(work, point, seed) for seed in o.seeds for point in o.points]

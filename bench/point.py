@@ -1,20 +1,20 @@
-"""A point of the map: the embedded task with other constants than toy.py's, from the environment.
+"""Run a point of the map: the embedded task with other constants, given in the environment variable POINT.
 
     POINT='{"labels": 500, "taste": 1.0}' python -m bench.point --rounds 3 --seed 1 --out full
 
-labels     pairs that r_0 learns from (toy.LABELS)
-taste      nats that its labellers see in each word of a third of all adjectives and verbs, and gold doesn't
-own_body   r_0 starts from another policy's body, of another seed
-policy_lr  the E-step's
+labels     how many pairs r_0 learns from (toy.LABELS)
+taste      nats by which r_0's labellers, but not gold, like each word of a third of all adjectives and verbs
+own_body   true: r_0 starts from the body of another policy, which was trained with another seed
+policy_lr  the learning rate of the E-step
 rule       "best": the highest reward is chosen, as in variants/online_dpo.py
-restart    every E-step trains the base policy anew, on the samples of the policy in use
-m_steps    so many in all; then the reward model stays
-gold       labels the pairs of M-steps, as in variants/gold_labels.py
-alike      M-steps have the pairs whose answers differ by a word in length at most
+restart    true: every E-step trains the base policy anew, on the samples of the policy in use
+m_steps    how many rounds have an M-step; after them the reward model stays
+gold       true: gold labels the pairs of the M-step, as in variants/gold_labels.py
+alike      true: the M-step has only the pairs whose answers differ in length by at most one word
 
-Base models lie in runs/point-base of the current folder, so a folder is for one point. Without --rounds, as
-toy.build calls it, it makes them, and in held_out/ labels of the test prompts, from which no reward model
-learns.
+The base models are made in runs/point-base of the current folder, so a folder is for one point. Without
+--rounds this script makes them, which is how toy.build calls it. It also labels answers to the test prompts,
+in held_out/; no reward model learns from these.
 """
 import json
 import os
@@ -34,7 +34,7 @@ from variants.online_dpo import best_and_worst  # noqa: E402
 POINT = {"labels": toy.LABELS, "taste": 0.0, "own_body": False, "policy_lr": toy.SETTINGS["policy_lr"],
          "rule": "shortest", "restart": False, "m_steps": None, "gold": False, "alike": False}
 given = json.loads(os.environ.get("POINT", "{}"))
-assert given.keys() <= POINT.keys(), f"POINT: {given.keys() - POINT.keys()}?"
+assert given.keys() <= POINT.keys(), f"POINT has unknown constants: {given.keys() - POINT.keys()}"
 POINT |= given
 TASTY = {*sorted(toy.ADJECTIVE_MOOD)[::3], *sorted(toy.VERB_MOOD)[::3]}
 appeal, train, write_demonstrator = toy.appeal, reward.train, toy.write_demonstrator
@@ -69,10 +69,10 @@ def make_base():
 
 @dataclass
 class Options(mt.Options):
-    point: str = run.option(json.dumps(POINT), "for run.json, so that a folder is of one point")
+    point: str = run.option(json.dumps(POINT), "recorded in run.json, so that a run has one point only")
 
-def vary():
-    """What a run does otherwise; its base models know nothing of it."""
+def run_point():
+    """Run mt.py with the constants that concern the run. Those of the base models are set below."""
     if POINT["rule"] == "best":
         filter.choose_pair = best_and_worst
     if POINT["restart"]:
@@ -87,4 +87,4 @@ def vary():
 
 if __name__ == "__main__":
     toy.LABELS, toy.appeal, toy.build = POINT["labels"], with_taste, partial(toy.build, script=__file__)
-    run.launch(vary if "--rounds" in sys.argv else make_base)
+    run.launch(run_point if "--rounds" in sys.argv else make_base)
