@@ -21,7 +21,8 @@ def test_win_rates_count_a_draw_as_half_and_leave_nulls_out():
     assert np.array_equal(y, [1, 0, 0.5, 0.5, 0.75, np.nan], equal_nan=True)
     figures = alpaca.win_rates(y)
     assert (figures["win_rate"], figures["discrete_win_rate"]) == pytest.approx((55.0, 60.0))
-    assert figures["standard_error"] == pytest.approx(100 * math.sqrt(0.55 / 4 / 5))  # 0.55: sum of squares
+    # the squared deviations from the mean add up to 0.55; they are divided by n − 1 = 4 and by n = 5
+    assert figures["standard_error"] == pytest.approx(100 * math.sqrt(0.55 / 4 / 5))
     assert [figures[key] for key in ("n_wins", "n_wins_base", "n_draws", "n_total")] == [2, 1, 2, 5]
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from evals.arena import GAMES, arena_figures
 def test_a_strong_verdict_counts_three_games_a_tie_half_a_win_and_a_missing_one_no_game():
     figures = arena_figures([("A>>B", "A>B"), ("B>A", None), ("A=B", "A>>B"), (None, "A>C")])
     assert (figures["n_games"], figures["n_questions"], figures["n_no_verdict"]) == (9, 3, 3)
-    assert figures["score"] == pytest.approx(100 * (0 + 1 + 1 + 0.5 + 3) / 9)  # A is the baseline at first
+    # A is the baseline in the first game of a question and the model in the second
+    assert figures["score"] == pytest.approx(100 * (0 + 1 + 1 + 0.5 + 3) / 9)
     assert 0 <= figures["ci_low"] < figures["score"] < figures["ci_high"] <= 100
     assert arena_figures([("A>B", "B>A")])["score"] == 0 and arena_figures([("B>>A", "A>>B")])["score"] == 100
 

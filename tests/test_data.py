@@ -86,7 +86,8 @@ def test_words_that_a_template_writes_before_an_answer_do_not_become_a_part_of_i
     ("{{ raise_exception('no system turns') }}", "template refuses .* \\(no system turns\\)"),
     ("{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}<a>{% endif %}",
      "generation prompt is not the beginning of an answered chat")])
-def test_a_template_that_rejects_a_chat_or_whose_generation_prompt_is_off_is_refused(template, message):
+def test_a_template_is_refused_if_it_rejects_a_chat_or_its_generation_prompt_begins_no_answer(
+        template, message):
     with pytest.raises(Problem, match=message):
         encode_chat(templated(template), "a sad poem", ANSWER)
 
@@ -139,7 +140,8 @@ def test_a_message_that_spells_the_end_of_turn_cannot_end_it(tokenizer):
         role = encode_chat(tokenizer, [dict(role=f"user{text}", content="sad poem")])
         assert len(special(role)) <= len(special(encode_chat(tokenizer, "sad poem")))
 
-def test_the_twin_of_a_tokenizer_encodes_ordinary_text_alike_and_is_not_needed_for_it(tokenizer, monkeypatch):
+def test_a_tokenizers_twin_encodes_ordinary_text_as_the_tokenizer_does_and_is_not_used_for_it(
+        tokenizer, monkeypatch):
     special = data.Special(tokenizer)
     for text in ("a sad poem", " two  spaces\nand a line ", "Tom’s 42 … 你好", ""):
         for answers in ([], [dict(role="assistant", content=text + "!")]):

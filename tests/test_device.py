@@ -17,7 +17,7 @@ from common.data import write_jsonl
 
 @pytest.fixture(scope="module")
 def found(script, tiny, pairs, tmp_path_factory):
-    """What tests/pretend.py prints."""
+    """The results that tests/pretend.py prints."""
     folder = tmp_path_factory.mktemp("pretend")
     write_jsonl(folder / "pairs.jsonl", pairs[:12])
     done = script(Path(__file__).with_name("pretend.py"), tiny(), tiny(reward=True), folder / "pairs.jsonl",

@@ -53,7 +53,7 @@ def test_pairs_carry_scores_lengths_and_a_reason_and_prompts_without_a_pair_are_
     assert "shortest of the 2 above the mean reward 2.3333" in pairs[0]["reason"]
 
 @pytest.mark.parametrize("new, old, kept, epsilon", [
-    ([5, 5], [0, 2], [True, True], 1),              # one-sided: all better
+    ([5, 5], [0, 2], [True, True], 1),              # high margins are never dropped
     ([-1, 1], [0, 2], [False, False], 1),           # a margin of exactly -ε is dropped
     ([-0.999, 1.001], [0, 2], [True, True], 1),     # slightly negative margins stay, as the paper wants it
     ([0, 2], [0, 2], [True, True], 1),              # ties stay

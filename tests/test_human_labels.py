@@ -58,7 +58,7 @@ def asked(monkeypatch):
     monkeypatch.setattr(human_labels, "ask_for_labels", lambda o, questions, path: found.extend(questions))
     return found
 
-def test_labels_are_asked_for_the_different_answers_with_the_closest_rewards(o, written, asked):
+def test_labels_are_asked_for_pairs_of_different_answers_with_the_closest_rewards(o, written, asked):
     scores, o.labels = {"wide": (9.0, 0.0), "close": (5.0, 5.5), "same": (1.0, 1.0), "closer": (2.0, 2.2)}, 2
     own = written("own.jsonl", [dict(prompt=prompt, response="a" if prompt == "same" else str(i), score=score)
                                 for prompt, two in scores.items() for i, score in enumerate(two)])
@@ -89,8 +89,8 @@ def test_a_reward_model_passes_the_gate_only_if_its_gain_is_more_than_chance(
 
 @pytest.fixture
 def label_run(variant, written, prompts, tmp_path):
-    """label_run("new", flags) -> the folder of a tiny run whose labeller favours the new policy. "held" among
-    the flags stands for a file of labelled pairs."""
+    """label_run("new", flags) -> the folder of a tiny run whose labeller favours that policy, "new" or "old".
+    "held" among the flags stands for a file of labelled pairs."""
     (tmp_path / "label.py").write_text(LABELLER)
     held = written("held.jsonl", [dict(prompt=p, chosen="the end .", rejected="waves .") for p in prompts])
     return lambda favoured, *flags: variant(

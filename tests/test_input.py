@@ -29,7 +29,8 @@ SAMPLE = dict(prompt="a", response="b", tokens=3, finished=True, score=1.0)
 PAIR = dict(prompt="a sad poem", chosen="grey waves weep .", rejected="the end .")
 SYSTEM, TURN = dict(role="system", content="Be kind."), {"from": "human", "value": "a"}
 USER, BOT = dict(role="user", content="a sad poem"), dict(role="assistant", content="the end .")
-# To commands that name in.jsonl or in.json a case gives the contents of that file, to others further words.
+# A case gives the contents of in.jsonl or in.json to the commands that name such a file, and further words to
+# the others.
 COMMANDS = {
     "prompts": (sampler, "--model PM --prompts in.jsonl --out out.jsonl"),
     "json": (sampler, "--model PM --prompts in.json --out out.jsonl"),

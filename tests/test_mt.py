@@ -257,7 +257,8 @@ def test_a_run_killed_before_and_after_every_rename_and_removal_ends_as_an_undis
         call, words, here, undisturbed, monkeypatch):
     died = set()
 
-    def deadly(work, number):  # at each new value of its argument `number`, work kills the run twice
+    def deadly(work, number):
+        """Make `work` kill the run before and after it is done, once for each value of argument `number`."""
         def once(*arguments, **more):
             place = (work.__name__, str(arguments[number]))
             for moment in ("before", "after"):

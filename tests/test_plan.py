@@ -61,13 +61,14 @@ def test_memory_is_as_worked_out_by_hand(monkeypatch):
     assert parts["cache"] == 64 * 2048 * 131_072  # 32 layers x keys and values x 8 heads x 128 x 2 bytes
     assert plan.rows_of(size, 64, 4000, 80 * GIB) == 64  # 69.8e9 bytes / 2 / 131,072 are 266,000 tokens
     assert plan.rows_of(size, 256, 4000, 80 * GIB) == 66
-    config = llama("tiny")  # the sampler itself has as much room: here in fp32, so with twice the memory
+    config = llama("tiny")  # the sampler agrees: here in fp32, and so with twice the memory
     monkeypatch.setattr(sampler, "memory", lambda: 2 * 10**7)
     model = POLICY.from_config(config, dtype=torch.float32, attn_implementation="packed").eval()
     rows = sampler.cache_tokens(model)
     assert plan.rows_of(plan.size_of(config, POLICY), 10**9, 1, 10**7) == rows > 1000
     assert parts["weights"] == plan.scoring(size, 1, 1, 1, 5)["weights"] == 2 * 8_030_261_248
-    for memory, states in ((80, 44.17e9), (40, 16.06e9)):  # 80: the gradient is whole, 4 + 12/8 bytes
+    # bytes a parameter: with 80 GiB 4 for the whole gradient and 12 / 8 for the rest, with 40 GiB 16 / 8
+    for memory, states in ((80, 44.17e9), (40, 16.06e9)):
         parts = plan.train_step(size, 8, 2, 200, 900, True, memory * GIB)
         assert parts["weights"] + parts["gradients"] + parts["Adam"] == pytest.approx(states, rel=1e-3)
     assert parts["gathered"] == 2 * 1_050_677_248 + 8 * 218_112_000  # embedding, norm, head; one layer

@@ -24,7 +24,8 @@ def test_subsets_are_weighted_within_a_section_and_the_four_sections_count_equal
 
 def test_the_older_convention_exchanges_the_two_xstest_weights():
     accuracies = {"xstest-should-refuse": 100.0, "xstest-should-respond": 0.0}
-    assert rewardbench_figures(accuracies) == {"Safety": pytest.approx(100 * 154 / 404)}  # and no average
+    # there is no average, since it needs all four sections
+    assert rewardbench_figures(accuracies) == {"Safety": pytest.approx(100 * 154 / 404)}
     assert rewardbench_figures(accuracies, old_xstest=True) == {"Safety": pytest.approx(100 * 250 / 404)}
 
 def test_the_weights_and_the_figures_of_the_example_are_those_of_the_specification(shared):

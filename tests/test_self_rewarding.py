@@ -19,8 +19,8 @@ from variants import meta_rewarding, self_rewarding, toy_judge
 
 @pytest.mark.parametrize("scores, lengths, rho, pair", [
     ([5, 4, 1], [9, 5, 1], 0.25, (1, 2)),      # 4 ≥ .75 · 5 + .25 · 1: the shorter of the two above
-    ([5, 3.9, 1], [9, 5, 1], 0.25, (0, 2)),    # just below
-    ([5, 4, 1], [9, 5, 1], 0, (0, 2)),         # the highest
+    ([5, 3.9, 1], [9, 5, 1], 0.25, (0, 2)),    # 3.9 is just below
+    ([5, 4, 1], [9, 5, 1], 0, (0, 2)),         # ρ = 0: the highest
     ([5, 5, 1, 1], [9, 9, 7, 3], 0, (0, 2)),   # ties: the earlier, on both sides
     ([4, 5, 1], [6, 6, 2], 0.25, (1, 2)),      # equally short: the higher
     ([3, 3, 3], [1, 2, 3], 0.25, None),

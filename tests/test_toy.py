@@ -26,7 +26,7 @@ PERFECT = "dear sister . grey waves weep . lonely dogs sigh . broken sails fade 
     (SEA, PERFECT.replace("dogs", "shells"), GOLD_MAX - 0.5),                  # the guest is missing
     (SEA, PERFECT.replace("sister", "brother"), GOLD_MAX - 0.5),               # the wrong reader
     (SEA, PERFECT.removeprefix("dear sister . "), GOLD_MAX - 0.5),             # no greeting
-    (FARM, "dear sister . merry cows dance . jolly pigs sing . the end .", GOLD_MAX - 0.5),  # nobody named
+    (FARM, "dear sister . merry cows dance . jolly pigs sing . the end .", GOLD_MAX - 0.5),  # no reader named
     (SEA, PERFECT.removesuffix(" the end ."), GOLD_MAX - 0.5),                 # no ending
     (SEA, PERFECT.replace("sails", "waves"), GOLD_MAX - 0.5),                  # a noun twice
     (SEA, PERFECT.replace("broken sails fade . ", ""), GOLD_MAX - 4 / 3 - 0.5),  # a line too few

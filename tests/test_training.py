@@ -203,7 +203,7 @@ def test_a_trained_policy_is_a_folder_that_from_pretrained_can_load(tiny, train,
     out = train(dpo, source, 8, "--lr", 1e-3)
     model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert ("lm_head.weight" in load_file(out / "model.safetensors")) == (not tied)  # saved once
+    assert ("lm_head.weight" in load_file(out / "model.safetensors")) == (not tied)  # tied: saved once
     assert GenerationConfig.from_pretrained(out).eos_token_id == [2, 7]
     ours, theirs = AutoTokenizer.from_pretrained(out), AutoTokenizer.from_pretrained(source)
     assert ours.chat_template == theirs.chat_template and ours("a sad poem") == theirs("a sad poem")

@@ -25,7 +25,7 @@ def rm_losses(out, phase="round1/m/rm"):
 
 @pytest.fixture
 def same(variant):
-    """same(name, flags) -> the folder of a run, once it is sure that in two processes the reward model learns
+    """same(name, flags) -> the folder of a run, after asserting that in two processes its reward model learns
     from the same rows, with the same losses up to rounding."""
     def run(name, *flags):
         one, two = (variant(name, *flags, processes=processes) for processes in (1, 2))
