@@ -1,4 +1,8 @@
-"""What the tests share: tiny real models as Hugging Face folders, preference pairs, ways to run a script."""
+"""What the tests share: tiny real models as Hugging Face folders, preference pairs, ways to run a script.
+
+    pytest                          # all tests, in two processes
+    pytest tests/test_mt.py -n 0    # one file, in this process
+"""
 import gc
 import multiprocessing
 import os
@@ -10,8 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # tolerances are those of fp32
-os.environ["OMP_NUM_THREADS"] = "1"  # of the scripts that tests start, too: equal rounding
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tolerances are for fp32, in which CPUs compute
+os.environ["OMP_NUM_THREADS"] = "1"  # also in the scripts that tests start, so that all round alike
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -47,8 +51,9 @@ FEW = ["--samples", 4, "--max_new_tokens", 10, "--max_length", 64, "--policy_bat
        "--rm_batch", 8, "--select_prompts", 6, "--tau", 0]  # options of a tiny run of mt.py
 
 @pytest.fixture(scope="session", autouse=True)
-def frozen():
-    """models.py collects garbage before it loads a model; in what was imported there is none to look for."""
+def frozen_imports():
+    """Exempt everything imported so far from garbage collection. models.py collects before it loads a model,
+    and would search all of that each time."""
     gc.freeze()
 
 @pytest.fixture(scope="session")
@@ -67,7 +72,7 @@ def tiny(tmp_path_factory):
             torch.manual_seed(seed)
             auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
             model = auto.from_config(config)
-            for weight in model.parameters():  # large enough for tokens, positions and biases to matter
+            for weight in model.parameters():  # so large that tokens, positions and biases change the result
                 weight.data.add_(torch.randn_like(weight), alpha=0.2)
             folder = tmp_path_factory.mktemp(f"{kind}-{'rm' if reward else 'policy'}")
             model.save_pretrained(folder)
@@ -79,14 +84,14 @@ def tiny(tmp_path_factory):
     return make
 
 def with_weights(source, folder, change):
-    """A copy of a model's folder with the weights that change(weights) gives."""
+    """Copy a model's folder to `folder`, with change(weights) in the place of its weights."""
     shutil.copytree(source, folder)
     save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
     return folder
 
 @pytest.fixture
 def without_numbers(tiny, tmp_path):
-    """The folder of a reward model that gives NaN."""
+    """The folder of a reward model whose rewards are NaN."""
     return with_weights(tiny(reward=True), tmp_path / "nan",
                         lambda weights: weights | {"score.weight": torch.full((1, 32), torch.nan)})
 
@@ -139,8 +144,9 @@ def script(tmp_path_factory):
 def variant(tiny, written, prompts, tmp_path, monkeypatch):
     """variant("simpo", "--seed", 1, processes=2) -> the folder of a tiny run of a script in variants/.
 
-    Its processes are forked from this one, which has imported everything: that takes less time. The real
-    command is in test_self_rewarding.py, torchrun in the tests of mt.py, the report in those of eval.py."""
+    Its processes are forked from this one, which saves the time of all imports, and they make no report.
+    What that leaves out is tested elsewhere: the real command in test_self_rewarding.py, torchrun in
+    test_mt.py, the report in test_report.py."""
     monkeypatch.setattr(mt, "report", lambda out: None)
     path = written("prompts.jsonl", [{"prompt": p} for p in prompts])
 
@@ -152,7 +158,8 @@ def variant(tiny, written, prompts, tmp_path, monkeypatch):
     return run
 
 def forked(module, words, processes, code=0):
-    """Run a module as a script in a group of forked processes, as torchrun would; all end by `code`."""
+    """Run a module as a script in a group of forked processes, as torchrun would, and assert that all of them
+    exit with `code`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -177,7 +184,8 @@ def forked(module, words, processes, code=0):
 
 @pytest.fixture(scope="session")
 def shared():
-    """The folder of reference numbers and models, which is not part of the repository."""
+    """The folder of reference data, which is not part of the repository. Tests that need it are skipped
+    where it is missing."""
     folder = ROOT.parent / "shared"
     if not (folder / "golden").exists():
         pytest.skip("../shared is not there")
@@ -185,4 +193,5 @@ def shared():
 
 @pytest.fixture(scope="session")
 def golden(shared):
+    """The folder of small models and of what TRL and transformers compute with them."""
     return shared / "golden"

@@ -1,6 +1,8 @@
-"""What TRL's own trainers give on three pairs: the figures in test_variants.py. TRL is not needed to test.
+"""Prints what TRL's own trainers compute on three pairs: the numbers PEERS in test_variants.py.
 
     pip install trl==1.16.0 && python tests/peers.py
+
+The tests do not need TRL, only these numbers.
 """
 import random
 import sys
@@ -30,11 +32,11 @@ def model(seed):
     return LlamaForCausalLM(CONFIG)
 
 def dpo(loss_type):
-    """Per pair: log-probabilities by policy and by reference, tokens, of both chosen first; and the loss."""
+    """Yield per pair: [log π of chosen and rejected, the same by the reference, their tokens], the loss."""
     settings = DPOConfig(tempfile.mkdtemp(), loss_type=[loss_type], beta=0.1, use_cpu=True, report_to=[],
                          precompute_ref_log_probs=True, per_device_train_batch_size=1)
     trainer = DPOTrainer(model(0), model(1), settings, train_dataset=PAIRS, processing_class=WORDS)
-    trainer.get_train_dataloader()  # computes the reference
+    trainer.get_train_dataloader()  # computes the reference's log-probabilities
     for row in trainer.train_dataset:
         batch = trainer.data_collator([row])
         loss = trainer.compute_loss(trainer.model, batch).item()
@@ -43,7 +45,7 @@ def dpo(loss_type):
                *batch["completion_mask"].sum(1).tolist()], loss
 
 def simpo():
-    """The loss of each pair; without CPO's supervised part (alpha) it is SimPO's."""
+    """Yield the loss of each pair. CPO without its supervised part (alpha) is SimPO."""
     settings = CPOConfig(tempfile.mkdtemp(), loss_type="simpo", cpo_alpha=0.0, beta=2.0, simpo_gamma=1.0,
                          use_cpu=True, report_to=[], per_device_train_batch_size=1)
     trainer = CPOTrainer(model(0), settings, train_dataset=PAIRS, processing_class=WORDS)

@@ -1,6 +1,7 @@
 """pytest tests/test_arena.py
 
-Arena-Hard's score: against a Bradley-Terry fit, and through the command line.
+Arena-Hard's score is the Bradley-Terry fit of its games, the commands read and write the official tool's
+files, and other files are refused.
 """
 import json
 
@@ -12,15 +13,17 @@ from common.data import read_jsonl
 from common.parallel import Problem
 from evals.arena import GAMES, arena_figures
 
-def test_two_greater_signs_are_three_games_a_tie_is_half_and_no_verdict_is_none():
+def test_a_strong_verdict_counts_three_games_a_tie_half_a_win_and_a_missing_one_no_game():
     figures = arena_figures([("A>>B", "A>B"), ("B>A", None), ("A=B", "A>>B"), (None, "A>C")])
     assert (figures["n_games"], figures["n_questions"], figures["n_no_verdict"]) == (9, 3, 3)
-    assert figures["score"] == pytest.approx(100 * (0 + 1 + 1 + 0.5 + 3) / 9)  # the baseline is A at first
+    # A is the baseline in the first game of a question and the model in the second
+    assert figures["score"] == pytest.approx(100 * (0 + 1 + 1 + 0.5 + 3) / 9)
     assert 0 <= figures["ci_low"] < figures["score"] < figures["ci_high"] <= 100
     assert arena_figures([("A>B", "B>A")])["score"] == 0 and arena_figures([("B>>A", "A>>B")])["score"] == 100
 
 def bradley_terry(model, won, models):
-    """Games (N,) against a baseline of strength 0 -> strengths (models,), by gradient ascent on Σ log σ."""
+    """The model and the result, 0 to 1, of each game (N,) against a baseline of strength 0 -> strengths
+    (models,), by gradient ascent on Σ log σ."""
     strength = np.zeros(models)
     for _ in range(5000):
         residual = won - 1 / (1 + np.exp(-strength[model]))
@@ -41,7 +44,7 @@ def test_the_score_is_the_bradley_terry_maximum_likelihood(rng):
     assert scores == pytest.approx(100 / (1 + np.exp(-strengths)), abs=1e-6)
     assert scores[0] < scores[2] - 10 < scores[1] - 20
 
-def test_arena_from_a_file_and_a_verdict_that_is_missing(call, written, tmp_path):
+def test_the_arena_command_scores_a_file_in_which_verdicts_are_missing(call, written, tmp_path):
     games = [("A>B", "A>>B"), ("A=B", None), ("B>A", "A>B")]
     rows = [dict(question_id=str(i), model="mine", games=[{"score": score} for score in pair])
             for i, pair in enumerate(games)] + [dict(question_id="x", model="mine", games=[None, None])]
@@ -77,7 +80,7 @@ def test_arena_generate_writes_what_the_official_tool_reads_in_the_format_of_the
     ([dict(model="m", games=[{"score": "A>B"}])], "two games per question"),
     ([dict(model=m, games=[{"score": "A>B"}] * 2) for m in "ab"], "all of one model"),
     ([dict(model="m", games=[{"score": "A"}] * 2)], "no verdict .*A>>B")])
-def test_judgments_and_questions_that_are_none_are_a_problem(rows, message, call, written):
+def test_files_that_are_not_arena_hards_judgments_or_questions_are_refused(rows, message, call, written):
     with pytest.raises(Problem, match=message):
         call(eval_script, "arena", "--judgments", written("j.jsonl", rows))
     with pytest.raises(Problem, match="not Arena-Hard's questions"):

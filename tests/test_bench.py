@@ -1,6 +1,7 @@
-"""Every side of the benchmark runs, and the sides do the same work.
+"""pytest tests/test_bench.py
 
-    pytest tests/test_bench.py
+Every benchmark in bench/ runs, the project's side and its peers' do the same work, and the tables in docs/
+follow from the data beside them.
 """
 import importlib.util
 import json
@@ -24,7 +25,7 @@ if importlib.util.find_spec("trl"):
     CALLS += [["training_peer", "dpo", "tiny"], ["training_peer", "reward", "tiny"]]
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory is read from /proc")
-def test_every_side_gives_a_rate_and_a_peak(tmp_path):
+def test_the_project_and_its_peers_all_give_a_rate_and_a_peak_of_memory(tmp_path):
     code = (f"import json, sys, pathlib; sys.path.insert(0, {str(BENCH)!r}); import bench; "
             f"bench.FOLDER = pathlib.Path({str(tmp_path)!r}); "
             f"[print(json.dumps(getattr(bench, f)(*a))) for f, *a in {CALLS!r}]")
@@ -33,15 +34,15 @@ def test_every_side_gives_a_rate_and_a_peak(tmp_path):
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"rate"')]
     assert len(results) == len(CALLS)
     assert all(result["rate"] > 0 and result["peak"] > 50 for result in results)
-    # the sides draw in ways of their own, from one distribution
+    # the sides draw tokens in different ways, but from one distribution
     lengths = [result["mean_length"] for result in results if "mean_length" in result]
     assert len(lengths) == 3 and max(lengths) < 1.3 * min(lengths)
 
-def test_a_part_must_be_named():
+def test_an_unknown_part_of_the_benchmark_is_refused():
     done = subprocess.run([sys.executable, BENCH / "bench.py", "everything"], capture_output=True, text=True)
     assert done.returncode == 2 and "invalid choice: 'everything'" in done.stderr
 
-def test_the_rows_of_the_sampler_are_busy_over_many_blocks():
+def test_the_samplers_rows_are_busy_for_93_percent_of_the_steps():
     code = (f"import json, sys; sys.path.insert(0, {str(BENCH)!r}); import bench, sampler; "
             "size = sampler.block_size(3000, 16 / 5); "
             "print(json.dumps([size, bench.block_steps(16, size, 3000)]))")
@@ -49,7 +50,7 @@ def test_the_rows_of_the_sampler_are_busy_over_many_blocks():
     size, result = json.loads(done.stdout)
     assert len(result["steps"]) == -(-3000 // size) == 40 and result["busy"] > 0.93
 
-def test_gradients_are_exchanged_once_a_step_and_kept_weights_too_with_the_same_result(tmp_path):
+def test_a_kept_gradient_and_kept_weights_are_exchanged_once_a_step_with_the_same_result(tmp_path):
     make = (f"import sys, pathlib; sys.path.insert(0, {str(BENCH)!r}); import bench; "
             f"bench.FOLDER = pathlib.Path({str(tmp_path)!r}); bench.folder_of('tiny')")
     subprocess.run([sys.executable, "-c", make], check=True)
@@ -66,16 +67,16 @@ def test_gradients_are_exchanged_once_a_step_and_kept_weights_too_with_the_same_
                                "--nproc-per-node", "2", path], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         results.append(json.loads(done.stdout.splitlines()[-1]))
-    every, gradient, both = results
-    half = every["parameters"] / 2  # what a process receives of all parameters
-    assert every["gradients"] == pytest.approx(4 * half, rel=0.02)  # in each of four micro-batches
+    nothing, gradient, both = results  # what is kept between the micro-batches
+    half = nothing["parameters"] / 2  # of all parameters, what one process receives from the other
+    assert nothing["gradients"] == pytest.approx(4 * half, rel=0.02)  # in each of four micro-batches
     assert gradient["gradients"] == both["gradients"] == pytest.approx(half, rel=0.02)
-    assert every["weights"] == gradient["weights"] > 4 * half
+    assert nothing["weights"] == gradient["weights"] > 4 * half
     assert both["weights"] == pytest.approx(half, rel=0.02)
     for other in (gradient, both):
-        assert other["norms"] == pytest.approx(every["norms"], rel=1e-6)
+        assert other["norms"] == pytest.approx(nothing["norms"], rel=1e-6)
 
-def test_the_map_labels_own_answers_by_noisy_gold():
+def test_the_labels_of_the_map_prefer_an_answer_as_often_as_noisy_gold_does():
     rng = random.Random(0)
     rows = [(prompt, [toy.demonstration(prompt, rng) for _ in range(2)]) for prompt in toy.parts(0)["test"]]
     code = (f"import json, sys; sys.path.insert(0, {str(BENCH)!r}); import map; "
@@ -88,7 +89,7 @@ def test_the_map_labels_own_answers_by_noisy_gold():
     chance = [1 / (1 + math.exp(-gap / toy.LABEL_NOISE)) for gap in above]
     surprise = sum((label - p) * gap for label, p, gap in zip(labels, chance, above))
     assert abs(surprise) < 3 * sum(p * (1 - p) * gap**2 for p, gap in zip(chance, above))**0.5
-    assert len({label == (gap > 0) for label, gap in zip(labels, above)}) == 2  # noise, too
+    assert len({label == (gap > 0) for label, gap in zip(labels, above)}) == 2  # some labels are wrong
 
 def lines_of(text):
     """The lines of tables, as lists of cells."""
@@ -96,18 +97,19 @@ def lines_of(text):
             if line.startswith("|")]
 
 def printed(code):
+    """The lines of the tables that code prints, which may import the scripts of bench/."""
     code = f"import sys\nsys.path.insert(0, {str(BENCH)!r})\n{code}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
                           cwd=BENCH.parent)
     return lines_of(done.stdout)
 
-def test_the_maps_tables_in_the_docs_are_those_of_its_rows():
+def test_the_maps_tables_in_the_docs_follow_from_its_data():
     lines = printed("import map; map.tables(map.read_jsonl('docs/data/map.jsonl'))")
     docs = (DATA / "map.md").read_text().partition("## What labels")[0]
-    theirs = lines_of(re.sub(r", \d of \d", "", docs))  # what a gate would have let through, at 91c20a3
+    theirs = lines_of(re.sub(r", \d of \d", "", docs))  # counts that only commit 91c20a3 made
     assert len(lines) > 100 and sorted(lines) == sorted(theirs)
 
-def test_the_table_of_arms_in_the_docs_is_that_of_its_rows():
+def test_the_table_of_arms_in_the_docs_follows_from_its_data():
     lines = printed("""import arms
 runs = {}
 for row in arms.read_jsonl("docs/data/arms.jsonl"):
@@ -117,7 +119,7 @@ arms.table({arm: [*by_seed.values()] for arm, by_seed in runs.items()})""")
     without_seconds = [sorted(line[:-1] for line in table) for table in (lines, theirs)]
     assert len(lines) > 20 and without_seconds[0] == without_seconds[1]
 
-def test_the_figures_in_the_results_stand_in_the_whole_tables():
+def test_the_figures_in_docs_results_md_are_those_of_the_full_tables():
     whole = lines_of("\n".join((DATA / name).read_text() for name in ("arms.md", "map.md")))
     lines = [line for line in lines_of((DATA.parent / "results.md").read_text()) if " ± " in "".join(line)]
     wrong = [line for line in lines if not any(

@@ -1,6 +1,7 @@
 """pytest tests/test_data.py
 
-Chats to tokens, rows to batches, and files to prompts and pairs.
+A chat becomes the right tokens under every kind of template, whatever special tokens it spells, and all forms
+of prompts and pairs in files are read alike.
 """
 import contextlib
 import json
@@ -22,7 +23,7 @@ BOS, EOS = 1, 2  # of the embedded task's tokenizer
 ANSWER = "grey waves weep . the end ."
 
 # ---------------------------------------------------------------- chats to tokens
-def variant(template=None, adds_bos=False):
+def templated(template=None, adds_bos=False):
     """The embedded task's tokenizer with another template, or with a post-processor that adds BOS."""
     tokenizer = toy.tokenizer()
     if template:
@@ -36,11 +37,11 @@ BODY = ("{% for m in messages %} <{{ m['role'] }}> {{ m['content'] }}"
         "{% if m['role'] == 'assistant' %} {{ eos_token }}AFTER{% endif %}{% endfor %}"
         "{% if add_generation_prompt %} <assistant>{% endif %}")
 TEMPLATES = {
-    "BOS in the template": variant(),
-    "BOS from the tokenizer": variant(BODY.replace("AFTER", ""), adds_bos=True),
-    "BOS from both": variant("{{ bos_token }}" + BODY.replace("AFTER", ""), adds_bos=True),
-    "text after the stop token": variant("{{ bos_token }}" + BODY.replace("AFTER", " the end")),
-    "no stop token in the template": variant("{{ bos_token }}" + BODY.replace(" {{ eos_token }}AFTER", "")),
+    "BOS in the template": templated(),
+    "BOS from the tokenizer": templated(BODY.replace("AFTER", ""), adds_bos=True),
+    "BOS from both": templated("{{ bos_token }}" + BODY.replace("AFTER", ""), adds_bos=True),
+    "text after the stop token": templated("{{ bos_token }}" + BODY.replace("AFTER", " the end")),
+    "no stop token in the template": templated("{{ bos_token }}" + BODY.replace(" {{ eos_token }}AFTER", "")),
 }
 
 @pytest.mark.parametrize("tokenizer", TEMPLATES.values(), ids=TEMPLATES)
@@ -53,13 +54,13 @@ def test_a_chat_has_one_bos_and_a_finished_answer_ends_in_one_eos(tokenizer):
     assert prompt[0] == BOS and done.ids.count(BOS) == cut.ids.count(BOS) == prompt.count(BOS) == 1
     assert done.ids[done.start:] == [*words, EOS] and done.ids.count(EOS) == 1
     assert cut.ids[cut.start:] == words and EOS not in cut.ids
-    assert done.ids[:done.start] == cut.ids[:cut.start] == prompt  # what training sees is what sampling saw
-    assert BOS not in encode_chat(variant(BODY), "a sad poem", ANSWER).ids  # which uses none
+    assert done.ids[:done.start] == cut.ids[:cut.start] == prompt  # training sees what sampling saw
+    assert BOS not in encode_chat(templated(BODY), "a sad poem", ANSWER).ids  # nothing adds BOS here
 
 def test_earlier_turns_stay_in_the_prompt():
     messages = [dict(role="user", content="sad"), dict(role="assistant", content="weep"),
                 dict(role="user", content="the sea")]
-    tokenizer = variant()
+    tokenizer = templated()
     chat = encode_chat(tokenizer, messages, "waves")
     assert tokenizer.decode(chat.ids[:chat.start]).split() == (
         "<bos> <user> sad <assistant> weep <eos> <user> the sea <assistant>".split())
@@ -75,8 +76,8 @@ def test_reward_models_read_the_whole_template_and_policies_what_was_said_up_to_
     [row], _ = pair_rows(TEMPLATES["no stop token in the template"], pair, 100)
     assert row.branches[0][-1] == EOS
 
-def test_words_that_a_template_writes_before_an_answer_are_not_put_into_its_mouth():
-    tokenizer = variant(toy.tokenizer().chat_template.replace(
+def test_words_that_a_template_writes_before_an_answer_do_not_become_a_part_of_it():
+    tokenizer = templated(toy.tokenizer().chat_template.replace(
         " <{{ m['role'] }}> ", " <{{ m['role'] }}> {% if m['role'] == 'assistant' %}dear . {% endif %}"))
     chat = encode_chat(tokenizer, "a sad poem", ANSWER)
     assert chat == encode_chat(toy.tokenizer(), "a sad poem", ANSWER)
@@ -85,17 +86,18 @@ def test_words_that_a_template_writes_before_an_answer_are_not_put_into_its_mout
     ("{{ raise_exception('no system turns') }}", "template refuses .* \\(no system turns\\)"),
     ("{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}<a>{% endif %}",
      "generation prompt is not the beginning of an answered chat")])
-def test_a_template_that_refuses_a_chat_or_begins_no_answer_is_refused(template, message):
+def test_a_template_is_refused_if_it_rejects_a_chat_or_its_generation_prompt_begins_no_answer(
+        template, message):
     with pytest.raises(Problem, match=message):
-        encode_chat(variant(template), "a sad poem", ANSWER)
+        encode_chat(templated(template), "a sad poem", ANSWER)
 
-def test_prompts_have_the_peers_ids(golden):
+def test_prompts_have_the_ids_that_transformers_gives_them(golden):
     tokenizer = load_tokenizer(golden / "policy")
     for chat in json.loads((golden / "chat_template.json").read_text()):
         assert encode_chat(tokenizer, chat["messages"]).ids == chat["ids"]
 
 @pytest.mark.parametrize("answer", ["He ran.", " He ran.", "", "The end\n"])
-def test_where_bos_and_eos_are_one_token_it_stands_at_both_ends(shared, answer):
+def test_a_token_that_is_both_bos_and_eos_stands_at_both_ends(shared, answer):
     tokenizer = load_tokenizer(shared / "models" / "stories3M")
     both = tokenizer.bos_token_id
     assert both == tokenizer.eos_token_id
@@ -106,7 +108,7 @@ def test_where_bos_and_eos_are_one_token_it_stands_at_both_ends(shared, answer):
 
 # ---------------------------------------------------------------- special tokens that a message spells
 def unigram():
-    """One of letters, as sentencepiece makes them, with a stop token that its vocabulary doesn't have."""
+    """A tokenizer of letters, as sentencepiece makes them, whose stop token is not in its vocabulary."""
     pieces = [("<pad>", 0.0), ("<s>", 0.0), *((chr(i), -3.0) for i in (9601, *range(33, 127)))]
     model = Tokenizer(Unigram(pieces, 0, False))
     model.pre_tokenizer, model.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
@@ -121,7 +123,7 @@ def tokenizer(request):
     return load_tokenizer(shared / ("golden/policy" if request.param == "golden" else "models/stories3M"))
 
 def test_a_message_that_spells_the_end_of_turn_cannot_end_it(tokenizer):
-    end, unknown = tokenizer.eos_token, {tokenizer.pad_token_id}  # the embedded task's word for unknown ones
+    end, unknown = tokenizer.eos_token, {tokenizer.pad_token_id}  # <pad> is also toy.py's unknown word
 
     def special(chat):
         return [i for i in chat.ids if i in data.Special(tokenizer).ids - unknown]
@@ -132,13 +134,14 @@ def test_a_message_that_spells_the_end_of_turn_cannot_end_it(tokenizer):
         assert special(chat) == special(plain) == special(encode_chat(tokenizer, "sad poem", response))
         assert chat.ids[:chat.start] == encode_chat(tokenizer, hostile).ids == cut.ids[:cut.start]
         assert chat.ids[:-1] == cut.ids and chat.ids[-1] == plain.ids[-1]
-        if len(tokenizer) > 200:  # one that knows all letters
+        if len(tokenizer) > 200:  # this tokenizer knows all letters
             assert response in tokenizer.decode(chat.ids[chat.start:])
             assert hostile in tokenizer.decode(chat.ids[:chat.start])
         role = encode_chat(tokenizer, [dict(role=f"user{text}", content="sad poem")])
         assert len(special(role)) <= len(special(encode_chat(tokenizer, "sad poem")))
 
-def test_with_special_tokens_in_a_message_all_other_tokens_are_as_without(tokenizer, monkeypatch):
+def test_a_tokenizers_twin_encodes_ordinary_text_as_the_tokenizer_does_and_is_not_used_for_it(
+        tokenizer, monkeypatch):
     special = data.Special(tokenizer)
     for text in ("a sad poem", " two  spaces\nand a line ", "Tom’s 42 … 你好", ""):
         for answers in ([], [dict(role="assistant", content=text + "!")]):
@@ -146,10 +149,10 @@ def test_with_special_tokens_in_a_message_all_other_tokens_are_as_without(tokeni
             plain = tokenizer(data.render(tokenizer, turns, False), add_special_tokens=False)["input_ids"]
             found = special.twin.encode(data.render(tokenizer, turns, True), add_special_tokens=False)
             assert found.ids == plain
-    monkeypatch.setattr(data.Special, "twin", None)  # its use would fail: ordinary text has no need of it
+    monkeypatch.setattr(data.Special, "twin", None)  # using it would fail
     encode_chat(tokenizer, "a sad poem < s > |eot|", "grey waves <", whole=True)
 
-def test_a_chat_that_the_model_cannot_read_is_a_problem(pairs, tiny):
+def test_a_chat_that_is_too_long_or_has_tokens_that_the_model_lacks_is_refused(pairs, tiny):
     model, (rows, _) = load_policy(tiny()), pair_rows(toy.tokenizer(), pairs, 1000)
     longest = max(len(row.trunk) + len(branch) for row in rows for branch in row.branches)
     for context, words, message in (
@@ -175,13 +178,13 @@ TURNS = dict(chosen=[user("Hi"), assistant("good")], rejected=[user("Hi"), assis
     dict(prompt=[user("Hi")], chosen=[assistant("good")], rejected=[assistant("bad")]),
     dict(prompt=[user("Hi")], **TURNS),
     dict(prompt="Hi", **TURNS),                            # UltraFeedback
-    dict(TURNS),                                           # an implicit prompt
+    dict(TURNS),                                           # the prompt is in the answers
     dict(messages=[user("Hi"), assistant("better")], chosen="good", rejected="bad"),
 ])
-def test_every_way_to_write_a_pair_is_the_same_pair(written, row):
+def test_all_ways_to_write_a_pair_are_read_as_the_same_pair(written, row):
     [pair] = read_pairs(written("pairs.jsonl", [row | {"extra": 1}]))
     assert (pair["chosen"], pair["rejected"], pair["extra"]) == ("good", "bad", 1)
-    chats = [encode_chat(variant(), prompt, "the end").ids for prompt in ("Hi", pair["prompt"])]
+    chats = [encode_chat(templated(), prompt, "the end").ids for prompt in ("Hi", pair["prompt"])]
     assert chats[0] == chats[1]
 
 def test_an_answer_that_repeats_its_prompt_stays_whole_and_such_pairs_are_counted(written, capsys):
@@ -199,16 +202,16 @@ def test_an_answer_that_repeats_its_prompt_stays_whole_and_such_pairs_are_counte
     (TURNS, [user("Hi")]),
     (dict(prompt="Hi", messages=[user("Ho")], question="Ha"), "Hi"),
 ])
-def test_a_prompt_is_text_or_messages_without_their_last_answer_behind_the_system_turn(written, row, prompt):
+def test_a_prompt_is_text_or_messages_without_the_last_answer_after_the_system_text(written, row, prompt):
     assert read_prompts(written("prompts.jsonl", [row])) == ([prompt], 0)
 
-def test_prompts_come_in_the_order_of_the_file_and_repeats_once_from_json_and_jsonl_alike(tmp_path, written):
+def test_prompts_keep_the_order_of_the_file_and_repeated_ones_are_read_once(tmp_path, written):
     rows = [{"prompt": p} for p in ("ä\u2028b", "b", [user("ä\u2028b")], "c", "b")]
     (tmp_path / "p.json").write_text(json.dumps(rows, ensure_ascii=False))
     for path in (tmp_path / "p.json", written("p.jsonl", rows)):
         assert read_prompts(path) == (["ä\u2028b", "b", "c"], 2)
 
-def test_parquet_reads_like_jsonl_and_without_datasets_says_what_to_install(tmp_path, monkeypatch):
+def test_parquet_is_read_like_jsonl_and_without_datasets_a_line_says_what_to_install(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     path, rows = tmp_path / "p.parquet", [dict(prompt=prompt, **TURNS) for prompt in ("Hi", "Hi ")]
     datasets.Dataset.from_list(rows).to_parquet(path)
@@ -225,7 +228,7 @@ def test_parquet_reads_like_jsonl_and_without_datasets_says_what_to_install(tmp_
 def test_rows_are_read_as_they_were_written(tmp_path, prompts):
     rows = [{"prompt": prompt, "text": "ä\u2028\r\\u00e4", "number": number / 7}
             for number, prompt in enumerate(prompts)]
-    half = [{"response": "a\ud800b"}]  # of a surrogate pair
+    half = [{"response": "a\ud800b"}]  # half of a surrogate pair
     for some, found in ((rows, rows), ([], []), (half, [{"response": "a?b"}])):
         write_jsonl(tmp_path / "rows.jsonl", some)
         assert read_jsonl(tmp_path / "rows.jsonl") == found

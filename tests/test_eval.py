@@ -1,6 +1,7 @@
 """pytest tests/test_eval.py
 
-Win rates and accuracies; what holds for every command.
+eval.py's win rates and accuracies are those of the rewards given, and every command of eval.py refuses a bad
+command line or a missing file in one line.
 """
 import json
 
@@ -20,14 +21,14 @@ def test_a_tie_counts_half(new, old, rate):
     assert win_rate(new, old) == rate
     assert win_rate(old, new) == 1 - rate
 
-def test_winrate_judges_both_policies_on_every_prompt_and_leaves_the_answers(
+def test_winrate_judges_both_policies_on_every_prompt_and_writes_their_answers(
         call, tiny, written, prompts, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     path = written("prompts.jsonl", [{"prompt": p} for p in prompts[:10]])
     words = ["winrate", "--policy", tiny(seed=1), "--baseline", tiny(), "--rm", tiny(reward=True),
              "--prompts", path, "--max_new_tokens", 8]
     call(eval_script, *words)
-    call(eval_script, *words, "--json", "out.json")  # the same run, asked for its file later
+    call(eval_script, *words, "--json", "out.json")  # the run is finished, and now only writes its figures
     figures, said = json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
     rows = [read_jsonl(tmp_path / "runs" / "winrate" / f"{side}.jsonl") for side in ("policy", "baseline")]
     assert [[row["prompt"] for row in side] for side in rows] == [prompts[:10]] * 2
@@ -46,7 +47,7 @@ def test_winrate_judges_both_policies_on_every_prompt_and_leaves_the_answers(
     ("--rm", "policy", "has no reward head"), ("--baseline", "rm", "which is a reward model and no policy"),
     ("--baseline", "short", "no prompt fits into the context of 16 tokens"),
     ("--policy", "short", "no prompt fits into the context of 16 tokens")])
-def test_winrate_looks_at_all_it_is_given_before_it_samples(
+def test_winrate_checks_models_and_prompts_before_it_samples(
         call, tiny, written, tmp_path, flag, model, message):
     models = dict(policy=tiny(), rm=tiny(reward=True), short=tiny(max_position_embeddings=16))
     path = written("p.jsonl", [{"prompt": "sad " * 30}])
@@ -55,7 +56,7 @@ def test_winrate_looks_at_all_it_is_given_before_it_samples(
              "--out", tmp_path / "out", "--prompts", path, "--max_new_tokens", 8, flag, models[model])
     assert not (tmp_path / "out").exists()
 
-def test_accuracy_counts_the_pairs_that_the_reward_model_orders_alike(call, tiny, written, pairs, capsys):
+def test_accuracy_is_the_share_of_pairs_that_the_model_orders_correctly(call, tiny, written, pairs, capsys):
     shares = []
     for sides in (("chosen", "rejected"), ("rejected", "chosen")):
         rows = [dict(prompt=p["prompt"], chosen=p[sides[0]], rejected=p[sides[1]]) for p in pairs[:20]]
@@ -65,7 +66,7 @@ def test_accuracy_counts_the_pairs_that_the_reward_model_orders_alike(call, tiny
         shares.append(float(said.split()[1]))
     assert sum(shares) == pytest.approx(1) and shares[0] not in (0, 1)
 
-def test_accuracy_is_by_subset_and_its_file_is_json_even_without_similar_pairs(
+def test_accuracy_is_given_by_subset_and_written_as_valid_json_even_without_similar_lengths(
         call, tiny, written, pairs, tmp_path):
     rows = [dict(prompt=p["prompt"], chosen=p["chosen"], rejected="no .", subset="ab"[i % 2])
             for i, p in enumerate(pairs[:20])]
@@ -85,7 +86,7 @@ def test_accuracy_is_by_subset_and_its_file_is_json_even_without_similar_pairs(
     (["arena", "--judgments", "nowhere.json"], "arena-hard-browser"),
     (["arena-generate", "--policy", "x", "--prompts", "nowhere.json"], "question.jsonl"),
     (["rewardbench", "--rm", "x", "--data", "nowhere.json"], "huggingface.co/datasets/allenai/reward-bench")])
-def test_a_bad_command_line_is_a_problem_and_a_missing_file_is_named_with_where_it_is_published(
+def test_a_bad_command_line_is_refused_and_a_missing_file_is_named_with_where_it_is_published(
         call, tmp_path, words, message):
     columns = dict(model="m", baseline="b", preference=[1.0], len_output=[1], len_baseline=[1])
     (tmp_path / "here.json").write_text(json.dumps(columns))

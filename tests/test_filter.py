@@ -1,6 +1,6 @@
 """pytest tests/test_filter.py
 
-Which responses become a pair, and which comparisons train the reward model: tables of small cases.
+Tables of small cases: which responses become a pair, and which comparisons train the reward model.
 """
 import pytest
 
@@ -12,18 +12,18 @@ from filter import choose_pair, compare, margin_filter, preference_pairs
 NAN, INF = float("nan"), float("inf")
 
 @pytest.mark.parametrize("scores, lengths, pair", [
-    ([1, 2, 3, 4, 0], [9, 9, 8, 7, 5], (3, 4)),     # mean 2: of 3 and 4 the shorter, though 0 is shorter
-    ([0, 3, 9], [5, 5, 6], (2, 0)),                 # mean 4: however short those below it
-    ([1, 5, 6, 0], [3, 4, 8, 3], (1, 3)),           # shorter beats higher
+    ([1, 2, 3, 4, 0], [9, 9, 8, 7, 5], (3, 4)),     # mean 2: the shorter of 3 and 4; 0 is shorter but too low
+    ([0, 3, 9], [5, 5, 6], (2, 0)),                 # mean 4: only 9 is above, so lengths do not matter
+    ([1, 5, 6, 0], [3, 4, 8, 3], (1, 3)),           # the shorter one, although the other is higher
     ([0, 5, 6], [3, 4, 4], (2, 0)),                 # equally short: the higher reward
-    ([0, 5, 5], [3, 4, 4], (1, 0)),                 # and equally high: the earlier
-    ([0, 0, 5], [1, 2, 3], (2, 0)),                 # lowest twice: the earlier, whatever its length
+    ([0, 5, 5], [3, 4, 4], (1, 0)),                 # equally short and high: the earlier
+    ([0, 0, 5], [1, 2, 3], (2, 0)),                 # two are lowest: the earlier, whatever its length
     ([2, 1, 3], [1, 1, 9], (2, 1)),                 # exactly the mean is not above it
     ([7, 7, 7], [1, 2, 3], None),                   # all equal
     ([0.1, 0.1, 0.1], [1, 2, 3], None),             # all equal, with a mean that rounds below them
     ([4], [1], None),
 ])
-def test_the_shortest_above_the_mean_is_chosen_and_the_lowest_rejected(scores, lengths, pair):
+def test_the_shortest_response_above_the_mean_is_chosen_and_the_lowest_is_rejected(scores, lengths, pair):
     choice = choose_pair(scores, lengths)
     assert (choice and choice[:2]) == pair
     if pair:
@@ -41,7 +41,7 @@ def responses(prompt, *texts_and_scores):
     return [dict(prompt=prompt, response=text, score=score, tokens=len(text.split()), finished=True, index=i)
             for i, (text, score) in enumerate(texts_and_scores)]
 
-def test_pairs_carry_scores_lengths_and_the_reason_and_prompts_without_one_are_counted():
+def test_pairs_carry_scores_lengths_and_a_reason_and_prompts_without_a_pair_are_counted():
     samples = (responses("one", ("a b c d", 4.0), ("a b", 3.0), ("a", 0.0))
                + responses("two", ("a", 1.0), ("b", 1.0))            # all equal
                + responses("three", ("same", 1.0), ("same", 2.0)))   # equal texts
@@ -53,9 +53,9 @@ def test_pairs_carry_scores_lengths_and_the_reason_and_prompts_without_one_are_c
     assert "shortest of the 2 above the mean reward 2.3333" in pairs[0]["reason"]
 
 @pytest.mark.parametrize("new, old, kept, epsilon", [
-    ([5, 5], [0, 2], [True, True], 1),              # one-sided: all better
+    ([5, 5], [0, 2], [True, True], 1),              # high margins are never dropped
     ([-1, 1], [0, 2], [False, False], 1),           # a margin of exactly -ε is dropped
-    ([-0.999, 1.001], [0, 2], [True, True], 1),     # slightly negative ones stay, on purpose
+    ([-0.999, 1.001], [0, 2], [True, True], 1),     # slightly negative margins stay, as the paper wants it
     ([0, 2], [0, 2], [True, True], 1),              # ties stay
     ([3, 3.5, 2.5], [3, 3, 3], [False, True, False], 0),  # ε = 0: only what is better
     ([2], [1], [True], 0),
@@ -67,7 +67,7 @@ def test_a_margin_at_or_below_minus_epsilon_is_dropped(new, old, kept, epsilon):
     assert threshold == epsilon
 
 @pytest.mark.parametrize("use_filter, kept", [(True, [True, False, False]), (False, [True, True, False])])
-def test_dropped_comparisons_stay_on_record_and_identical_texts_never_count(use_filter, kept):
+def test_dropped_comparisons_stay_on_record_and_identical_texts_are_always_dropped(use_filter, kept):
     new = responses("x", ("better", 3.0)) + responses("y", ("worse", -3.0)) + responses("z", ("same", 2.0))
     old = responses("x", ("old", 0.0)) + responses("y", ("old", 2.0)) + responses("z", ("same", 1.0))
     rows = compare(new, old, use_filter)
@@ -96,7 +96,7 @@ def test_the_script_makes_pairs_and_comparisons(call, written, tmp_path):
     ({"score": None}, r":2: no score .*score samples first"),
     ({"prompt": 5}, r":2: .*prompt"),
 ])
-def test_a_bad_sample_is_named_by_its_line(call, written, tmp_path, change, message):
+def test_a_sample_with_a_bad_field_is_refused_by_its_line_number(call, written, tmp_path, change, message):
     first, second = responses("one", ("a", 2.0), ("b", 1.0))
     samples = written("bad.jsonl", [first, second | change])
     with pytest.raises(Problem, match=message):

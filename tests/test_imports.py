@@ -1,7 +1,7 @@
 """pytest tests/test_imports.py
 
-The structure: which module may import which, how large a file may be, and command lines that explain
-themselves.
+The structure of the project: which module may import which, how long files and functions may be, and that
+every command explains itself.
 """
 import ast
 import contextlib
@@ -23,14 +23,14 @@ MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path
            for pattern in ("*.py", "common/*.py", "evals/*.py", "variants/*.py", "bench/*.py")
            for path in sorted(ROOT.glob(pattern)) if path.name != "__init__.py"}
 CORE = {name: path for name, path in MODULES.items() if name in SCRIPTS or name.startswith("common.")}
-LAYERS = [  # from below; a module imports what is in lower ones
+LAYERS = [  # from the lowest up; a module imports only from layers below its own
     ["common.parallel"], ["common.data"], ["common.packing"], ["common.probe", "common.run"],
     ["common.models"], ["common.training"], ["sampler", "filter"], ["reward", "dpo"], ["common.toy"],
     [name for name in MODULES if name.startswith("evals.") and name != "evals.plan"], ["eval"], ["mt"],
     ["evals.plan"], [name for name in MODULES if name.startswith("variants.")],
     [name for name in MODULES if name.startswith("bench.")]]
 OWN = ("evals", "variants")  # folders in which a module may import its neighbours
-INDIRECT = {"huggingface_hub"}  # transformers needs it and chooses its version
+INDIRECT = {"huggingface_hub"}  # in no requirements file: transformers installs it, in the version it needs
 
 def names_in(tree):
     """The dotted names of all that is imported anywhere in a syntax tree."""
@@ -54,27 +54,27 @@ def test_the_top_level_has_the_six_scripts():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_every_module_can_be_imported_and_has_a_docstring(name, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "bench")  # its scripts are started there and import each other
+    monkeypatch.syspath_prepend(ROOT / "bench")  # bench's scripts import each other from their own folder
     assert importlib.import_module(name.removeprefix("bench.")).__doc__.strip()
 
 def test_imports_point_down_and_form_no_circle():
     height = {name: number for number, layer in enumerate(LAYERS) for name in layer}
     assert height.keys() == MODULES.keys()
-    assert GRAPH["mt"] >= {"common.toy", "evals.gold", "dpo"}  # all forms of import are seen
+    assert GRAPH["mt"] >= {"common.toy", "evals.gold", "dpo"}  # finds every form of import
     for name, others in GRAPH.items():
         for other in others:
             assert height[other] < height[name] or name.split(".")[0] == other.split(".")[0] in OWN, (
                 f"{name} imports {other}")
     assert not [name for name in CORE for other in GRAPH[name]
                 if name.startswith("common.") and other in SCRIPTS and name != "common.toy"]
-    TopologicalSorter(GRAPH).prepare()  # raises CycleError, which names it
+    TopologicalSorter(GRAPH).prepare()  # raises CycleError for a circle
 
 def test_no_function_imports_a_module_of_the_project():
     assert not {f"{name}.{function.name} imports {other}" for name, tree in TREES.items()
                 for function in ast.walk(tree) if isinstance(function, ast.FunctionDef)
                 for other in imported(function) if not name.startswith("bench.")}
 
-def test_packages_are_those_of_the_requirements():
+def test_only_packages_in_the_requirements_are_imported():
     def listed(file):
         return {re.split(r"[=<>~ ]", line)[0] for line in (ROOT / file).read_text().splitlines()}
     known = {*sys.stdlib_module_names, *SCRIPTS, "common", "evals", "variants", "bench"}
@@ -85,7 +85,7 @@ def test_packages_are_those_of_the_requirements():
         used = {dotted.split(".")[0] for dotted in names_in(tree)}
         inside = {dotted.split(".")[0] for function in ast.walk(tree) if isinstance(function, ast.FunctionDef)
                   for dotted in names_in(function)}
-        assert used - needed <= inside & every, name  # datasets and matplotlib: only where they are used
+        assert used - needed <= inside & every, name  # datasets and matplotlib are optional
 
 def test_files_and_functions_are_short():
     lengths = {name: len(path.read_text().splitlines()) for name, path in CORE.items()}
@@ -101,7 +101,7 @@ def test_files_and_functions_are_short():
 def test_every_command_explains_itself(command, call, capsys):
     name, *words = command.split()
     module = importlib.import_module(name)
-    with contextlib.suppress(SystemExit):  # eval.py returns
+    with contextlib.suppress(SystemExit):  # argparse exits; eval.py returns
         call(module, *words, "--help")
     assert ("--" if words else module.__doc__.strip().splitlines()[0]) in capsys.readouterr().out
 
@@ -111,7 +111,7 @@ def test_the_help_of_the_loop_names_each_flag_once_with_its_default(call, capsys
     said = capsys.readouterr().out
     said = " ".join(said[said.index("options:"):].split())
     for name, field in mt.Options.__dataclass_fields__.items():
-        _, shown = re.split(rf"--{name} \[?VALUE\]?", said)  # it stands there once
+        _, shown = re.split(rf"--{name} \[?VALUE\]?", said)  # fails unless it stands there once
         shown = re.split(r"--\w+ \[?VALUE", shown)[0]
         assert f"(default: {field.default})" in shown or field.default == "", name
 

@@ -1,6 +1,7 @@
 """pytest tests/test_input.py
 
-Whatever comes in, a line says what is wrong with it, before anything is computed; nothing is dropped unsaid.
+Whatever a user gives to a command, what is wrong with it is said in one line, before anything is computed.
+Whatever is left out is counted, and that is said, too.
 """
 import contextlib
 import json
@@ -28,7 +29,9 @@ SAMPLE = dict(prompt="a", response="b", tokens=3, finished=True, score=1.0)
 PAIR = dict(prompt="a sad poem", chosen="grey waves weep .", rejected="the end .")
 SYSTEM, TURN = dict(role="system", content="Be kind."), {"from": "human", "value": "a"}
 USER, BOT = dict(role="user", content="a sad poem"), dict(role="assistant", content="the end .")
-COMMANDS = {  # {} is what a case gives: the text of the file in.jsonl, or further words
+# A case gives the contents of in.jsonl or in.json to the commands that name such a file, and further words to
+# the others.
+COMMANDS = {
     "prompts": (sampler, "--model PM --prompts in.jsonl --out out.jsonl"),
     "json": (sampler, "--model PM --prompts in.json --out out.jsonl"),
     "pairs": (dpo, "--model PM --pairs in.jsonl --out out"),
@@ -50,7 +53,7 @@ COMMANDS = {  # {} is what a case gives: the text of the file in.jsonl, or furth
 def line(row=SAMPLE, **changes):
     return json.dumps({**row, **changes})
 
-CASES = [
+CASES = [  # the command, what it is given, and a part of the line that refuses it
     # ------------------------------------------------------------ JSON
     ("prompts", "", "in.jsonl: empty"), ("prompts", "\n \n", "in.jsonl: empty"), ("json", "[]", ": empty"),
     ("prompts", '{"prompt": "a"', "in.jsonl:1: not JSON"),
@@ -82,7 +85,7 @@ CASES = [
     ("pairs", line(PAIR, history=[["a", "b"]]), "1: history can't be read; the row has prompt, chosen, "),
     *[(how, json.dumps(row), f"in.jsonl:1: {problem}; the row has {', '.join(row)}; wanted is a field")
       for how, row, problem in (
-        ("prompts", {"conversations": [TURN]}, "conversations can't be read"),  # ShareGPT, then Alpaca
+        ("prompts", {"conversations": [TURN]}, "conversations can't be read"),  # ShareGPT; Alpaca
         ("prompts", {"instruction": "a", "input": "b", "output": "c"}, "instruction, input can't be read"),
         ("prompts", {"question": "a"}, "no prompt"),
         ("pairs", {"question": "a", "chosen": "b", "rejected": "c"}, "no prompt"),
@@ -169,11 +172,11 @@ CASES = [
 
 @pytest.fixture
 def here(tiny, tmp_path, monkeypatch, prompts):
-    """A current folder with models PM and RM and a good file of every kind."""
+    """Makes a temporary folder the current one, with models PM and RM and a good file of each kind."""
     monkeypatch.chdir(tmp_path)
     for name, folder in (("PM", tiny()), ("RM", tiny(reward=True))):
         Path(name).symlink_to(folder)
-    monkeypatch.setattr(mt.models, "local_folder", str)  # so that messages name PM and RM
+    monkeypatch.setattr(mt.models, "local_folder", str)  # keeps the names PM and RM in messages
     monkeypatch.setattr(eval_script, "local_folder", str)
     monkeypatch.setattr(mt.toy, "build", None)  # a call would fail
     Path("folder").mkdir()
@@ -185,7 +188,7 @@ def here(tiny, tmp_path, monkeypatch, prompts):
     return tmp_path
 
 def refused(call, module, words):
-    """The line that refuses these words."""
+    """The one line by which these words are refused, at once and before a model is saved."""
     began = time.time()
     with pytest.raises((Problem, OSError)) as problem:
         call(module, *words)
@@ -196,7 +199,7 @@ def refused(call, module, words):
 
 @pytest.mark.parametrize("how, given, expected", CASES, ids=[
     f"{i}-{how}-{given[:40] if len(given) < 200 else 'large'!r}" for i, (how, given, _) in enumerate(CASES)])
-def test_bad_input_is_one_line(call, here, how, given, expected):
+def test_bad_input_is_refused_in_one_line(call, here, how, given, expected):
     module, words = COMMANDS[how]
     if "in.json" in words:
         Path("in.json" if how == "json" else "in.jsonl").write_bytes(
@@ -207,7 +210,8 @@ def test_bad_input_is_one_line(call, here, how, given, expected):
     assert not Path("out.jsonl").exists()
 
 @pytest.mark.parametrize("module, words, model", [(sampler, "sample", "PM"), (mt, "mt", "RM")])
-def test_too_long_prompts_are_left_out_counted_and_said(call, here, prompts, capsys, module, words, model):
+def test_prompts_that_are_too_long_are_left_out_and_their_number_is_said(
+        call, here, prompts, capsys, module, words, model):
     long = ["sad " * 200, "happy " * 200]
     write_jsonl("prompts.jsonl", [{"prompt": prompt} for prompt in [*long, *prompts, prompts[0]]])
     with pytest.MonkeyPatch.context() as patch:
@@ -219,14 +223,15 @@ def test_too_long_prompts_are_left_out_counted_and_said(call, here, prompts, cap
     assert f"{len(prompts)} prompts (1 repeated ones left out)" in said
     used = [row["prompt"] for path in (Path(".").glob("out/prompts/*") if module is mt else ["out.jsonl"])
             for row in read_jsonl(path)]
-    assert {*used} <= {*prompts} and len(used) >= len(prompts) - 2  # three subsets are of one size
+    assert {*used} <= {*prompts} and len(used) >= len(prompts) - 2  # equal subsets may leave 2 over
 
 @pytest.mark.parametrize("name, words, said", [
     ("mt.py", ["--beeta", 1], "unrecognized arguments: --beeta 1 (see --help)"),
     ("sampler.py", ["--model", "MODEL", "--prompts", "x.jsonl", "--out", "o.jsonl"], "x.jsonl: no such file"),
     ("filter.py", ["--samples", "SAMPLES", "--out", "/dev/null/x.jsonl"],
      "[Errno 17] File exists: '/dev/null'")])
-def test_on_the_real_command_line_it_is_a_line_and_exit_code_2(script, tiny, written, name, words, said):
+def test_on_the_real_command_line_a_refusal_is_one_line_and_exit_code_2(
+        script, tiny, written, name, words, said):
     files = {"MODEL": tiny(), "SAMPLES": written("samples.jsonl", [SAMPLE])}
     done = script(name, *(files.get(word, word) for word in words))
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"{name}: {said}\n")
@@ -255,7 +260,7 @@ def test_a_script_runs_in_the_projects_own_folder(script, written, tmp_path):
     ("chat_template.jinja", "{{ messages[0].content.__class__.__mro__ }}", "is unsafe"),
     ("chat_template.jinja", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "(maximum recursion depth"),
 ])
-def test_a_bad_file_of_a_model_is_one_line(call, here, file, text, expected):
+def test_a_damaged_model_folder_is_refused_in_one_line(call, here, file, text, expected):
     folder = Path(shutil.copytree("PM", "model"))
     if text == "other shapes":
         save_file({k: w[:8].clone() for k, w in load_file(folder / file).items()}, folder / file)
@@ -264,15 +269,15 @@ def test_a_bad_file_of_a_model_is_one_line(call, here, file, text, expected):
     words = "--model model --prompts prompts.jsonl --out out.jsonl".split()
     assert expected in refused(call, sampler, words)
 
-# ---------------------------------------------------------------- read all the same, or left out and said
-def test_a_byte_order_mark_is_read_and_empty_fields_count_as_none(here):
+# ---------------------------------------------------------------- what is accepted, or left out and said
+def test_a_byte_order_mark_is_accepted_and_empty_fields_are_ignored(here):
     Path("bom.jsonl").write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n{"prompt": "b"}\r\n')
     Path("bom.json").write_bytes(b'\xef\xbb\xbf[{"prompt": "a"}, {"prompt": "b"}]')
     assert read_prompts("bom.jsonl") == read_prompts("bom.json") == (["a", "b"], 0)
     write_jsonl("null.jsonl", [dict(PAIR, history=[], tools=None, system="", weight=None)])
-    assert read_pairs("null.jsonl")[0]["prompt"] == PAIR["prompt"]  # parquet fills up with them
+    assert read_pairs("null.jsonl")[0]["prompt"] == PAIR["prompt"]  # parquet has nulls for absent fields
 
-def test_a_prompts_responses_make_one_group_wherever_they_stand(call, here):
+def test_the_responses_of_a_prompt_are_one_group_wherever_they_stand_in_the_file(call, here):
     rows = [dict(SAMPLE, prompt=prompt, response=f"{prompt}{score}", score=score)
             for score in (1, 2, 3) for prompt in "abcd"]
     for some, name in ((rows, "a"), (sorted(rows, key=lambda row: row["prompt"]), "b")):
@@ -280,7 +285,7 @@ def test_a_prompts_responses_make_one_group_wherever_they_stand(call, here):
         call(filter_script, "--samples", "in.jsonl", "--out", f"{name}.jsonl")
         assert [pair["chosen"] for pair in read_jsonl(f"{name}.jsonl")] == ["a3", "b3", "c3", "d3"]
 
-def test_equal_and_empty_answers_are_counted_and_said(here, capsys):
+def test_pairs_with_equal_or_empty_answers_are_counted_and_their_number_is_said(here, capsys):
     write_jsonl("in.jsonl", [PAIR, PAIR | {"chosen": PAIR["rejected"]}, PAIR | {"rejected": " "},
                              PAIR | {"chosen": "", "rejected": ""}])
     assert len(read_pairs("in.jsonl")) == 4
@@ -292,7 +297,8 @@ def test_equal_and_empty_answers_are_counted_and_said(here, capsys):
 @pytest.mark.parametrize("words", [
     (dpo, "--model PM --pairs in.jsonl --out out"), (reward, "--model RM --pairs in.jsonl --out out"),
     (eval_script, "accuracy --rm RM --pairs in.jsonl --json out")])
-def test_long_pairs_are_left_out_and_many_of_them_in_capitals(call, here, capsys, words):
+def test_pairs_that_are_too_long_are_left_out_and_if_they_are_many_a_warning_says_so(
+        call, here, capsys, words):
     module, words = words
     long = PAIR | {"chosen": "sad " * 3000}
     for rows, said in (([PAIR] * 2 + [long] * 3, "2 pairs; WARNING: 3 OF 5 ARE TOO LONG AND LEFT OUT"),
@@ -302,7 +308,7 @@ def test_long_pairs_are_left_out_and_many_of_them_in_capitals(call, here, capsys
         assert said in capsys.readouterr().out
         run.remove("out")
 
-def test_no_environment_variable_and_no_token_is_written(call, here, monkeypatch):
+def test_no_environment_variable_is_written_to_a_run_folder(call, here, monkeypatch):
     secrets = {name: f"secret-{i}" for i, name in enumerate(("HF_TOKEN", "WANDB_API_KEY", "SOMETHING"))}
     for name, value in secrets.items():
         monkeypatch.setenv(name, value)
@@ -312,7 +318,7 @@ def test_no_environment_variable_and_no_token_is_written(call, here, monkeypatch
     assert not [value for value in secrets.values() for text in texts if value.encode() in text]
     assert not [name for name in secrets for text in texts if name.encode() in text]
 
-# ---------------------------------------------------------------- any rows at all
+# ---------------------------------------------------------------- random rows and bytes
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), lambda inner:
     st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=5)
@@ -327,7 +333,7 @@ BAD = JSON | st.tuples(GOOD, NAMES, ODD).map(lambda parts: parts[0] | {parts[1]:
 ROWS = st.tuples(st.lists(GOOD, max_size=4), st.lists(BAD, max_size=1)).map(lambda lists: lists[0] + lists[1])
 
 def answer(read, *inputs):
-    """What it gives, or None where it refuses in one line."""
+    """The result of read(*inputs), or None if it refuses in one line."""
     try:
         return read(*inputs)
     except Problem as problem:
@@ -339,8 +345,8 @@ def path(tmp_path_factory):
 
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(rows=ROWS)
-def test_any_rows_are_a_line_or_a_result_in_which_none_is_lost(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))  # with NaN and surrogates
+def test_any_rows_are_read_without_losing_one_or_refused_in_one_line(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))  # NaN and lone surrogates among them
     prompts, pairs = answer(read_prompts, path), answer(read_pairs, path)
     assert not prompts or len(prompts[0]) + prompts[1] == len(rows)
     assert not pairs or len(pairs) == len(rows) and all(pair.get("weight", 1) >= 0 and
@@ -355,6 +361,6 @@ def test_any_rows_are_a_line_or_a_result_in_which_none_is_lost(path, rows):
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(text=st.binary(max_size=40) | st.text(max_size=40).map(lambda text: text.encode(errors="replace")))
-def test_any_bytes_are_rows_or_one_line(path, text):
+def test_any_bytes_are_read_as_rows_or_refused_in_one_line(path, text):
     path.write_bytes(text)
     answer(data.read_rows, path)

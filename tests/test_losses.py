@@ -1,6 +1,7 @@
 """pytest tests/test_losses.py
 
-The two losses against numbers worked out by hand, and the peers' in ../shared/golden where it is there.
+The two losses agree with numbers worked out by hand, and they and their gradients with TRL's, on the models
+in ../shared/golden. The tests with TRL's numbers are skipped where that folder is missing.
 """
 import json
 import math
@@ -21,21 +22,21 @@ from reward import Rewards, bradley_terry_loss
 @pytest.mark.parametrize("logps, beta, rewards", [
     ((-1.0, -2.0, -1.5, -1.0), 0.1, (0.05, -0.1)),
     ((-30.0, -20.0, -20.0, -30.0), 0.01, (-0.1, 0.1)),
-    ((-5.0, -9.0, -5.0, -9.0), 0.5, (0.0, 0.0)),  # its own reference: ln 2
+    ((-5.0, -9.0, -5.0, -9.0), 0.5, (0.0, 0.0)),  # the policy is its own reference: ln 2
 ])
-def test_dpo_is_minus_log_sigmoid_of_the_margin_of_rewards(logps, beta, rewards):
+def test_dpo_is_minus_log_sigmoid_of_the_margin_between_rewards(logps, beta, rewards):
     losses, chosen, rejected = dpo_loss(*(torch.tensor([x]) for x in logps), beta)
     assert losses.item() == pytest.approx(math.log(1 + math.exp(rewards[1] - rewards[0])), rel=1e-5)
     assert (chosen.item(), rejected.item()) == pytest.approx(rewards, abs=1e-6)
 
-def test_dpo_rewards_are_detached_and_its_gradient_is_beta_times_the_doubt():
+def test_dpo_rewards_are_detached_and_the_gradient_is_beta_times_sigmoid_of_minus_the_margin():
     chosen, rejected = (torch.tensor([x], requires_grad=True) for x in (-1.0, -2.0))
     losses, *rewards = dpo_loss(chosen, rejected, torch.tensor([-1.5]), torch.tensor([-1.0]), 0.1)
     assert not any(r.requires_grad for r in rewards)
     losses.sum().backward()
-    doubt = 1 / (1 + math.exp(0.15))  # σ(−margin)
-    assert chosen.grad.item() == pytest.approx(-0.1 * doubt, rel=1e-5)
-    assert rejected.grad.item() == pytest.approx(0.1 * doubt, rel=1e-5)
+    factor = 1 / (1 + math.exp(0.15))  # σ(−margin)
+    assert chosen.grad.item() == pytest.approx(-0.1 * factor, rel=1e-5)
+    assert rejected.grad.item() == pytest.approx(0.1 * factor, rel=1e-5)
 
 @pytest.mark.parametrize("chosen, rejected, loss", [
     (0.0, 0.0, math.log(2)), (2.0, -1.0, math.log(1 + math.exp(-3))), (-1.0, 2.0, math.log(1 + math.exp(3))),
@@ -55,13 +56,13 @@ def hidden_head_targets():
 @pytest.mark.parametrize("width", [400, 1000, 150, 133, 1])
 def test_token_logps_and_their_gradients_are_those_of_log_softmax(monkeypatch, hidden_head_targets, width):
     hidden, head, targets = hidden_head_targets
-    monkeypatch.setattr(packing, "LOGITS", width * len(hidden))  # a tile's share of the 400 tokens
+    monkeypatch.setattr(packing, "LOGITS", width * len(hidden))  # so a tile has `width` of the 400 tokens
     expected = (hidden @ head.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     logps = TokenLogps.apply(hidden, head, targets)
     torch.testing.assert_close(logps, expected)
     loss = torch.linspace(-1, 2, 11)
     gradients = torch.autograd.grad(expected @ loss, (hidden, head))
-    for _ in range(2):  # nothing that a second backward pass needs is overwritten
+    for _ in range(2):  # a backward pass must not overwrite what the next one needs
         ours = torch.autograd.grad(logps @ loss, (hidden, head), retain_graph=True)
         torch.testing.assert_close(ours, gradients, rtol=1e-4, atol=1e-4)
 
@@ -81,10 +82,10 @@ def test_the_logits_of_all_tokens_never_exist_at_once(monkeypatch, hidden_head_t
         TokenLogps.apply(hidden, head, targets).sum().backward()
     assert largest.elements == head.numel() < hidden.shape[0] * head.shape[0]
 
-# ---------------------------------------------------------------- golden
+# ---------------------------------------------------------------- TRL's numbers
 @pytest.fixture
 def golden_batch(golden):
-    """The peers' six pairs as one batch: chosen and rejected of a pair share the prompt's row."""
+    """TRL's six pairs as one batch, in which the two answers of a pair share a row with the prompt."""
     pairs = json.loads((golden / "batch.json").read_text())["pairs"]
     return collate([Row(p["prompt_ids"], [p["chosen_ids"], p["rejected_ids"]], [0, 0]) for p in pairs])
 
@@ -96,7 +97,7 @@ def assert_gradients(model, path):
         assert (ours[name] - gradient).abs().max() / gradient.abs().max() <= 1e-4, name
 
 @pytest.mark.parametrize("beta", [0.01, 0.1])
-def test_dpo_has_the_peers_logps_loss_and_gradients(golden, golden_batch, beta):
+def test_dpo_has_trls_logps_loss_and_gradients(golden, golden_batch, beta):
     peers = json.loads((golden / "dpo_trl.json").read_text())
     policy, reference = (ResponseLogps(load_policy(golden / name)) for name in ("policy", "reference"))
     logps = policy(golden_batch).view(-1, 2)
@@ -113,7 +114,7 @@ def test_dpo_has_the_peers_logps_loss_and_gradients(golden, golden_batch, beta):
     losses.mean().backward()
     assert_gradients(policy, golden / f"dpo_grads_sigmoid_b{beta}.safetensors")
 
-def test_the_reward_model_has_the_peers_rewards_loss_and_gradients(golden, golden_batch):
+def test_the_reward_model_has_trls_rewards_loss_and_gradients(golden, golden_batch):
     model = Rewards(load_reward(golden / "reward", training=True))
     chosen, rejected = model(golden_batch).view(-1, 2).T
     expected = json.loads((golden / "rm_trl.json").read_text())["plain"]

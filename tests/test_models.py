@@ -1,8 +1,8 @@
 """pytest tests/test_models.py
 
-The families of transformers' decoders, each built tiny and random: sampling, log-probabilities, gradients,
-rewards and saved weights are those of plain transformers, or the model is refused in one line. docs/models.md
-is the table of it.
+Each family of transformers' decoders is built tiny and random. Either its samples, log-probabilities,
+gradients, rewards and saved weights are those of plain transformers, or it is refused in one line.
+docs/models.md has the table.
 """
 import inspect
 import re
@@ -37,7 +37,7 @@ SHAPE = dict(
     max_position_embeddings=96, num_experts=4, num_local_experts=4, n_routed_experts=4, moe_num_experts=4,
     num_experts_per_tok=2, moe_k=2, moe_topk=2, moe_intermediate_size=16, n_embd=32, n_layer=2, n_head=4,
     n_positions=96, n_inner=64, ffn_dim=64, word_embed_proj_dim=32)
-WINDOW = dict(sliding_window=8)  # shorter than prompts
+WINDOW = dict(sliding_window=8)  # shorter than the chats
 MIXED = dict(sliding_window=8, layer_types=["sliding_attention", "full_attention"])
 LATENT = dict(head_dim=8, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8,
               qk_head_dim=16, v_head_dim=12, num_key_value_heads=4)
@@ -54,7 +54,7 @@ PLAIN = ("llama", "qwen2", "qwen3", "gemma", "olmo", "olmo2", "glm", "glm4", "sm
          "gpt2", "gpt_bigcode", "opt", "biogpt", "phi", "nanochat", "modernbert-decoder", "qwen3_moe",
          "olmoe", "flex_olmo", "granitemoe", "phimoe", "jetmoe", "ernie4_5_moe", "minimax_m2", "glm4_moe",
          "hunyuan_v1_moe", "diffllama", "hrm_text")
-EQUAL = dict.fromkeys(PLAIN, {}) | {  # family: what its config has other than SHAPE
+EQUAL = dict.fromkeys(PLAIN, {}) | {  # family: what its config has besides SHAPE
     "mistral": WINDOW, "ministral3": WINDOW, "starcoder2": WINDOW, "mixtral": WINDOW, "ministral": MIXED,
     "gemma3_text": MIXED, "olmo3": MIXED, "exaone4": MIXED, "cwm": MIXED,
     "cohere2": MIXED | dict(logit_scale=0.3), "cohere": dict(logit_scale=0.3), "phi3": LONGROPE,
@@ -71,11 +71,11 @@ EQUAL = dict.fromkeys(PLAIN, {}) | {  # family: what its config has other than S
         laurel_rank=4, activation_sparsity_pattern=[0.0, 0.0]),
 }
 RM = dict(auto=AutoModelForSequenceClassification, num_labels=1)
-OTHER_HEADS = ("ctrl", "modernbert-decoder")  # equal as policies, refused as reward models
+OTHER_HEADS = ("ctrl", "modernbert-decoder")  # their policies are equal, their reward models refused
 NO_SDPA = "does not support an attention implementation"
 UNTOLD = "packed attention: attention is told nothing of who shares a sequence"
 LEAKS = "packed attention: off by"
-REFUSED = {  # family: its config, and what the line says
+REFUSED = {  # family: what its config has besides SHAPE, and a part of the message
     "gemma2": ({}, NO_SDPA), "gpt_oss": ({}, NO_SDPA), "gptj": ({}, NO_SDPA), "bloom": ({}, NO_SDPA),
     "mpt": ({}, NO_SDPA), "mamba": ({}, NO_SDPA), "vaultgemma": ({}, NO_SDPA),
     "gpt_neo": (dict(num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]), NO_SDPA),
@@ -95,11 +95,11 @@ def config_of(kind, changes, **more):
     return config(**{k: v for k, v in SHAPE.items() if k in known or k in always} | changes | more)
 
 def build(kind, changes, folder, auto=AutoModelForCausalLM, noise=0.1, **more):
-    """A tiny random model in the folder."""
+    """Save a tiny random model in the folder; returns the folder."""
     torch.manual_seed(0)
     model = auto.from_config(config_of(kind, changes, **more)).eval()
     assert sum(p.numel() for p in model.parameters()) < 2e6
-    for weight in model.parameters():  # large enough for tokens, positions and biases to matter
+    for weight in model.parameters():  # so large that tokens, positions and biases change the result
         weight.data.add_(torch.randn_like(weight), alpha=noise)
     model.save_pretrained(folder)
     toy.tokenizer().save_pretrained(folder)
@@ -114,6 +114,7 @@ def rows():
             for trunk, branches in ((9, (4, 12)), (2, (7,)), (20, (10,)))]
 
 def chats_of(rows):
+    """[(tokens of an answer with its prompt, index of its first token)]"""
     return [(row.trunk + branch, len(row.trunk) + start)
             for row in rows for branch, start in zip(row.branches, row.starts)]
 
@@ -126,6 +127,7 @@ def assert_same_gradients(ours, theirs):
             assert error < 1e-3 or weight.grad.norm() < 1e-5, (name, error)
 
 def check_sampling(model, usual):
+    """model: as the project loads it; usual: the same model as transformers loads it."""
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, 100, n).tolist() for n in (5, 21, 1)]
     keys = rng.integers(0, 2**64, (3, 2), np.uint64)
@@ -187,9 +189,9 @@ def test_a_family_is_refused_in_one_line(kind, tmp_path):
         sampler.verify(load_policy(folder))
     assert "\n" not in str(refusal.value)
 
-# ---------------------------------------------------------------- what the probe sees
+# ---------------------------------------------------------------- the check at a model's first use
 def without_chats(query, options):
-    """The tokens of a packed sequence see all that stand before them."""
+    """Let each token of a packed sequence see all tokens before it, of other chats, too."""
     tokens = torch.arange(query.shape[2])
     options.update(chats=[tokens[None]], places=tokens)
     return query
@@ -206,7 +208,7 @@ def with_another_scale(query, options):
     (without_window, "packed attention", 0.02), (without_window, "packed attention", 0.002),
     (without_window, "the sampler's cache", 0.02), (without_window, "the sampler's cache", 0.002),
     (with_another_scale, "the sampler's cache", 0.1)])
-def test_a_mistake_in_attention_is_seen_even_if_weights_are_small_and_windows_long(
+def test_a_mistake_in_attention_is_noticed_even_if_weights_are_small_and_windows_long(
         monkeypatch, tmp_path, mistake, part, deviation):
     def mistaken(module, query, key, value, mask, **options):
         if ("attend" in options) == (part == "the sampler's cache"):
@@ -233,14 +235,16 @@ def test_weights_that_are_not_finite_are_named(tiny, tmp_path, name, index, valu
 
 @pytest.mark.parametrize("kind, context", [
     ("phi3", 48), ("llama4_text", 48), ("mistral", 96), ("gemma3_text", 96)])
-def test_the_context_ends_where_a_chat_would_be_read_otherwise_and_not_at_a_window(kind, context, tmp_path):
+def test_the_context_ends_where_longrope_or_chunks_begin_to_matter_and_not_at_a_sliding_window(
+        kind, context, tmp_path):
     build(kind, EQUAL[kind], tmp_path)
     assert load_policy(tmp_path).context == context == models.context_of(tmp_path)
 
 # ---------------------------------------------------------------- two processes
-@pytest.mark.filterwarnings("error:.*view")  # of FSDP
+@pytest.mark.filterwarnings("error:.*view")  # FSDP warns about views
 @pytest.mark.parametrize("module, kind", [(dpo, "granite"), (reward, "qwen3_moe")])
-def test_two_processes_train_a_head_or_experts_as_one_does(call, written, pairs, tmp_path, module, kind):
+def test_two_processes_train_a_scaled_head_or_experts_as_one_process_does(
+        call, written, pairs, tmp_path, module, kind):
     folder = build(kind, EQUAL[kind], tmp_path / "model", **(RM if module is reward else {}))
     words = ["--model", folder, "--pairs", written("pairs.jsonl", pairs[:8]), "--batch", 4, "--lr", 1e-3]
     call(module, *words, "--out", tmp_path / "one")
@@ -249,7 +253,7 @@ def test_two_processes_train_a_head_or_experts_as_one_does(call, written, pairs,
                 for out in ("one", "two"))
     assert len(one) == 2 and one == pytest.approx(two, rel=1e-5)
     names, expected = (load_file(tmp_path / name / "model.safetensors").keys() for name in ("two", "model"))
-    assert names == expected  # those of the hub
+    assert names == expected  # they are named as on the hub
     assert kind == "granite" or "model.layers.0.mlp.experts.3.up_proj.weight" in names
 
 def test_two_processes_refuse_a_model_in_one_line(written, pairs, tmp_path, capfd):
@@ -260,7 +264,7 @@ def test_two_processes_refuse_a_model_in_one_line(written, pairs, tmp_path, capf
         f"dpo.py: {folder}: stablelm models are not supported: packed attention: "
         "attention is told nothing of who shares a sequence"}
 
-def test_the_table_in_the_documentation_is_this_files():
+def test_docs_models_md_lists_the_families_that_are_tested_here():
     text = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
     for families, heading in ((EQUAL, "Equal"), (REFUSED, "Refused")):
         table = text.split(f"## {heading}\n")[1].split("\n## ")[0]

@@ -1,6 +1,7 @@
 """pytest tests/test_mt.py
 
-The loop, run tiny with real models: what goes where, when it stops, what is on record, how it goes on.
+The loop, run tiny with real models: which prompts and models go where, when it stops, what is on record, how
+it goes on after an interruption, and what it refuses to build on.
 """
 import contextlib
 import gc
@@ -31,11 +32,12 @@ WORDS = dict(rounds=1, samples=3, max_new_tokens=12, max_length=64, policy_batch
              policy_lr=1e-3, rm_lr=1e-3, save_every=1, select_prompts=6, tau=0.0, sample_batch=16)
 E_STEPS = ("round1/e1", "round1/e2", "round2/e1", "round2/e2")
 TRAINED_FROM = []  # the folders that reward.train started from in the fixture `undisturbed`
-gc.freeze()  # models' loading collects garbage; what was imported is none, and there is much of it
+gc.freeze()  # loading a model collects garbage, and need not search all that was imported
 
 @pytest.fixture(scope="module")
 def words(tiny, prompts, tmp_path_factory):
-    """words(rounds=2, …) -> the command line of a run in ./run: 6 prompts for selection, 3 subsets of 8."""
+    """words(rounds=2, …) -> the command line of a run in ./run, with 6 prompts for model selection and three
+    subsets of 8."""
     path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
     write_jsonl(path, [{"prompt": p} for p in [*prompts, prompts[3]]])
     fixed = dict(policy=tiny(), rm=tiny(reward=True), prompts=path, out="run")
@@ -47,7 +49,7 @@ def words(tiny, prompts, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(words, tmp_path_factory):
-    """The folder of a run of two rounds that nothing interrupted; what it printed lies beside it."""
+    """The folder of a run of two rounds that nothing interrupted. What it printed is in `said` beside it."""
     folder, said, train = tmp_path_factory.mktemp("undisturbed"), io.StringIO(), reward.train
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         patch.chdir(folder)
@@ -59,14 +61,15 @@ def undisturbed(words, tmp_path_factory):
 
 @pytest.fixture
 def here(monkeypatch, tmp_path):
-    """An empty current folder, where runs are made; they draw no report, which takes seconds."""
+    """Makes an empty folder the current one and returns the run folder in it. Runs make no report, which
+    takes seconds."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(mt, "report", lambda out: None)
     return tmp_path / "run"
 
 @pytest.fixture
 def copy(undisturbed, here):
-    """A copy of the run of `undisturbed`, in the current folder."""
+    """A copy of the run `undisturbed` in the current folder."""
     return Path(shutil.copytree(undisturbed, here, symlinks=True))
 
 def prompts_of(path):
@@ -80,8 +83,8 @@ def same_weights(a, b):
     return a.keys() == b.keys() and all(a[key].equal(b[key]) for key in a)
 
 def contents(folder):
-    """{name: what it holds} of all files and links but run.json, times and pictures. The log's lines are
-    sorted, since those of a phase that is made again come last."""
+    """{name: contents} of all files and links in a run folder but run.json, times and the report. The log's
+    lines are sorted, since a phase that is repeated writes its lines at the end."""
     found = {}
     for path in sorted(folder.rglob("*")):
         if path.is_symlink():
@@ -107,7 +110,7 @@ def test_selection_prompts_and_subsets_are_disjoint_and_complete_and_depend_on_t
         mt.split(o, here / str(seed) / "prompts")
         assert (parts_of(here / str(seed)) == parts) == (seed == 0)
 
-def test_each_step_has_a_subset_of_its_own_and_they_rotate(undisturbed):
+def test_each_step_of_a_round_has_its_own_subset_and_the_subsets_rotate(undisturbed):
     s = [prompts_of(undisturbed / "prompts" / f"s{i}.jsonl") for i in range(3)]
     for step, subset in (("round1/e1", 0), ("round1/e2", 2), ("round2/e1", 1), ("round2/e2", 0)):
         assert prompts_of(undisturbed / step / "samples.jsonl") == [p for p in s[subset] for _ in range(3)]
@@ -117,7 +120,7 @@ def test_each_step_has_a_subset_of_its_own_and_they_rotate(undisturbed):
         assert prompts_of(undisturbed / "round1" / "m" / f"{name}.jsonl") == s[1]
         assert prompts_of(undisturbed / "round2" / "m" / f"{name}.jsonl") == s[2]
 
-def test_every_m_step_starts_from_the_base_rm_and_e_steps_are_judged_by_the_last_one(undisturbed, tiny):
+def test_every_m_step_starts_from_the_base_rm_and_the_last_rm_judges_e_steps(undisturbed, tiny):
     base = tiny(reward=True)
     assert [Path(folder).resolve() for folder in TRAINED_FROM] == [Path(base).resolve()] * 2
     judges = [selection(undisturbed / step)["rm"] for step in E_STEPS]
@@ -134,7 +137,7 @@ def test_a_best_win_rate_below_tau_keeps_the_old_policy_and_ends_the_run(
         call, words, here, monkeypatch, tiny, update_rm, rates, kept, made, capsys):
     train, given = mt.dpo.train, iter(rates)
 
-    def two_steps(*arguments, **settings):  # however many pairs the tiny models give
+    def two_steps(*arguments, **settings):  # two checkpoints, however many pairs the tiny models give
         [(_, _, policy)] = train(*arguments, **settings)
         yield from ((step, 2, policy) for step in (1, 2))
     monkeypatch.setattr(mt.dpo, "train", two_steps)
@@ -148,13 +151,13 @@ def test_a_best_win_rate_below_tau_keeps_the_old_policy_and_ends_the_run(
     assert same_weights(here / "policy", here / "round1" / "e1" / "policy" if len(kept) > 1 else tiny())
     assert same_weights(here / "rm", here / "round1" / "m" / "rm" if "m" in made else tiny(reward=True))
 
-def test_the_checkpoint_with_the_highest_win_rate_is_kept_and_the_others_go(undisturbed):
+def test_the_checkpoint_with_the_highest_win_rate_is_kept_and_the_others_are_deleted(undisturbed):
     for folder in (undisturbed / step for step in E_STEPS):
         choice, scores = selection(folder), {
             file.stem: [row["score"] for row in read_jsonl(file)] for file in folder.glob("select/*.jsonl")}
         before, steps = scores.pop("before"), -(-len(read_jsonl(folder / "pairs.jsonl")) // 4)
         assert choice["win_rates"] == {step: win_rate(scores[step], before) for step in scores}
-        assert scores.keys() == {f"step-{i + 1}" for i in range(steps)} and steps > 1  # one checkpoint each
+        assert scores.keys() == {f"step-{i + 1}" for i in range(steps)} and steps > 1  # a checkpoint per step
         assert choice["win_rates"][choice["chosen"]] == max(choice["win_rates"].values())
         assert not (folder / "checkpoints").exists()
 
@@ -228,7 +231,7 @@ def test_each_rounds_policy_is_judged_by_the_base_rm_against_the_base(undisturbe
         assert line["reward_r0_se"] == pytest.approx(own.std(ddof=1) / 6**0.5)
         assert line["win_rate"] == pytest.approx((own > others).mean() + (own == others).mean() / 2)
 
-def test_each_phase_has_a_line_with_seconds_and_samples_and_trainings_with_tokens_per_second(undisturbed):
+def test_each_phase_reports_its_seconds_and_sampling_and_training_their_tokens_per_second(undisturbed):
     times, said = read_jsonl(undisturbed / "timings.jsonl"), (undisturbed.parent / "said").read_text()
     results = json.loads((undisturbed / "run.json").read_text())["results"]
     assert {row["phase"] for row in times} == {str(Path(name).with_suffix("")) for name in results}
@@ -246,15 +249,16 @@ def test_each_phase_has_a_line_with_seconds_and_samples_and_trainings_with_token
     steps = [row for row in read_jsonl(undisturbed / "metrics.jsonl") if "loss" in row]
     assert len(re.findall(r"^step \d+/\d+  loss .*grad_norm .*lr ", said, re.M)) == len(steps)
 
-# ---------------------------------------------------------------- going on
+# ---------------------------------------------------------------- going on after an interruption
 class Killed(BaseException):
     pass
 
-def test_killed_before_and_after_every_change_of_a_name_a_run_ends_as_an_undisturbed_one(
+def test_a_run_killed_before_and_after_every_rename_and_removal_ends_as_an_undisturbed_one(
         call, words, here, undisturbed, monkeypatch):
     died = set()
 
-    def deadly(work, number):  # number: which argument is the place
+    def deadly(work, number):
+        """Make `work` kill the run before and after it is done, once for each value of argument `number`."""
         def once(*arguments, **more):
             place = (work.__name__, str(arguments[number]))
             for moment in ("before", "after"):
@@ -265,7 +269,7 @@ def test_killed_before_and_after_every_change_of_a_name_a_run_ends_as_an_undistu
                     raise Killed
             return work(*arguments, **more)
         return once
-    monkeypatch.setattr(run, "sources", dict)  # which takes half a second
+    monkeypatch.setattr(run, "sources", dict)  # it takes half a second each time
     for module, name, number in ((os, "replace", 1), (shutil, "rmtree", 0), (Path, "unlink", 0)):
         monkeypatch.setattr(module, name, deadly(getattr(module, name), number))
     done = False
@@ -276,7 +280,7 @@ def test_killed_before_and_after_every_change_of_a_name_a_run_ends_as_an_undistu
     for name in ("samples.jsonl", "pairs.jsonl", "selection.json", "policy", "checkpoints"):
         assert ("after", ("replace", f"run/round1/e2/{name}")) in died
     monkeypatch.undo()
-    ours, theirs = contents(here), contents(undisturbed)  # which has a round more
+    ours, theirs = contents(here), contents(undisturbed)  # this run has one round more
     names = {name for name in theirs if re.match("prompts|round1|judged/(base|round1)", name)}
     assert ours.keys() == names | {"base.jsonl", "metrics.jsonl", "policy", "rm"}
     assert [name for name in sorted(names) if ours[name] != theirs[name]] == []
@@ -288,17 +292,17 @@ def test_a_finished_run_is_left_alone_and_its_links_do_not_move(call, words, cop
     link, moved = run.link, []
     monkeypatch.setattr(run, "link", lambda path, to: moved.append(Path(path).resolve() != Path(to).resolve())
                         or link(path, to))
-    call(mt, *words(rounds=2, micro_batch=5, sample_batch=3, score_batch=3))  # these only round
+    call(mt, *words(rounds=2, micro_batch=5, sample_batch=3, score_batch=3))  # they change only rounding
     assert same(copy, undisturbed) and moved and not any(moved)
 
-def test_more_rounds_may_follow_and_fewer_not(call, words, here, undisturbed):
+def test_a_run_may_get_more_rounds_but_not_fewer(call, words, here, undisturbed):
     call(mt, *words(rounds=1))
     call(mt, *words(rounds=2))
     assert same(here, undisturbed)
     with pytest.raises(Problem, match=r"other settings.*\(rounds: 2 there, 1 now\)"):
         call(mt, *words(rounds=1))
 
-def test_other_settings_inputs_and_templates_are_refused_by_name_or_begin_anew_with_overwrite(
+def test_other_settings_and_inputs_are_refused_by_name_and_overwrite_begins_anew(
         call, words, here, written):
     prompts = written("own.jsonl", [{"prompt": f"sad {i}"} for i in range(9)])
     few = words(prompts=prompts, select_prompts=3, update_rm=False, select=False, policy_batch=1)
@@ -323,7 +327,7 @@ def test_other_settings_inputs_and_templates_are_refused_by_name_or_begin_anew_w
         call(mt, *few, "--overwrite")
     assert (here / "round1" / "e2" / "policy").exists()
 
-def test_other_code_is_refused_by_name_and_another_comment_is_no_other_code(script, written, tmp_path):
+def test_changed_code_is_refused_by_name_and_a_changed_comment_is_not(script, written, tmp_path):
     fork, row = tmp_path / "fork", dict(prompt="a", tokens=1, finished=True)
     shutil.copytree(run.HOME / "common", fork / "common")
     shutil.copy(run.HOME / "filter.py", fork)
@@ -340,14 +344,17 @@ def test_other_code_is_refused_by_name_and_another_comment_is_no_other_code(scri
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert re.search(r"pairs.jsonl belongs to other .*\(filter.py: '\w+' there, '\w+' now\)", done.stderr)
 
-# ---------------------------------------------------------------- results that are not as they should be
+# ---------------------------------------------------------------- results that were changed
 def cut(path):
+    """Remove the last line of a file."""
     path.write_text("".join(path.read_text().splitlines(True)[:-1]))
 
-def is_foreign(path):
+def forget(path):
+    """Make run.json not know the result."""
     change_note(path, lambda results, name: results.pop(name))
 
-def is_stale(path):
+def make_stale(path):
+    """Make run.json say that the result was made from something else."""
     change_note(path, lambda results, name: results[name]["made_from"].update(dict.fromkeys(
         results[name]["made_from"], "another digest")))
 
@@ -362,10 +369,10 @@ def change_note(path, change):
     ("round2/e1/selection.json", cut, "is not what was written", "round2/e1/policy round2/m round2/e2"),
     ("round2/m/rm/model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"),
      "run/round2/m/rm is not what was written", "round2/m/rm round2/e2"),
-    ("round2/m/preferences.jsonl", is_stale, "was made from another run/round2/", "round2/m/rm round2/e2"),
-    ("round2/m/new.jsonl", is_foreign, "is there, but this run has not written it", "round2/m/new.jsonl"),
+    ("round2/m/preferences.jsonl", make_stale, "was made from another run/round2/", "round2/m/rm round2/e2"),
+    ("round2/m/new.jsonl", forget, "is there, but this run has not written it", "round2/m/new.jsonl"),
     ("round2/e2/policy", shutil.rmtree, "is gone; put it back", "round2/e2/select round2/e2/selection.json")])
-def test_a_result_that_is_not_as_it_was_is_refused_and_deleting_what_is_named_brings_the_same_back(
+def test_a_changed_result_is_refused_and_deleting_what_the_message_names_makes_the_same_again(
         call, words, copy, undisturbed, name, damage, message, delete):
     damage(copy / name)
     with pytest.raises(Problem, match=message) as problem:
@@ -377,7 +384,7 @@ def test_a_result_that_is_not_as_it_was_is_refused_and_deleting_what_is_named_br
     call(mt, *words(rounds=2))
     assert same(copy, undisturbed)
 
-def test_what_an_attempt_left_is_not_taken_for_a_result_made_from_something_else(here):
+def test_what_a_killed_attempt_left_is_deleted_when_its_sources_have_changed(here):
     o, seen = mt.Options(out=str(here)), []
     source, result, left = (here / name for name in ("samples.jsonl", "pairs.jsonl", ".pairs.jsonl.parts"))
 
@@ -424,7 +431,7 @@ def test_two_processes_on_two_nodes_make_the_same_first_samples_and_pairs_as_one
         free.bind(("127.0.0.1", 0))
         address = ["--master-addr", "127.0.0.1", "--master-port", str(free.getsockname()[1])]
     command = [run.HOME / "mt.py", *words(select=False, sample_batch=2)]  # blocks for both processes
-    nodes = [subprocess.Popen(  # two of torchrun's agents, which share this machine
+    nodes = [subprocess.Popen(  # two agents of torchrun, which here share one machine
         [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node), *address,
          *command], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         for node in (0, 1)]
@@ -439,7 +446,8 @@ def test_a_problem_in_two_processes_is_said_once_and_ends_both(script, words, tm
     done = script("mt.py", *words(rm="nowhere"), processes=2, cwd=tmp_path)
     assert done.returncode and done.stderr.count("mt.py: nowhere: no such folder\n") == 1
 
-def test_what_can_be_refused_is_refused_before_anything_is_done(call, words, here, tiny, written):
+def test_bad_settings_prompts_and_models_are_refused_before_anything_is_done(
+        call, words, here, tiny, written):
     long = written("long.jsonl", [{"prompt": "sad " * 200}])
     for changes, message in [
             (dict(rm=tiny()), "has no reward head"), (dict(select_prompts=0), "needs --select false"),

@@ -1,6 +1,7 @@
 """pytest tests/test_packing.py
 
-Packing loses nothing, and its attention is that of a dense mask. tests/test_models.py holds whole models.
+Packing loses no token, and packed attention is attention with a dense mask. tests/test_models.py checks the
+same for whole models.
 """
 import pytest
 import torch
@@ -14,14 +15,14 @@ from common.parallel import Problem
 # ---------------------------------------------------------------- rows
 @pytest.fixture(scope="module")
 def answers(pairs):
-    """Prompts with one to four answers, some alike in their first words, one of them empty."""
+    """Chats by prompt: one to four answers each, some with the same first words, some empty."""
     tokenizer = toy.tokenizer()
     texts = [(p["prompt"], [p["chosen"], p["rejected"], p["chosen"] + " the end .", ""][:number % 4 + 1])
              for number, p in enumerate(pairs[:9])]
     return [[encode_chat(tokenizer, prompt, text, finished=i != 1) for i, text in enumerate(group)]
             for prompt, group in texts]
 
-def test_packing_loses_no_token_and_shares_nothing_of_a_response(answers):
+def test_packing_loses_no_token_and_no_response_token_is_shared(answers):
     for chats in answers:
         row = pack(chats)
         for chat, branch, start in zip(chats, row.branches, row.starts):
@@ -31,7 +32,8 @@ def test_packing_loses_no_token_and_shares_nothing_of_a_response(answers):
 
 # ---------------------------------------------------------------- attention
 def dense_mask(rows, window):
-    """(T, T), bool: a token sees its row's trunk and its own branch, backwards, `window` tokens."""
+    """(T, T) bool: each token sees the last `window` tokens of its own chat, itself included. A chat is the
+    trunk of a row and one of its branches."""
     place = [i for row in rows for i in (*range(len(row.trunk)), *(
         len(row.trunk) + j for branch in row.branches for j in range(len(branch))))]
     owner = [(r, b) for r, row in enumerate(rows)
@@ -40,7 +42,7 @@ def dense_mask(rows, window):
                           for k in range(len(owner))] for q in range(len(owner))])
 
 @pytest.mark.parametrize("together, window", [(1, None), (2, None), (8, None), (1, 3), (8, 3), (8, 1)])
-def test_attention_and_its_gradients_are_those_of_a_dense_mask(monkeypatch, together, window):
+def test_packed_attention_and_its_gradients_are_those_of_a_dense_mask(monkeypatch, together, window):
     monkeypatch.setattr(packing, "TOGETHER", together)
     rows = [Row([5] * 4, [[6] * 3, [7], []], [0, 0, 0]), alone([8] * 2), Row([5], [[9] * 7, [9] * 2], [0, 0])]
     inputs = collate(rows)["inputs"]
@@ -57,14 +59,14 @@ def test_attention_and_its_gradients_are_those_of_a_dense_mask(monkeypatch, toge
                     for result in (packed, dense.transpose(1, 2)))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
-def test_a_model_that_is_not_told_who_shares_a_sequence_refuses_with_or_without_a_padding_mask(tiny):
+def test_a_model_that_is_not_told_which_chats_share_a_sequence_refuses_with_or_without_a_mask(tiny):
     model, ids = load_policy(tiny()), torch.tensor([[0, 0, 7, 8, 9], [4, 5, 6, 7, 8]])
     for mask in (None, (ids > 0).long()):
         with pytest.raises(Problem, match="attention is told nothing of who shares a sequence"):
             model(ids, attention_mask=mask)
 
 @pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias", "something_new"])
-def test_what_attention_would_ignore_is_refused(name):
+def test_an_option_that_packed_attention_would_ignore_is_refused(name):
     inputs = collate([alone([5] * 3)])["inputs"]
     with pytest.raises(Problem, match=f"attention has {name}"):
         attention(None, *[torch.zeros(1, 2, 3, 8)] * 3, None, chats=inputs["chats"], places=inputs["places"],

@@ -1,7 +1,7 @@
 """pytest tests/test_plan.py
 
-The plan's figures are those worked out by hand, and its memory of training is that of the training step on
-tensors without numbers; what does not fit is said.
+The plan's hours and bytes are those worked out by hand. Its memory of training agrees with a trace of the
+real training step on tensors without numbers. A run that does not fit is refused, with what it needs.
 """
 import copy
 import gc
@@ -52,29 +52,30 @@ def test_the_size_of_llama_3_8b_is_the_published_one():
     head = 128256 * 4096
     assert policy.head == head and rm.head == 0
     assert (rm.params, rm.matrices) == (policy.params - head + 4096, policy.matrices - head + 4096)
-    tied = plan.size_of(llama("3B"), POLICY)  # its head counts once, and multiplies
+    tied = plan.size_of(llama("3B"), POLICY)  # a tied head is stored once, but tokens still multiply it
     assert tied.params == tied.matrices == 3_212_749_824
 
-def test_memory_is_that_worked_out_by_hand(monkeypatch):
+def test_memory_is_as_worked_out_by_hand(monkeypatch):
     size = plan.size_of(llama("8B"), POLICY)
     parts = plan.sampling(size, 64, 1024, 1024)
     assert parts["cache"] == 64 * 2048 * 131_072  # 32 layers x keys and values x 8 heads x 128 x 2 bytes
-    assert plan.rows_of(size, 64, 4000, 80 * GIB) == 64  # 69.8e9 / 2 / 131,072 bytes: 266,000 tokens
+    assert plan.rows_of(size, 64, 4000, 80 * GIB) == 64  # 69.8e9 bytes / 2 / 131,072 are 266,000 tokens
     assert plan.rows_of(size, 256, 4000, 80 * GIB) == 66
-    config = llama("tiny")  # and as many as the sampler says itself, here in fp32 with twice the memory
+    config = llama("tiny")  # the sampler agrees: here in fp32, and so with twice the memory
     monkeypatch.setattr(sampler, "memory", lambda: 2 * 10**7)
     model = POLICY.from_config(config, dtype=torch.float32, attn_implementation="packed").eval()
     rows = sampler.cache_tokens(model)
     assert plan.rows_of(plan.size_of(config, POLICY), 10**9, 1, 10**7) == rows > 1000
     assert parts["weights"] == plan.scoring(size, 1, 1, 1, 5)["weights"] == 2 * 8_030_261_248
-    for memory, states in ((80, 44.17e9), (40, 16.06e9)):  # in 80 the gradient is whole: 4 bytes, and 12 / 8
+    # bytes a parameter: with 80 GiB 4 for the whole gradient and 12 / 8 for the rest, with 40 GiB 16 / 8
+    for memory, states in ((80, 44.17e9), (40, 16.06e9)):
         parts = plan.train_step(size, 8, 2, 200, 900, True, memory * GIB)
         assert parts["weights"] + parts["gradients"] + parts["Adam"] == pytest.approx(states, rel=1e-3)
-    assert parts["gathered"] == 2 * 1_050_677_248 + 8 * 218_112_000  # embedding, norm, head; a layer
+    assert parts["gathered"] == 2 * 1_050_677_248 + 8 * 218_112_000  # embedding, norm, head; one layer
     without = plan.train_step(size, 8, 2, 200, 900, False, 40 * GIB)["activations"]
-    assert without > 7 * parts["activations"] > 7 * 32 * 4000 * 4096 * 2  # the layers' inputs
+    assert without > 7 * parts["activations"] > 7 * 32 * 4000 * 4096 * 2  # the inputs of all layers
 
-def test_hours_are_those_worked_out_by_hand():
+def test_hours_are_as_worked_out_by_hand():
     o = mt.Options(recompute=True, rounds=2, update_rm=False, policy_batch=10)
     o.gpus, o.gpu = 8, "h100"
     size = plan.size_of(llama("8B"), POLICY)
@@ -82,29 +83,30 @@ def test_hours_are_those_worked_out_by_hand():
     assert not any(name.startswith("M") for name in rows)
     times, pairs, tokens, work, hours = rows["E: DPO"]
     assert (times, pairs, tokens) == (4, 1000, 1000 * (200 + 2 * 256))
-    assert work == pytest.approx(712e3 * 10 * 7.505e9, rel=1e-3)  # 2 x (reference, forward, again, 2 back)
+    # 2 x (forward passes of the reference, of the policy and to recompute, and a backward pass, which is two)
+    assert work == pytest.approx(712e3 * 10 * 7.505e9, rel=1e-3)
     assert hours == pytest.approx(5.344e16 / (8 * 0.5 * 989e12) / 3600, rel=1e-3)
     times, samples, tokens, work, hours = rows["E: sample"]
     assert (samples, tokens) == (5000, 5000 * 256)
-    # 8 blocks of 125 prompts, one for a GPU, of 625 / 64 x 256 steps and 768 for the longest answer; a step
-    # reads 16.06 GB of weights and 64 rows of 328 tokens
+    # 8 blocks of 125 prompts, one for each GPU. A block takes 625 / 64 x 256 steps, and 768 more until its
+    # longest answer is done. A step reads 16.06 GB of weights and the cache of 64 rows of 328 tokens.
     seconds = (2500 + 768) * (16.06e9 + 64 * 328 * 131_072) / (0.5 * 3.35e12)
     assert hours * 3600 == pytest.approx(seconds + 1000 * 1480 * 2 * 7.505e9 / (8 * 0.5 * 989e12), rel=1e-3)
     assert rows["E: select, sample"][0] == 4 * 3  # 100 steps: two checkpoints, and the policy before
 
-# ---------------------------------------------------------------- the real step
+# ---------------------------------------------------------------- against the real training step
 def trace(config, kind, gpus, pairs, prompt, answer, recompute, memory):
-    """(bytes at the peak of a GPU of so much memory, FLOPs) of the last two micro-batches of a training step:
-    the code of dpo.py and reward.py under FSDP2, in a group of processes that isn't there."""
+    """(peak bytes of a GPU in the last two micro-batches of a training step, FLOPs of one of them). The code
+    is that of dpo.py and reward.py under FSDP2, in a fake group of processes."""
     policy = kind is POLICY
     if dist.is_initialized():
         dist.destroy_process_group()
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
-    mesh = init_device_mesh("cpu", (gpus,))  # before the mode, since it holds numbers
+    mesh = init_device_mesh("cpu", (gpus,))  # before FakeTensorMode, since a mesh holds numbers
     with FakeTensorMode():
-        config = copy.deepcopy(config)  # it would be told the dtype
+        config = copy.deepcopy(config)  # from_config would write the dtype into it
         model = kind.from_config(config, dtype=torch.float32, attn_implementation="packed").eval()
-        model.plain_head = True  # there is nothing to verify
+        model.plain_head = True  # skips verify, which needs numbers
         root = (ResponseLogps if policy else Rewards)(model)
         training.wrap(root, recompute, mesh, training.BF16)
         optimizer = torch.optim.AdamW(root.parameters(), weight_decay=0.0, fused=True)
@@ -122,8 +124,8 @@ def trace(config, kind, gpus, pairs, prompt, answer, recompute, memory):
 
         with FlopCounterMode(display=False) as flops:
             backward(True)
-        optimizer.step()  # before the tracker: DTensor tries what is new on tensors of whole shapes
-        gc.collect()      # what the counter holds on to
+        optimizer.step()  # not in the tracker: DTensor first tries it on tensors of full shape
+        gc.collect()      # frees what the counter still holds
         with FSDPMemTracker(root, optimizer) as tracker:
             backward(False)
             tracker.reset_mod_stats()
@@ -139,7 +141,7 @@ def trace(config, kind, gpus, pairs, prompt, answer, recompute, memory):
     ("70B", 3, RM, 64, 1, 1000, 1024, False, 80),
     ("3B", 6, POLICY, 4, 2, 1000, 1024, True, 80),
     ("3B", 4, RM, 1, 2, 100, 300, True, 30)])
-def test_the_formulas_are_the_traced_step_within_15_percent(
+def test_the_formulas_of_training_agree_with_a_traced_step_within_15_percent(
         name, layers, kind, gpus, pairs, prompt, answer, recompute, memory):
     config = llama(name, num_hidden_layers=layers)
     size = plan.size_of(config, kind)
@@ -148,13 +150,13 @@ def test_the_formulas_are_the_traced_step_within_15_percent(
     assert formula == pytest.approx(peak, rel=0.15)
     tokens = pairs * (prompt + 2 * answer)
     assert (8 if recompute else 6) * size.matrices * tokens == pytest.approx(work, rel=0.25)
-    if layers == 8:  # by hand: 0.7 GiB of states, gathered 3.6, activations 0.9, the head's gradient 1.0
+    if layers == 8:  # by hand: states 0.7, gathered 3.6, activations 0.9, head's gradient 1.0 GiB
         assert 5.2 < peak / GIB < 7.2
 
 # ---------------------------------------------------------------- the command
 @pytest.fixture
 def planned(call, written, tmp_path, monkeypatch, capsys):
-    """planned("8B", "--gpus", 8, …) -> what `python -m evals.plan` prints about folders without weights."""
+    """planned("8B", "--gpus", 8, …) -> what `python -m evals.plan` prints for folders without weights."""
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**13))
     path = written("prompts.jsonl", [{"prompt": f"write {'a story ' * (i % 90)}{i}"} for i in range(3000)])
 
@@ -194,7 +196,7 @@ def test_prompts_that_the_run_leaves_out_are_left_out_of_the_plan(planned, writt
     assert said.count("99 of 3000 prompts are too long") == 1
     assert re.search(r" 2,901 prompts of \d\d tokens, the longest \d\d$", said, re.M)
 
-def test_a_plan_without_models_or_for_an_unknown_gpu_is_refused_in_a_line():
+def test_a_plan_without_models_or_for_an_unknown_gpu_is_refused_in_one_line():
     for words in ("", "--policy a --rm b --prompts c --gpu d"):
         done = subprocess.run([sys.executable, "-m", "evals.plan", *words.split()], cwd=ROOT, text=True,
                               capture_output=True)

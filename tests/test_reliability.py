@@ -1,7 +1,7 @@
 """pytest tests/test_reliability.py
 
-Nothing is lost by kills, signals and full disks, and two runs at once don't meet. What happens where results
-are damaged is in test_mt.py.
+Kills, signals and full disks lose nothing, and two runs in one folder keep out of each other's way. Damaged
+results are tested in test_mt.py.
 """
 import os
 import signal
@@ -21,11 +21,11 @@ def words(tiny, prompts, tmp_path_factory):
     write_jsonl(path, [{"prompt": p} for p in prompts])
     return [str(word) for word in ["--policy", tiny(), "--rm", tiny(reward=True), "--prompts", path, *FEW]]
 
-def goes_on(words, folder):
-    """Run a command in this process, without the report, which takes seconds; returns the run folder."""
+def run_to_its_end(words, folder):
+    """Run mt.py in this process, without its report, which takes seconds; returns the run folder."""
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in sys.modules if name.startswith("variants.")]:
-            patch.delitem(sys.modules, name)  # other tests have imported them; a run's code are those in use
+            patch.delitem(sys.modules, name)  # else the run notes them as its code, too
         patch.chdir(folder)
         patch.setattr(mt, "report", lambda out: None)
         patch.setattr("sys.argv", ["mt.py", *words, "--out", "run"])
@@ -34,13 +34,13 @@ def goes_on(words, folder):
 
 @pytest.fixture(scope="module")
 def finished(words, tmp_path_factory):
-    """A run that nothing has disturbed."""
-    return goes_on(words, tmp_path_factory.mktemp("finished"))
+    """The folder of a run that nothing has disturbed."""
+    return run_to_its_end(words, tmp_path_factory.mktemp("finished"))
 
-def begun(words, folder, *torchrun):
-    """A run in a process of its own, when it has made its first pairs."""
+def start_run(words, folder, *torchrun):
+    """Start mt.py in a process of its own; returns the process as soon as the first pairs are written."""
     command = [sys.executable, *torchrun, ROOT / "mt.py", *words, "--out", "run"]
-    process = subprocess.Popen(  # a shell's background jobs, and so their children, don't hear of Ctrl-C
+    process = subprocess.Popen(  # SIGINT may be ignored here, as in a shell's background jobs
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     while not (folder / "run" / "round1" / "e1" / "pairs.jsonl").exists():
@@ -54,15 +54,15 @@ def contents(folder):
 
 # ---------------------------------------------------------------- kills
 @pytest.mark.parametrize("processes, times", [(1, 6), (2, 2)])
-def test_killed_at_any_operation_on_a_file_a_run_ends_as_an_undisturbed_one(processes, times):
+def test_a_run_killed_at_any_file_operation_ends_as_an_undisturbed_one(processes, times):
     done = subprocess.run([sys.executable, ROOT / "bench" / "kills.py", "--times", str(times), "--processes",
                            str(processes)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "not one byte different" in done.stdout
 
-def test_a_folder_in_use_is_refused_and_after_ctrl_c_the_same_command_goes_on_as_was_said(
+def test_a_folder_in_use_is_refused_and_after_ctrl_c_the_same_command_finishes_the_run(
         words, finished, script, tmp_path):
-    first = begun(words, tmp_path)
+    first = start_run(words, tmp_path)
     first.send_signal(signal.SIGSTOP)
     second = script("mt.py", *words, "--out", "run", cwd=tmp_path)
     assert second.returncode == 2 and second.stderr.count("\n") == 1
@@ -73,11 +73,11 @@ def test_a_folder_in_use_is_refused_and_after_ctrl_c_the_same_command_goes_on_as
     assert first.returncode == 130 and "Traceback" not in said
     assert said.endswith("\nmt.py: interrupted; the same command goes on\n")
     assert not (tmp_path / "run" / "base.jsonl").exists()
-    assert contents(goes_on(words, tmp_path)) == contents(finished)
+    assert contents(run_to_its_end(words, tmp_path)) == contents(finished)
 
-def test_torchrun_goes_on_by_itself_after_a_worker_was_killed(words, finished, tmp_path):
-    process = begun(words, tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1",
-                    "--max-restarts", "3")
+def test_torchrun_finishes_the_run_by_itself_after_a_worker_was_killed(words, finished, tmp_path):
+    process = start_run(words, tmp_path, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+                        "1", "--max-restarts", "3")
     [worker] = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], text=True,
                               capture_output=True).stdout.split()[:1]
     os.kill(int(worker), signal.SIGKILL)
@@ -107,7 +107,7 @@ def test_rank_0_waits_for_the_blocks_of_the_slowest_process(tmp_path, monkeypatc
 # ---------------------------------------------------------------- disks
 @pytest.fixture
 def small_disk(tmp_path):
-    """small_disk(kilobytes): a folder on a file system of its own that holds so much."""
+    """small_disk(kilobytes) -> a folder on a file system of its own, which is resized to hold so much."""
     folder = tmp_path / "disk"
     folder.mkdir()
 
@@ -120,7 +120,8 @@ def small_disk(tmp_path):
     yield resize
     subprocess.run(["umount", folder], capture_output=True)
 
-def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(words, small_disk, finished, script):
+def test_a_full_disk_ends_a_run_in_one_line_and_it_goes_on_when_there_is_room(
+        words, small_disk, finished, script):
     ended, kept = [], {}
     for kilobytes in (30, 300, 10_000):
         disk = small_disk(kilobytes)
@@ -136,7 +137,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(words, s
     assert ours.keys() == theirs.keys()
     assert all(ours[name] == theirs[name] for name in theirs if name.endswith(".safetensors"))
 
-def test_a_quota_is_one_line():
+def test_an_exceeded_quota_ends_a_script_in_one_line():
     error = "safetensors.SafetensorError('I/O error: Disk quota exceeded (os error 122)')"
     code = f"import safetensors\nfrom common import run\ndef main():\n raise {error}\nrun.launch(main)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -1,6 +1,7 @@
 """pytest tests/test_report.py
 
-The report says what a run's files say, whatever texts they hold and however large they are.
+The report shows what the files of a run say, whatever texts they hold and however large they are. Its verdict
+and its warnings follow from the numbers, its page is safe to open, and damaged runs are refused in one line.
 """
 import json
 import random
@@ -34,7 +35,7 @@ def answers(prompts, samples, rng, text):
                  finished=rng.random() < 0.9, score=rng.gauss(0, 2)) for p in prompts for i in range(samples)]
 
 def make_run(folder, prompts, text=toy.demonstration, gold=False, **settings):
-    """Write a run of one round, stopped in its last step; what it trains on is chosen by filter.py itself."""
+    """Write a run of one round that stopped in its last step. filter.py makes its pairs and comparisons."""
     rng, at = random.Random(0), folder / "round1" / "m"
     if settings.get("update_rm", True):
         new, old = (answers(prompts, 1, rng, text) for _ in range(2))
@@ -69,7 +70,7 @@ def written_page(*runs):
     return (runs[0] / "report.html").read_text(encoding="utf-8")
 
 class Reader(HTMLParser):
-    """What a browser makes of a page: its tags with their attributes, its text."""
+    """What a browser reads in a page: `tags` with their attributes, and `texts`."""
     def __init__(self, page):
         super().__init__()
         self.tags, self.texts = [], []
@@ -84,7 +85,7 @@ STATE = dict(policy="base", n=300, win_rate=0.5, reward_r0=0.0, reward_r0_se=0.0
     ((3.0, 3.6, 3.3), "It went too far. Gold went from 3.00 to 3.30; its best was 3.60, of round 1."),
     ((3.0, 3.6, 2.8), "It harmed. Gold fell from 3.00 to 2.80; its best was 3.60, of round 1."),
     ((3.0, 3.1, 3.1), "It changed little. Gold went from 3.00 to 3.10.")])
-def test_the_verdict_is_that_of_gold(values, said):
+def test_the_verdict_follows_from_gold(values, said):
     states = [STATE | dict(policy=f"round {i}" if i else "base", gold=value, gold_se=0.05)
               for i, value in enumerate(values)]
     assert figures.verdict(dict(states=states, judge="gold")) == said
@@ -104,13 +105,13 @@ def test_without_gold_the_base_reward_model_judges_and_cannot_say_whether_it_wor
     (dict(gold=2.95, reward_r0=2.0), ""),
     (dict(gold=2.8, reward_r0=2.0), "while gold fell: over-optimisation"),
     (dict(finished=0.96, tokens=23.0, win_rate=0.51), "")])
-def test_a_warning_is_given_where_there_is_reason_and_only_there(last, warned):
+def test_a_warning_is_given_if_there_is_a_reason_and_only_then(last, warned):
     states = [STATE | dict(gold=3.0, gold_se=0.05) | more for more in ({}, last)]
     steps = [dict(kind="E", chosen="step-2", win_rate=0.86), dict(kind="E", chosen=None, win_rate=0.3)]
     said = figures.warnings(dict(states=states, judge="gold", steps=steps))
     assert len(said) == bool(warned) and all(warned in line for line in said)
 
-def test_the_figures_in_terminal_and_page_are_those_of_all_rows(run, capsys, monkeypatch):
+def test_the_figures_in_terminal_and_page_are_over_all_rows(run, capsys, monkeypatch):
     monkeypatch.setattr(eval_script, "SHOWN", 3)
     page, said = written_page(run), capsys.readouterr().out
     for part, rates in RATES.items():
@@ -130,14 +131,14 @@ def test_the_figures_in_terminal_and_page_are_those_of_all_rows(run, capsys, mon
     assert stop in said and escape(stop) in page
     assert page.count("3 of 30 prompts</summary>") == 3
 
-def test_a_run_of_ten_rounds_is_in_order_and_its_models_are_numbered(run):
+def test_ten_rounds_are_shown_in_order_with_their_models_numbered(run):
     for number in (10, 2):
         shutil.copytree(run / "round1" / "e1", run / f"round{number}" / "e1")
     steps = figures.load(run)["steps"]
     assert [s["phase"] for s in steps] == [f"round{p}" for p in ("1/e1", "1/m", "1/e2", "2/e1", "10/e1")]
     assert [(s["pm"], s["rm"]) for s in steps] == [(0, 0), (1, 0), (1, 1), (1, 1), (2, 1)]
 
-def test_the_seconds_of_a_step_are_those_of_its_phases(run):
+def test_the_seconds_of_a_step_are_the_sum_over_its_phases(run):
     names = "e1/samples e1/checkpoints e1/select/before e1/select/step-2 e1/selection m/new m/old m/rm"
     lines = [json.dumps(dict(phase=f"round1/{name}", seconds=2.0**i)) for i, name in enumerate(names.split())]
     (run / "timings.jsonl").write_text("\n".join([*lines, '{"phase": "round1/e2/sam']))  # cut by a kill
@@ -145,17 +146,17 @@ def test_the_seconds_of_a_step_are_those_of_its_phases(run):
         "round1/e1": [1.0, 2.0, 12.0], "round1/m": [96.0, 128.0, 0.0]}
     assert "<td>1.0</td><td>2.0</td><td>12.0</td>" in written_page(run)
 
-def test_gold_stands_in_the_first_table_in_the_terminal_and_beside_each_reward(tmp_path, prompts, capsys):
+def test_gold_is_shown_in_the_first_table_in_the_terminal_and_beside_each_reward(tmp_path, prompts, capsys):
     run = make_run(tmp_path / "run", prompts, gold=True)
     page = written_page(run)
     assert "<p class=warning>Only 90.0% of" in page
-    assert "<td>round 1</td>" not in page  # it repeats the line of the base, as rounds after a stop do
+    assert "<td>round 1</td>" not in page  # a line equal to the one before is left out, as after a stop
     assert re.search("base</td>.*1.250 ± 0.100.*0.500</td>.*0.710.*0.200 ± 0.300.*9.0</td>.*90.0%</td>", page)
     assert re.search(r"base +r0 +1.250 +0.100 +0.500 ", capsys.readouterr().out)
     for row in read_jsonl(run / "round1/e1/samples.jsonl"):
         assert f"reward {row['score']:.3f} · gold {toy.gold_of(row):.3f}" in page
 
-def test_every_response_stands_with_its_score_role_and_reason(run):
+def test_every_response_is_shown_with_its_score_role_and_reason(run):
     page = written_page(run)
     for row in read_jsonl(run / "round1/e1/samples.jsonl"):
         assert f"reward {row['score']:.3f} · {row['tokens']} tokens" in page
@@ -181,16 +182,16 @@ def test_text_cannot_inject_markup(tmp_path, prompts):
     assert not [name for _, given in after.tags for name in given if name[:2] == "on" or name == "srcdoc"]
     assert all(text in "".join(after.texts) for text in HOSTILE[:4])
 
-def test_characters_that_hide_or_turn_the_writing_round_are_named(tmp_path):
+def test_characters_that_are_invisible_or_reverse_the_text_are_shown_by_their_codes(tmp_path):
     marks, kept = [0, 7, 0x1b, 0x7f, 0x9b, 0x202e, 0x2066, 0xfeff, 0xe0041], "\t\n naïve 你好 👩\u200d🚀"
     hostile = "".join(map(chr, marks)) + kept
     run = make_run(tmp_path / "run", [hostile], lambda prompt, rng: f"{rng.random()} {hostile}")
-    write_jsonl(run / "base.jsonl", [STATE | {"policy": "".join(map(chr, marks))}])  # which stands in a plot
+    write_jsonl(run / "base.jsonl", [STATE | {"policy": "".join(map(chr, marks))}])  # this text is in a plot
     page = written_page(run)
     assert not [char for char in hostile if char in page and char not in kept]
-    assert page.count("".join(f"⟨U+{mark:04X}⟩" for mark in marks) + kept) == 3 + 12  # prompts, answers
+    assert page.count("".join(f"⟨U+{mark:04X}⟩" for mark in marks) + kept) == 3 + 12  # prompts and answers
 
-def test_the_page_loads_nothing_may_run_no_script_and_its_references_hold(tmp_path, prompts):
+def test_the_page_loads_nothing_forbids_scripts_and_has_no_broken_references(tmp_path, prompts):
     page = written_page(*(make_run(tmp_path / name, prompts[:6]) for name in "ab"))
     tags = Reader(page).tags
     assert [attrs["content"] for _, attrs in tags if "http-equiv" in attrs] == [
@@ -201,7 +202,7 @@ def test_the_page_loads_nothing_may_run_no_script_and_its_references_hold(tmp_pa
     ids = ["#" + attrs["id"] for _, attrs in tags if "id" in attrs]
     assert links and set(links) <= set(ids) and len(set(ids)) == len(ids)
 
-def test_a_page_has_all_curves_that_its_run_has_and_is_the_same_each_time(tmp_path, prompts):
+def test_a_page_has_all_pictures_of_its_run_and_is_the_same_each_time(tmp_path, prompts):
     pytest.importorskip("matplotlib")
     for gold, count in ((False, 8), (True, 11)):
         run = make_run(tmp_path / f"run{gold}", prompts, gold=gold)
@@ -218,13 +219,13 @@ ARMS = {"full": {}, "fixed RM (iterative DPO)": {"update_rm": False}, "no select
         "no filter": {"filter": False},
         "fixed RM (iterative DPO), no selection": {"update_rm": False, "select": False, "filter": False}}
 
-def test_runs_stand_side_by_side_by_their_ablations_names(tmp_path, prompts, call):
+def test_several_runs_are_compared_under_the_names_of_their_ablations(tmp_path, prompts, call):
     runs = [make_run(tmp_path / f"run{i}", prompts[:6], **how) for i, how in enumerate(ARMS.values())]
     call(eval_script, "report", *runs, "--out", tmp_path / "all.html")
     page = (tmp_path / "all.html").read_text()
     for i, name in enumerate(ARMS):
         assert page.count(f"<h3>run{i}: {escape(name)}</h3>") == 5
-        assert f"<td>run{i}</td><td>{name}</td><td>RM 0</td>" in page  # in the comparison
+        assert f"<td>run{i}</td><td>{name}</td><td>RM 0</td>" in page  # in the table that compares runs
     assert "<td>select</td><td>–</td><td>–</td><td>False</td><td>–</td><td>False</td>" in page
 
 COMPARED = json.dumps(compare(*(answers(["p"], 1, random.Random(i), lambda *_: "r") for i in (0, 1)))[0])
@@ -248,7 +249,7 @@ def test_a_run_that_has_just_begun_has_a_page(run):
     shutil.rmtree(run / "round1")
     assert "Unfinished: 0 of 3 steps so far." in written_page(run)
 
-def test_long_texts_are_cut_and_the_page_has_a_limit(tmp_path, prompts):
+def test_long_texts_are_cut_and_the_size_of_the_page_is_limited(tmp_path, prompts):
     run = make_run(tmp_path / "run", prompts, lambda prompt, rng: f"{rng.random()}" + '"' * 60_000)
     page = written_page(run)
     assert len(page.encode()) < TEXT_BYTES + 1_000_000 < 10e6
@@ -257,7 +258,8 @@ def test_long_texts_are_cut_and_the_page_has_a_limit(tmp_path, prompts):
     assert len(shown) == 3 and all(0 < n < 30 for n in shown)
 
 @pytest.mark.parametrize("gold", [True, False])
-def test_agreement_of_a_reward_model_is_that_of_scored_answers(tmp_path, tiny, prompts, call, gold):
+def test_agreement_is_how_often_a_reward_model_orders_answers_as_the_judge_does(
+        tmp_path, tiny, prompts, call, gold):
     rms = [tiny(reward=True), tiny(reward=True, seed=3)]
     run = make_run(tmp_path / "run", prompts, gold=gold, rm=rms[0])
     (run / "round1/m/rm").rmdir()
@@ -268,7 +270,7 @@ def test_agreement_of_a_reward_model_is_that_of_scored_answers(tmp_path, tiny, p
               for rm in rms]
     first, last, by_gold = (np.reshape(some, (-1, 5)) for some in (
         *([row["score"] for row in some] for some in scores), [toy.gold_of(row) for row in rows]))
-    alike = ordered_alike(first, by_gold if gold else last)  # without gold the last RM judges
+    alike = ordered_alike(first, by_gold if gold else last)  # without gold the last reward model is the judge
     call(eval_script, "agreement", "--run", run, "--json", tmp_path / "figures.json", "--prompts", 30)
     found = json.loads((tmp_path / "figures.json").read_text())
     assert found["agreement"]["base" if gold else "PM 0"]["RM 0"] == pytest.approx(alike)

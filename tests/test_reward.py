@@ -1,6 +1,7 @@
 """pytest tests/test_reward.py
 
-A reward is the raw logit at the last real token, whatever stands beside it in the batch.
+A reward is the logit at the last token of the chat, as plain transformers gives it, whatever else is in the
+batch. What is not a reward model is refused, and so is a reward that is not finite.
 """
 import pytest
 import torch
@@ -35,11 +36,11 @@ def test_a_reward_is_the_logit_that_transformers_gives_to_the_chat_alone(tiny, q
         ids = [tokenizer.apply_chat_template(chat, return_tensors="pt", return_dict=True) for chat in chats]
         logits = [model(one["input_ids"]).logits[0, 0].item() for one in ids]
         alone.append(pytest.approx(logits, rel=1e-5, abs=1e-5))
-    for batch in (1, 3, 100):  # whatever stands beside it
+    for batch in (1, 3, 100):  # whatever else is in the batch
         assert scores(folder, questions, batch) == alone
         assert scores(folder, questions[::-1], batch) == alone[::-1]
 
-# ---------------------------------------------------------------- what is no reward model
+# ---------------------------------------------------------------- heads, and rewards that are refused
 @pytest.fixture
 def samples(written, questions):
     return written("samples.jsonl", [dict(prompt=prompt, response=answer, tokens=3, finished=True)
@@ -53,13 +54,13 @@ def test_a_model_without_a_head_of_one_label_is_refused(tiny, tmp_path):
         with pytest.raises(Problem, match=message):
             load_reward(rm)
 
-def test_training_gives_a_causal_lm_a_fresh_head_and_says_so(
+def test_training_gives_a_causal_lm_a_fresh_reward_head_and_says_so(
         tiny, call, written, pairs, samples, tmp_path, capsys):
     call(reward, "--model", tiny(), "--pairs", written("pairs.jsonl", pairs[:20]), "--out", tmp_path / "rm",
          "--lr", 1e-3, "--batch", 5)
     said = capsys.readouterr().out
     assert "LlamaForCausalLM: training starts with a fresh reward head" in said
-    made = load_reward(tmp_path / "rm")  # with a head now: nothing is missing
+    made = load_reward(tmp_path / "rm")  # it has a head now, so that loading succeeds
     assert made.config.num_labels == 1 and made.config.architectures == ["LlamaForSequenceClassification"]
     values = scores(tmp_path / "rm", [(p["prompt"], [p["chosen"], p["rejected"]]) for p in pairs[20:30]])
     kept, right = judge_pairs(str(tmp_path / "rm"), pairs[20:30], 4, 1000)
@@ -68,12 +69,12 @@ def test_training_gives_a_causal_lm_a_fresh_head_and_says_so(
     rows = read_jsonl(tmp_path / "scored.jsonl")
     assert [{k: v for k, v in row.items() if k not in ("score", "rm")} for row in rows] == read_jsonl(samples)
 
-def test_equal_rewards_are_no_success(tiny, tmp_path, pairs):
+def test_a_pair_with_equal_rewards_counts_as_wrong(tiny, tmp_path, pairs):
     folder = with_weights(tiny(reward=True), tmp_path / "rm",
                           lambda weights: weights | {"score.weight": torch.zeros(1, 32)})
     assert judge_pairs(folder, pairs[:10], 4, 1000)[1].tolist() == [False] * 10
 
-def test_a_reward_that_is_not_finite_is_named_by_its_prompt(tiny, questions):
+def test_a_reward_that_is_not_finite_is_refused_with_its_prompt(tiny, questions):
     model = Rewards(load_reward(tiny(reward=True)))
     score_answers(model, load_tokenizer(tiny(reward=True)), questions, 4)
     model.model.score.weight.data[0, 3] = float("nan")

@@ -1,6 +1,7 @@
 """pytest tests/test_sampler.py
 
-The fast sampler against the slow one, token for token; its draws against their distribution.
+`generate_reference` defines sampling, slowly and obviously; the fast sampler gives the same tokens. Draws
+follow the distribution that they should, blocks are well sized, and the cache fits into the memory.
 """
 import json
 
@@ -16,7 +17,7 @@ from common.models import load_policy
 from common.parallel import Problem
 from sampler import TRIES, block_size, draw, generate, mass_above, nucleus, stop_tokens, uniform
 
-STOPS = [2, *range(30, 38)]  # about one token in twelve ends a response: rows leave and enter all the time
+STOPS = [2, *range(30, 38)]  # about one token in twelve ends a response, so that rows often change
 
 @pytest.fixture(scope="module")
 def questions():
@@ -25,7 +26,7 @@ def questions():
     ids = [rng.integers(3, 100, size).tolist() for size in (5, 21, 1, 8, 8, 13, 2, 17, 3)]
     return ids, rng.integers(0, 2**64, (len(ids), 3), dtype=np.uint64)
 
-# ---------------------------------------------------------------- the fast one and the slow one
+# ---------------------------------------------------------------- the definition and the fast sampler
 def uniform_reference(key, counter):
     """A number in (0, 1] by splitmix64, as its paper writes it."""
     x = (key + counter * 0x9E3779B97F4A7C15) % 2**64
@@ -41,8 +42,8 @@ def test_random_numbers_are_those_of_splitmix64(rng):
 
 @torch.inference_mode()
 def generate_reference(model, prompts, keys, *, stop_ids, temperature, top_p, max_new_tokens):
-    """The specification of `generate`: one response at a time,
-    the whole prefix computed again for every token."""
+    """The definition of `generate`: one response at a time, and for every token the whole chat so far is
+    computed again."""
     model.set_attn_implementation("sdpa")
 
     def next_token(prefix, key, step):
@@ -89,7 +90,8 @@ def test_a_response_depends_on_its_key_and_not_on_order_company_or_batch_size(ti
                 every[i] for i in some]
     one_sample = generate(model, prompts, keys[:, 1:2], rows=3, **settings)
     assert [row[0] for row in one_sample] == [row[1] for row in every]
-    assert len({tuple(tokens) for row in every for tokens in row}) > 20  # and the keys do matter
+    # and different keys give different responses
+    assert len({tuple(tokens) for row in every for tokens in row}) > 20
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_response_ends_at_its_first_stop_token_or_at_the_limit_or_where_the_context_ends(
@@ -102,10 +104,10 @@ def test_a_response_ends_at_its_first_stop_token_or_at_the_limit_or_where_the_co
     ends = {(min(20, 24 - len(prompt)), len(tokens), tokens[-1]) for prompt, row in zip(prompts, responses)
             for tokens in row if not set(tokens[:-1]) & set(STOPS)}
     assert len(ends) > 9 and all(last in STOPS or length == limit for limit, length, last in ends)
-    assert len({last for *_, last in ends if last in STOPS}) > 3  # and more than one stop token
+    assert len({last for *_, last in ends if last in STOPS}) > 3  # by several stop tokens
     assert {3, 20} <= {length for _, length, last in ends if last not in STOPS}
 
-def test_greedy_tokens_are_the_peers(golden):
+def test_greedy_tokens_are_those_of_transformers(golden):
     peers = json.loads((golden / "generate_greedy.json").read_text())
     model, prompts = load_policy(golden / "policy"), peers["prompts"]
     keys = np.zeros((len(prompts), 1), np.uint64)
@@ -116,19 +118,20 @@ def test_greedy_tokens_are_the_peers(golden):
         assert padded == peers[name]
 
 @pytest.mark.parametrize("device, dtype", [("cpu", torch.float32), ("meta", torch.bfloat16)])
-def test_scores_are_fp32_in_either_precision(device, dtype):
+def test_attention_scores_are_fp32_in_either_precision(device, dtype):
     keys = torch.zeros(3, 2, 8, 10, dtype=dtype, device=device)[..., :7]
     scores = sampler.fp32_product(torch.zeros(3, 2, 4, 8, dtype=dtype, device=device), keys)
     assert scores.dtype == torch.float32 and scores.shape == (3, 2, 4, 7)
 
 # ---------------------------------------------------------------- the distribution
 @pytest.mark.parametrize("temperature, top_p", [(0.8, 0.5), (0.8, 0.95), (1.0, 0.95)])
-def test_the_nucleus_is_the_peers(golden, temperature, top_p):
+def test_the_nucleus_is_that_of_transformers(golden, temperature, top_p):
     peers = load_file(golden / "sampling_probs.safetensors")
     probs = (peers["logits"] / temperature).softmax(-1)
     theirs, ours = peers[f"probs_t{temperature}_p{top_p}_k0"], nucleus(probs, top_p)
     torch.testing.assert_close(ours[:5], theirs[:5], rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(*((probs * (kept > 0)).sum(-1) for kept in (ours, theirs)))  # row 5 has a tie
+    # row 5 has a tie, of which any token may be kept, so that only the mass that is kept can be compared
+    torch.testing.assert_close(*((probs * (kept > 0)).sum(-1) for kept in (ours, theirs)))
 
 def spread(rows=6, vocabulary=200, ties=True):
     """(rows, vocabulary) logits from nearly flat to peaked, with many exact ties."""
@@ -137,7 +140,7 @@ def spread(rows=6, vocabulary=200, ties=True):
 
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.95])
 def test_a_draw_is_accepted_exactly_if_it_lies_in_the_nucleus(top_p):
-    probs = spread().softmax(-1).double()  # in double precision, so that no mass is rounded to top_p itself
+    probs = spread().softmax(-1).double()  # double precision: no sum is rounded to top_p itself
     kept = nucleus(probs, top_p) > 0
     for token in range(probs.shape[1]):
         column = torch.full((len(probs), 1), token)
@@ -145,13 +148,13 @@ def test_a_draw_is_accepted_exactly_if_it_lies_in_the_nucleus(top_p):
 
 @pytest.mark.parametrize("counting", ["keys", "positions"])
 @pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.7, 0.9), (1.0, 0.3), (1.0, 0.05)])
-def test_draws_are_distributed_as_the_nucleus(temperature, top_p, counting):
-    draws = 20_000  # top-p 0.05 mostly ends in the cut nucleus after eight rejected draws
+def test_draws_follow_the_distribution_of_the_nucleus(temperature, top_p, counting):
+    draws = 20_000  # at top-p 0.05 most are made by sorting, after eight rejected ones
     logits = spread(1, 60, ties=False)
     expected = nucleus((logits / temperature).softmax(-1), top_p)[0].double().numpy() * draws
     keys = np.array([seed_of(0, i) for i in range(draws)], np.uint64).view(np.int64)
     keys, drawn = torch.tensor(keys), torch.zeros(draws, dtype=torch.long)
-    if counting == "positions":  # of one response
+    if counting == "positions":  # many tokens of one response
         keys, drawn = keys[:1].repeat(draws), torch.arange(draws)
     tokens, listed = draw(logits.expand(draws, -1), keys, drawn, temperature, top_p)
     assert tokens.tolist() == listed
@@ -168,7 +171,7 @@ def run(call, tiny, path, out, *words):
          "--max_new_tokens", 12, *words)
     return read_jsonl(out)
 
-def test_samples_depend_on_the_seed_and_not_on_order_and_blocks_and_finished_tells_stop_tokens(
+def test_samples_depend_on_the_seed_and_not_on_order_or_blocks_and_finished_means_a_stop_token(
         call, tiny, written, prompts, tmp_path):
     path = written("p.jsonl", [{"prompt": p} for p in prompts])
     rows = run(call, tiny, path, tmp_path / "a.jsonl", "--samples", 3)
@@ -191,17 +194,17 @@ def test_samples_depend_on_the_seed_and_not_on_order_and_blocks_and_finished_tel
     assert {row["finished"] for row in rows} == {True, False}
 
 @pytest.mark.parametrize("prompts, filling", [(20000, 12.8), (20000, 51.2), (20000, 64), (19711, 13)])
-def test_blocks_are_large_enough_for_busy_rows_and_2_4_or_8_processes_have_equally_many(prompts, filling):
+def test_blocks_are_large_enough_for_busy_rows_and_2_4_or_8_processes_get_equal_shares(prompts, filling):
     size = block_size(prompts, filling)
-    assert 13 * filling < size <= 28 * filling + 1  # of the former the rows are idle in 11% at most
+    assert 13 * filling < size <= 28 * filling + 1  # with 13 fillings rows are idle 11% of the time
     sizes = [min(size, prompts - at) for at in range(0, prompts, size)]
     for world in (2, 4, 8):
         shares = [sum(sizes[rank::world]) for rank in range(world)]
-        assert max(shares) < 1.01 * prompts / world  # the others are idle for 1%
-    for few, filling in ((2000, 64), (800, 51.2), (30, 4 / 3), (1, 0.2), (5, 0.01)):  # of a short phase
+        assert max(shares) < 1.01 * prompts / world  # so nobody waits for more than 1%
+    for few, filling in ((2000, 64), (800, 51.2), (30, 4 / 3), (1, 0.2), (5, 0.01)):  # in a short phase
         assert block_size(few, filling) == max(1, int(4 * filling))
 
-def test_the_cache_takes_half_of_what_the_weights_leave(tiny, monkeypatch):
+def test_the_cache_takes_half_of_the_memory_that_the_weights_leave(tiny, monkeypatch):
     model, slots = load_policy(tiny()), sampler.Slots(3, 50, "cpu")
     slots.fill([0], next(zip(*sampler.prefill(model, [[5, 6]])))[:1])
     token = sum(keys.nbytes + values.nbytes for keys, values in slots.layers) / 150
@@ -211,7 +214,7 @@ def test_the_cache_takes_half_of_what_the_weights_leave(tiny, monkeypatch):
     monkeypatch.setattr(sampler, "memory", lambda: weights // 2)
     assert sampler.cache_tokens(model) == 0
 
-def test_short_memory_makes_fewer_rows_and_the_same_responses_and_too_short_a_problem(
+def test_less_memory_means_fewer_rows_with_the_same_responses_and_too_little_is_refused(
         call, tiny, written, prompts, tmp_path, monkeypatch):
     path, found, rows, step = written("p.jsonl", [{"prompt": prompts[0]}]), {}, [], sampler.Slots.step
     monkeypatch.setattr(sampler.Slots, "step", lambda *a: rows.append(len(a[0].rows)) or step(*a))

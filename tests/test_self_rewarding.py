@@ -1,7 +1,7 @@
 """pytest tests/test_self_rewarding.py
 
-Self- and Meta-Rewarding: what is chosen, what can be read and what is dropped, by hand; the commands, run
-tiny with a policy that has learnt to answer their questions.
+Self- and Meta-Rewarding: small cases, worked out by hand, of what is chosen, what can be read and what is
+dropped. Then both commands run tiny, with a policy that has learnt to answer their questions.
 """
 import math
 import random
@@ -19,20 +19,21 @@ from variants import meta_rewarding, self_rewarding, toy_judge
 
 @pytest.mark.parametrize("scores, lengths, rho, pair", [
     ([5, 4, 1], [9, 5, 1], 0.25, (1, 2)),      # 4 ≥ .75 · 5 + .25 · 1: the shorter of the two above
-    ([5, 3.9, 1], [9, 5, 1], 0.25, (0, 2)),    # just below
-    ([5, 4, 1], [9, 5, 1], 0, (0, 2)),         # the highest
+    ([5, 3.9, 1], [9, 5, 1], 0.25, (0, 2)),    # 3.9 is just below
+    ([5, 4, 1], [9, 5, 1], 0, (0, 2)),         # ρ = 0: the highest
     ([5, 5, 1, 1], [9, 9, 7, 3], 0, (0, 2)),   # ties: the earlier, on both sides
     ([4, 5, 1], [6, 6, 2], 0.25, (1, 2)),      # equally short: the higher
     ([3, 3, 3], [1, 2, 3], 0.25, None),
 ])
-def test_the_shortest_near_the_highest_is_chosen_the_lowest_rejected(scores, lengths, rho, pair, monkeypatch):
+def test_the_shortest_response_near_the_highest_score_is_chosen_and_the_lowest_rejected(
+        scores, lengths, rho, pair, monkeypatch):
     monkeypatch.setattr(self_rewarding, "RHO", rho)
     choice = self_rewarding.choose_pair(scores, lengths)
     assert (choice and choice[:2]) == pair
 
 @pytest.mark.parametrize("text, number", [
     ("It says what was asked.\nScore: 4", 4), ("score 0", 0), ("**Score: 3**", 3), ("Final score: 2/5.", 2),
-    ("Score: 1 for the start, but\nScore: 5 ", 5),                   # the end counts
+    ("Score: 1 for the start, but\nScore: 5 ", 5),                   # the last number counts
     ("Score: 6", None), ("Score: 10", None), ("Score: 4.5", None), ("Score: 4/10", None), ("Score: -3", None),
     ("Score: N", None), ("Score: four", None), ("Score: 4 or 5", None), ("4", None), ("", None),
     ("Score: 4\nThat is my judgement.", None), ("underscore: 4", None), ("Score: ٣", None),
@@ -47,11 +48,11 @@ def test_a_judgement_ends_with_its_number_or_has_none(text, number):
 def judgement(text, score):
     return dict(prompt="judge", response=text, score=score, tokens=2, finished=True)
 
-def test_verdicts_that_change_with_the_order_decide_nothing():
+def test_a_verdict_that_changes_with_the_order_decides_nothing():
     a, b, c = rivals = [judgement("a", 1), judgement("b", 3), judgement("c", 5)]
-    verdicts = np.array([[0, -1, 1],    # a loses to b,
-                         [1, 0, 1],     # b wins; b and c: the first in either order;
-                         [-1, 1, 0]])   # a wins against c
+    verdicts = np.array([[0, -1, 1],    # against b, a loses in both orders
+                         [1, 0, 1],     # against c, b wins only where it stands first
+                         [-1, 1, 0]])   # against a, c loses in both orders
     pair, decided = meta_rewarding.pair_from_verdicts(rivals, verdicts)
     assert decided == 2
     assert (pair["chosen"], pair["rejected"]) == ("b", "c")
@@ -64,7 +65,7 @@ def test_verdicts_that_change_with_the_order_decide_nothing():
     assert meta_rewarding.pair_from_verdicts(rivals, in_a_circle) == (None, 3)
     assert meta_rewarding.pair_from_verdicts([a], np.zeros((1, 1))) == (None, 0)
 
-def test_the_judgements_of_the_most_disputed_response_meet_once_each():
+def test_the_different_judgements_of_the_most_disputed_response_are_compared():
     rows = [dict(prompt="p", response=text) for text in ("unread", "sure", "disputed")]
     unread, sure, disputed = map(self_rewarding.question, rows)
     judgements = {sure: [judgement("a", 3), judgement("b", 4)], unread: [],
@@ -92,7 +93,7 @@ def test_demonstrated_judgements_are_as_noisy_as_the_base_reward_models_labels()
 
 @pytest.fixture(scope="module")
 def judging(tmp_path_factory, prompts):
-    """A policy of the embedded task's kind that answers the two questions as they stand: by chance, and one
+    """A policy like the embedded task's that answers the questions of both variants, at random. About one
     judgement in five can't be read."""
     rng, answers, folder = random.Random(0), [], tmp_path_factory.mktemp("judging")
     for _ in range(150):
@@ -123,7 +124,7 @@ def test_self_rewardings_pairs_follow_from_its_judgements(judging, tiny, written
         readable = row["finished"] and row["response"].startswith("Score: ") and word in tuple("012345")
         numbers.setdefault(row["prompt"], []).extend([int(word)] if readable else [])
         unreadable += not readable
-    assert 0 < unreadable < sum(map(len, numbers.values()))  # some can't be read and don't count in the mean
+    assert 0 < unreadable < sum(map(len, numbers.values()))  # some can't be read, and are left out
     logged = next(row for row in read_jsonl(out / "metrics.jsonl") if "unreadable" in row)
     assert logged["unreadable"] == unreadable and logged["judgements"] == 11 * len(numbers)
     samples, judged, pairs = (read_jsonl(folder / f"{name}.jsonl") for name in ("samples", "judged", "pairs"))

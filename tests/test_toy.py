@@ -1,6 +1,7 @@
 """pytest tests/test_toy.py
 
-The world of the embedded task: its judge, its prompts and its writer. The base models are not made here.
+The world of the embedded task: gold, which is its judge, its prompts and its mediocre writer. Base models are
+not made here.
 """
 import random
 
@@ -25,22 +26,22 @@ PERFECT = "dear sister . grey waves weep . lonely dogs sigh . broken sails fade 
     (SEA, PERFECT.replace("dogs", "shells"), GOLD_MAX - 0.5),                  # the guest is missing
     (SEA, PERFECT.replace("sister", "brother"), GOLD_MAX - 0.5),               # the wrong reader
     (SEA, PERFECT.removeprefix("dear sister . "), GOLD_MAX - 0.5),             # no greeting
-    (FARM, "dear sister . merry cows dance . jolly pigs sing . the end .", GOLD_MAX - 0.5),  # whom?
+    (FARM, "dear sister . merry cows dance . jolly pigs sing . the end .", GOLD_MAX - 0.5),  # no reader named
     (SEA, PERFECT.removesuffix(" the end ."), GOLD_MAX - 0.5),                 # no ending
     (SEA, PERFECT.replace("sails", "waves"), GOLD_MAX - 0.5),                  # a noun twice
     (SEA, PERFECT.replace("broken sails fade . ", ""), GOLD_MAX - 4 / 3 - 0.5),  # a line too few
-    (SEA, PERFECT.replace("the end", "weary gulls sob . the end"), GOLD_MAX - 0.5),        # one too many
+    (SEA, PERFECT.replace("the end", "weary gulls sob . the end"), GOLD_MAX - 0.5),        # a line too many
     (SEA, PERFECT.replace("the end", "well you know . the end"), GOLD_MAX - 0.5),      # rambling
-    (SEA, PERFECT.replace("lonely", "lonely lonely"), GOLD_MAX - 4 / 3 - 1.5),  # no line, so no guest
+    (SEA, PERFECT.replace("lonely", "lonely lonely"), GOLD_MAX - 4 / 3 - 1.5),  # not a line, and so no guest
     (SEA, PERFECT + " grey", GOLD_MAX - 1),                                    # broken off after the ending
     (SEA, "", -1.5),
-    (SEA, "and so on . " * 20, -3.5),                                          # at most four of a fault
+    (SEA, "and so on . " * 20, -3.5),                                          # faults count 4 times at most
 ])
-def test_the_judge_counts_every_wish(prompt, answer, value):
+def test_gold_counts_every_wish_of_the_prompt(prompt, answer, value):
     assert gold(prompt, answer.strip()) == pytest.approx(value)
-    assert gold(SEA, PERFECT, finished=False) == GOLD_MAX - 1  # it loses its ending and half a point
+    assert gold(SEA, PERFECT, finished=False) == GOLD_MAX - 1  # no ending, and half a point for breaking off
 
-def test_prompts_are_all_different_and_those_of_loop_test_and_base_models_are_apart():
+def test_all_prompts_differ_and_those_of_the_loop_the_test_and_the_base_models_do_not_overlap():
     everything = toy.all_prompts()
     assert len(set(everything)) == len(everything)
     cut, groups = toy.parts(0), [*toy.parts(0).values()]
@@ -48,22 +49,22 @@ def test_prompts_are_all_different_and_those_of_loop_test_and_base_models_are_ap
     assert all(len(set(part)) == len(part) > 0 for part in cut.values())
     assert cut["loop"] != toy.parts(1)["loop"]
 
-def test_every_word_has_a_token_and_comes_back():
+def test_every_word_has_a_token_and_is_decoded_to_itself():
     words, rng = tokenizer(), random.Random(0)
     for prompt in rng.sample(toy.all_prompts(), 300):
         answer = demonstration(prompt, rng)
         chat = encode_chat(words, prompt, answer)
         assert words.decode(chat.ids[chat.start:], skip_special_tokens=True) == answer
         assert words.decode(chat.ids[:chat.start]) == f"<bos> <user> {prompt} <assistant>"
-        assert words.pad_token_id not in chat.ids  # which stands for unknown words, too
+        assert words.pad_token_id not in chat.ids  # it also stands for unknown words
 
-def test_the_writer_is_mediocre_and_the_judge_sees_how():
+def test_gold_finds_the_writer_mediocre():
     rng = random.Random(0)
     values = [gold(prompt, demonstration(prompt, rng)) for prompt in rng.sample(toy.all_prompts(), 500)]
     assert max(values) <= GOLD_MAX and min(values) < 2
     assert 2 < np.mean(values) < GOLD_MAX - 1  # better than a mess, with room above
 
-def test_the_settings_are_options_of_the_loop_and_the_prompts_suffice():
+def test_the_settings_are_options_of_the_loop_and_the_prompts_are_many_and_short_enough():
     assert toy.SETTINGS.keys() <= vars(mt.Options()).keys()
     assert toy.LOOP_PROMPTS >= toy.SETTINGS["select_prompts"] + 3
     longest = max(len(encode_chat(tokenizer(), prompt).ids) for prompt in toy.all_prompts()[::7])

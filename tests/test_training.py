@@ -1,6 +1,7 @@
 """pytest tests/test_training.py
 
-DPO and Bradley-Terry training: the same numbers however the work is cut up, and folders that anyone can load.
+DPO and Bradley-Terry training give the same numbers however the work is divided, start where they must, and
+write folders that transformers can load.
 """
 import copy
 import json
@@ -29,7 +30,7 @@ TRAIN = {"dpo": (dpo, ["--beta", 0.1, "--lr", 2e-4]), "reward": (reward, ["--lr"
 
 @pytest.fixture
 def train(call, written, pairs, tmp_path):
-    """train(module, model, pairs or how many, "--flag", value, …) -> the folder that its main() writes."""
+    """train(module, model, pairs or their number, "--flag", value, …) -> the folder that is written."""
     def run(module, folder, some, *words, out="out"):
         path = written("pairs.jsonl", pairs[:some] if isinstance(some, int) else some)
         call(module, "--model", folder, "--pairs", path, "--out", tmp_path / out, *words)
@@ -43,7 +44,7 @@ def metrics(out, key="loss"):
 def test_shared_work_comes_back_in_order_to_every_process(tmp_path, monkeypatch):
     (tmp_path / "sharing.py").write_text(
         "from common.parallel import rank, share_work, start\nstart()\n"
-        "found = share_work(9001, lambda i: (i, rank()), 'numbers')\n"  # exchanged three times
+        "found = share_work(9001, lambda i: (i, rank()), 'numbers')\n"  # exchanged in three pieces
         "assert found == [(i, i % 4096 % 3) for i in range(9001)], rank()\n")
     monkeypatch.syspath_prepend(tmp_path)
     forked("sharing", [], 3)
@@ -61,7 +62,7 @@ def test_every_row_counts_once_with_shares_that_add_up_to_1_over_all_processes(
     steps = math.ceil(rows / batch)
     assert [len(mine) for mine in ranks] == [2 * steps] * world
     for step in zip(*ranks):
-        assert len({len(micros) for micros in step}) == 1  # collectives need the same number everywhere
+        assert len({len(micros) for micros in step}) == 1  # collectives need the same number in all processes
         assert all(1 <= len(m.numbers) <= micro_batch for micros in step for m in micros)
         shares = [micro.share for micros in step for micro in micros for _ in micro.numbers]
         assert sum(shares) == pytest.approx(1)
@@ -70,7 +71,7 @@ def test_every_row_counts_once_with_shares_that_add_up_to_1_over_all_processes(
         micros = [micro for mine in ranks for step in mine[epoch] for micro in step]
         seen = [i for micro in micros for i in micro.numbers if micro.share]
         assert sorted(seen) == list(range(rows))
-    assert world > 1 or rows < 10 or ranks[0][:steps] != ranks[0][steps:]  # shuffled anew
+    assert world > 1 or rows < 10 or ranks[0][:steps] != ranks[0][steps:]  # each epoch has its own order
 
 @pytest.mark.parametrize("steps", [1, 7, 20, 100])
 def test_the_learning_rate_warms_up_over_a_tenth_and_falls_towards_0(steps):
@@ -93,11 +94,11 @@ def test_one_process_two_processes_and_micro_batches_give_the_same_20_steps(
     done = script(f"{name}.py", *words, "--batch", 5, "--micro_batch", 2, "--model", model, "--pairs",
                   tmp_path / "pairs.jsonl", "--out", tmp_path / "two", processes=2)
     assert done.returncode == 0, done.stderr
-    assert re.findall(r"step (\d+)/20", done.stdout) == [str(i) for i in range(1, 21)]  # only rank 0 speaks
+    assert re.findall(r"step (\d+)/20", done.stdout) == [str(i) for i in range(1, 21)]  # only rank 0 prints
     losses, norms = (metrics(tmp_path / "one", key) for key in ("loss", "grad_norm"))
     before, weights = (load_file(Path(folder) / "model.safetensors") for folder in (model, tmp_path / "one"))
     assert len(losses) == 20 and losses[0] != losses[-1]
-    assert max((weights[name] - before[name]).abs().max() for name in weights) > 1e-3  # something was learnt
+    assert max((weights[name] - before[name]).abs().max() for name in weights) > 1e-3  # the model has changed
     for other in ("one", "micro", "two"):
         assert metrics(tmp_path / other) == pytest.approx(losses, abs=1e-5)
         assert metrics(tmp_path / other, "grad_norm") == pytest.approx(norms, rel=1e-3)
@@ -129,7 +130,8 @@ def test_the_first_loss_is_ln_2_even_for_a_model_with_dropout(tiny, train, kind,
     assert (first["rewards/margins"], first["rewards/accuracies"]) == (0, 0)
 
 def with_dropout(monkeypatch):
-    """Policies are loaded with a dropout that comes after the probe, which would have seen it."""
+    """Load policies with dropout from now on. It begins after the check at a model's first use, which would
+    refuse it."""
     def load(*inputs, **settings):
         model = load_policy(*inputs, **settings)
         probe.verify(model)
@@ -145,7 +147,8 @@ def test_a_loss_that_is_not_finite_names_its_step(tiny, train, tmp_path, name):
 
 # ---------------------------------------------------------------- what a loss sees
 @pytest.mark.parametrize("name", TRAIN)
-def test_a_loss_gets_the_pairs_of_its_rows_though_some_were_too_long(tiny, pairs, train, monkeypatch, name):
+def test_a_loss_gets_the_pairs_that_its_rows_were_made_of_even_if_others_were_too_long(
+        tiny, pairs, train, monkeypatch, name):
     folder, seen = tiny(reward=name == "reward"), {}
     module, function = {"dpo": (dpo, "dpo_loss"), "reward": (reward, "bradley_terry_loss")}[name]
     loss = getattr(module, function)
@@ -165,7 +168,7 @@ def test_a_loss_gets_the_pairs_of_its_rows_though_some_were_too_long(tiny, pairs
         assert chosen == pytest.approx(model(collate([row]))[0].item(), rel=1e-4, abs=1e-4)
 
 @pytest.mark.parametrize("name", TRAIN)
-def test_a_pair_counts_as_much_as_its_weight(tiny, pairs, train, name):
+def test_the_weight_of_a_pair_multiplies_its_loss(tiny, pairs, train, name):
     folder, losses, weights = tiny(reward=name == "reward"), {}, {}
     for weight in ({}, {"weight": 1.0}, {"weight": 0.0}, {"weight": 2.0}):
         out = train(TRAIN[name][0], folder, [pair | weight for pair in pairs[:8]], "--batch", 4, "--lr", 1e-3,
@@ -195,12 +198,12 @@ def test_a_policy_that_differs_from_its_own_reference_is_refused_whatever_the_lo
 
 # ---------------------------------------------------------------- what is written
 @pytest.mark.parametrize("kind, tied", [("llama", True), ("llama", False), ("gpt2", True), ("qwen2", True)])
-def test_a_trained_policy_is_a_folder_that_from_pretrained_loads(tiny, train, kind, tied):
+def test_a_trained_policy_is_a_folder_that_from_pretrained_can_load(tiny, train, kind, tied):
     source = tiny(kind, tie_word_embeddings=tied)
     out = train(dpo, source, 8, "--lr", 1e-3)
     model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert ("lm_head.weight" in load_file(out / "model.safetensors")) == (not tied)  # once
+    assert ("lm_head.weight" in load_file(out / "model.safetensors")) == (not tied)  # tied: saved once
     assert GenerationConfig.from_pretrained(out).eos_token_id == [2, 7]
     ours, theirs = AutoTokenizer.from_pretrained(out), AutoTokenizer.from_pretrained(source)
     assert ours.chat_template == theirs.chat_template and ours("a sad poem") == theirs("a sad poem")
@@ -230,7 +233,7 @@ def test_checkpoints_are_saved_every_so_many_steps_and_at_the_end(
     for path in Path(made).iterdir():
         AutoModelForCausalLM.from_pretrained(path)
 
-def test_metrics_have_the_names_of_trl_and_pairs_that_are_too_long_are_counted(tiny, train):
+def test_metrics_have_trls_names_and_pairs_that_are_too_long_are_counted(tiny, train):
     begin, step = read_jsonl(train(dpo, tiny(), 12, "--max_length", 38) / "metrics.jsonl")
     assert {"loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
             "logps/chosen", "logps/rejected", "learning_rate", "grad_norm"} <= step.keys()
@@ -238,7 +241,7 @@ def test_metrics_have_the_names_of_trl_and_pairs_that_are_too_long_are_counted(t
     assert {"chosen_tokens", "rejected_tokens"} <= begin.keys()
 
 # ---------------------------------------------------------------- the same command again
-def test_a_finished_folder_is_left_alone_and_another_setting_or_foreign_folder_is_refused(
+def test_a_finished_folder_is_left_alone_and_other_settings_or_a_foreign_folder_are_refused(
         tiny, train, written):
     out = train(dpo, tiny(), 8)
     before = {path: path.stat().st_mtime_ns for path in out.iterdir() if path.name != "run.json"}

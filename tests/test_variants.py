@@ -1,6 +1,7 @@
 """pytest tests/test_variants.py
 
-Each variant does what it says, by numbers worked out by hand and by TRL's, and its command runs.
+The variants of the E-step: their losses and choices agree with numbers worked out by hand and with TRL's, and
+each script runs tiny.
 """
 import math
 
@@ -16,8 +17,9 @@ from dpo import ResponseLogps
 from filter import win_rate
 from variants import gold_labels, ipo, online_dpo, rest_em, simpo, sppo
 
-# python tests/peers.py (trl 1.16.0): log-probabilities of chosen and rejected by policy and reference, their
-# tokens; the losses ipo and sppo_hard of DPOTrainer with β 0.1, simpo of CPOTrainer with β 2 and γ 1
+# What `python tests/peers.py` prints with trl 1.16.0, pair by pair: log-probabilities of chosen and rejected
+# by the policy, then by the reference; their tokens; DPOTrainer's losses ipo and sppo_hard with β = 0.1, and
+# CPOTrainer's loss simpo with β = 2 and γ = 1.
 PEERS = [
     ((-87.1329, -47.9518, -81.5282, -47.7825), (16, 9), (28.424678802, 135.794692993, 1.490796447)),
     ((-107.8032, -106.3643, -94.743, -104.8608), (20, 20), (31.112255096, 338.395721436, 1.420447350)),
@@ -25,35 +27,35 @@ PEERS = [
 ]
 
 def test_sppo_fits_log_ratios_to_the_share_of_wins():
-    # they should be 0.4 / 0.1 and −0.3 / 0.1
-    logps = torch.tensor([[-6.0], [-9.0], [-8.0], [-5.0]])  # ratios of 2 and −4
+    # the log-ratios should be 0.4 / 0.1 and −0.3 / 0.1
+    logps = torch.tensor([[-6.0], [-9.0], [-8.0], [-5.0]])  # they are 2 and −4
     found = sppo.sppo_loss(*logps, 0.1, [dict(chosen_wins=0.9, rejected_wins=0.2)])
     assert [value.item() for value in found] == pytest.approx([(2**2 + 1**2) / 2, 0.2, -0.4])
 
 @pytest.mark.parametrize("loss, beta, which, factor", [
-    (ipo.ipo_loss, 0.1, 0, 1), (sppo.sppo_loss, 0.1, 1, 2), (simpo.simpo_loss, 2.0, 2, 1)])  # TRL has no ½
-def test_losses_are_the_peers(loss, beta, which, factor):
+    (ipo.ipo_loss, 0.1, 0, 1), (sppo.sppo_loss, 0.1, 1, 2), (simpo.simpo_loss, 2.0, 2, 1)])  # TRL's has no ½
+def test_ipos_sppos_and_simpos_losses_are_trls(loss, beta, which, factor):
     logps, tokens, expected = zip(*PEERS)
     pairs = [dict(chosen_tokens=chosen, rejected_tokens=rejected, chosen_wins=1.0, rejected_wins=0.0)
              for chosen, rejected in tokens]
     ours = factor * loss(*torch.tensor(logps).T, beta, pairs)[0]
     assert ours.tolist() == pytest.approx([losses[which] for losses in expected], rel=2e-5)
 
-def test_online_dpo_takes_the_highest_and_the_lowest():
+def test_online_dpo_chooses_the_highest_and_rejects_the_lowest():
     assert online_dpo.best_and_worst([1.0, 5.0, 3.0, 0.5], [1, 9, 1, 1])[:2] == (1, 3)
     assert online_dpo.best_and_worst([2.0, 2.0], [1, 2]) is None
 
-def test_sppo_counts_wins_among_all_samples_itself_included():
+def test_sppo_counts_wins_among_all_samples_the_response_itself_included():
     # σ(0) = ½, σ(ln 3) = ¾, σ(2 ln 3) = 9/10
     wins = sppo.wins_among([math.log(3), 0.0, -math.log(3)])
     assert wins.tolist() == pytest.approx([(1/2 + 3/4 + 9/10) / 3, 1/2, (1/2 + 1/4 + 1/10) / 3])
 
 @pytest.mark.parametrize("constants, kept", [
-    ({}, ["0.3", "0.0", "1.1"]),  # means 1.75, 1, and a hair below 1.4
+    ({}, ["0.3", "0.0", "1.1"]),  # the means are 1.75, 1, and a hair below 1.4
     ({"MOST": 1}, ["0.3", "1.1"]),
-    ({"THRESHOLD": 1}, ["0.3", "0.0", "0.1", "1.1", "2.0", "2.1", "2.2"]),  # a verifier's 1, reached
+    ({"THRESHOLD": 1}, ["0.3", "0.0", "0.1", "1.1", "2.0", "2.1", "2.2"]),  # as for a verifier
 ])
-def test_rest_em_keeps_the_best_samples(monkeypatch, constants, kept):
+def test_rest_em_keeps_samples_above_the_mean_or_from_a_threshold_up(monkeypatch, constants, kept):
     for name, value in constants.items():
         monkeypatch.setattr(rest_em, name, value)
     rows, without = rest_em.best_samples([
@@ -74,15 +76,15 @@ def pairs_and_scores(folder):
         samples.setdefault(row["prompt"], []).append(row["score"])
     return [(pair, samples[pair["prompt"]]) for pair in read_jsonl(folder / "pairs.jsonl")]
 
-def test_the_losses_start_where_their_formulas_say(variant):
-    assert losses(variant("ipo"), "round1/e2")[0] == pytest.approx(1 / (2 * 0.01)**2)  # all ratios are 0
+def test_the_first_losses_of_a_run_are_those_of_the_formulas(variant):
+    assert losses(variant("ipo"), "round1/e2")[0] == pytest.approx(1 / (2 * 0.01)**2)  # log-ratios are 0
     first = next(row for row in read_jsonl(variant("simpo") / "metrics.jsonl") if "rewards/chosen" in row)
-    assert abs(first["loss"] - math.log(2)) > 0.01 and first["rewards/chosen"] != 0  # there is no reference
+    assert abs(first["loss"] - math.log(2)) > 0.01 and first["rewards/chosen"] != 0  # without a reference
     out = variant("dpo_fixed_reference")
     assert losses(out, "round1/e1")[0] == pytest.approx(math.log(2), abs=1e-6)
-    assert abs(losses(out, "round1/e2")[0] - math.log(2)) > 1e-4  # the start is not the reference any more
+    assert abs(losses(out, "round1/e2")[0] - math.log(2)) > 1e-4  # the start is not the reference
 
-def test_online_dpo_runs(variant):
+def test_online_dpo_runs_with_pairs_of_the_highest_and_the_lowest_reward(variant):
     for pair, scores in pairs_and_scores(variant("online_dpo") / "round1/e2"):
         assert (pair["chosen_score"], pair["rejected_score"]) == (max(scores), min(scores))
         assert pair["reason"] == "chosen: highest of 4; rejected: lowest"
@@ -105,7 +107,8 @@ def test_rest_em_runs_from_the_base_and_against_it_and_two_processes_give_its_lo
         for name, rate in choice["win_rates"].items():
             after = read_jsonl(folder / f"select/{name}.jsonl")
             assert rate == win_rate(*([row["score"] for row in rows] for rows in (after, before)))
-    # the first loss of the second E-step is the base's mean over the tokens of a step's responses
+    # The second E-step starts from the base policy, so its first loss is that policy's mean over the tokens
+    # of the first batch.
     rows, tokenizer = read_jsonl(out / "round1/e2/pairs.jsonl"), load_tokenizer(policy)
     chats = [encode_chat(tokenizer, row["prompt"], row["chosen"], row["chosen_finished"]) for row in rows]
     order = training.steps_of([len(chat.ids) for chat in chats], 4, 4, 0)[0][0].numbers
@@ -118,7 +121,7 @@ GOOD, BETTER, BAD = "merry cows dance .", "merry cows dance . jolly pigs sing . 
 FARM = dict(prompt="two happy lines about the farm", kept=True) | {
     f"{side}_finished": True for side in ("new", "old", "chosen", "rejected")}
 
-def test_gold_orders_what_the_reward_model_trains_on(tmp_path, written):
+def test_gold_labels_orders_the_pairs_of_the_reward_model_by_gold(tmp_path, written):
     o = mt.Options(out=str(tmp_path / "run"))
     run.claim(o.out, o)
     comparisons = written("comparisons.jsonl", [FARM | {"new": new, "old": old} | more for new, old, more in (
