@@ -42,7 +42,7 @@ def test_an_unknown_part_of_the_benchmark_is_refused():
     done = subprocess.run([sys.executable, BENCH / "bench.py", "everything"], capture_output=True, text=True)
     assert done.returncode == 2 and "invalid choice: 'everything'" in done.stderr
 
-def test_the_samplers_rows_are_busy_for_93_percent_of_the_steps():
+def test_the_samplers_rows_are_busy_more_than_93_percent_of_the_time():
     code = (f"import json, sys; sys.path.insert(0, {str(BENCH)!r}); import bench, sampler; "
             "size = sampler.block_size(3000, 16 / 5); "
             "print(json.dumps([size, bench.block_steps(16, size, 3000)]))")

@@ -67,7 +67,7 @@ def m_step(o, old_policy, new_policy, rm, prompts, folder, ranked):
 
 def ask_for_labels(o, questions, path):
     """Have each question (a row with `prompt` and two `answers`) labelled, and write all of them with their
-    labels to `path`. While a label is missing, that is a Problem. For one process."""
+    labels to `path`. A missing label is a Problem. For one process."""
     todo = path.with_suffix(".todo.jsonl")
     asked = [dict(prompt=row["prompt"], answers=row["answers"], chosen=None) for row in questions]
     if not todo.exists():

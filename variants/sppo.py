@@ -2,8 +2,8 @@
 
     torchrun -m variants.sppo --rounds 3
 
-DPO, the loss of Mutual-Taught's E-step, compares two responses. SPPO instead gives each of the two a target
-of its own: by how much its share of wins P among the prompt's M samples is above one half.
+DPO, the loss of Mutual-Taught's E-step, compares two responses. SPPO instead gives the log-ratio of each of
+the two a target of its own: how far its share of wins P among the prompt's M samples is above ½, over β.
 
     P(y) = mean over the samples y_j, y itself included, of σ(r(x, y) − r(x, y_j))
     L = ½ [(Δ_w − (P(y_w) − ½)/β)² + (Δ_l − (P(y_l) − ½)/β)²], where Δ_y = log π(y|x) − log π_{t−1}(y|x)
