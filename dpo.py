@@ -5,8 +5,8 @@
 
 The reference is the policy itself before the first step. Its log-probabilities are computed once, before
 training, by the same code, in the same precision and the same micro-batches. The loss of the first step is
-therefore known (ln 2 if no pair has a weight), and training stops with an error if it is another. dpo.py and
-reward.py are twins: a diff of the two shows the idea.
+therefore known (ln 2 if no pair has a weight), and training stops with an error if it is another. How several
+processes share a step stands in common/training.py. reward.py is a twin of this script.
 
 Left out on purpose: other losses. To try one, replace `dpo_loss`, as scripts in variants/ do.
 """
@@ -63,7 +63,7 @@ def train(folder, pairs, *, beta, lr, batch, micro_batch, max_length, epochs=1, 
     policy), so that the caller can save a checkpoint.
 
     pairs: rows with prompt, chosen and rejected. A `weight` multiplies the pair's loss. reference: the folder
-    of another policy with the same tokenizer, which is then the reference in the place of the start.
+    of another policy with the same tokenizer, to be the reference instead of the policy in `folder`.
     """
     rows, kept = packing.pair_rows(load_tokenizer(folder), pairs, max_length, unfinished=True)
     steps = training.steps_of([len(row) for row in rows], batch, micro_batch, seed, epochs)
@@ -78,7 +78,7 @@ def train(folder, pairs, *, beta, lr, batch, micro_batch, max_length, epochs=1, 
     start = all_logps(policy, rows, epoch[:1] if reference else epoch)
     ref_logps = all_logps(load(reference, rows), rows, epoch) if reference else start
 
-    def pair_loss(numbers, logps):  # logps (B, 2): of the chosen and rejected answers of these pairs
+    def pair_loss(numbers, logps):  # numbers (B,): which pairs; logps (B, 2): of chosen and rejected
         losses, chosen, rejected = dpo_loss(*logps.T, *ref_logps[numbers].T, beta, [kept[i] for i in numbers])
         return losses * weights[numbers], chosen, rejected
 
@@ -114,7 +114,7 @@ def all_logps(policy, rows, steps):
     for step in tqdm(steps, desc="log-probabilities", disable=quiet(), leave=False):
         for micro in step:
             values = pair_logps(policy, rows, micro.numbers)
-            if micro.share:  # not a filler, whose pair another process adds already
+            if micro.share:  # 0 marks a filler: another process adds this pair
                 logps[micro.numbers] = values
     if world() > 1:
         dist.all_reduce(logps)

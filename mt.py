@@ -5,15 +5,17 @@
         --rm sfairXC/FsfairX-LLaMA3-RM-v0.1 --prompts HuggingFaceH4/ultrafeedback_binarized --out runs/llama3
 
 A round is an E-step, an M-step and another E-step, each on a third of the prompts:
-  E-step  sample from the policy, let the reward model (RM) rank the samples, train the policy by DPO on the
-          best and the worst, keep the checkpoint that wins most often against the policy before
+  E-step  sample from the policy, let the reward model (RM) rank the samples, train the policy by DPO on a
+          short good one and the worst, keep the checkpoint that wins most often against the policy before
   M-step  compare answers of the policy before and after, drop those comparisons that the RM contradicts
           clearly, train the base RM on the rest by Bradley-Terry
 
-The loop is `mutual_taught`. The functions below it marked @phase each write one file or folder into the run
-folder, and are skipped when it is there. So the same command continues a run that was interrupted. To vary a
-step, replace its function in the module that defines it and call main(), as the scripts in variants/ do.
-Without --policy the run is on the small task of common/toy.py, with the defaults in its SETTINGS.
+The loop is `mutual_taught`. A function marked @phase makes the file or folder `path` in the run folder. It is
+skipped if that exists, so the same command continues an interrupted run. Its caller gets `path`; what its
+body returns is printed. All processes run all of this, and rank 0 alone writes (run.write_rows and others).
+
+To vary a step, replace its function in the module that defines it and call main(), as variants/ do. Without
+--policy the run is on the small task of common/toy.py, with the defaults in its SETTINGS.
 """
 import os
 import shutil
@@ -86,8 +88,8 @@ def e_step(o, policy, rm, prompts, folder, judge=None, judge_selects=True):
     """Train the policy π_{t−1} by DPO on its own samples, ranked by the reward model. Returns the folder of
     the new policy π_t, or None if no checkpoint wins at least the share τ of prompts against π_{t−1}.
 
-    judge(prompt, its scored rows) -> scores that replace the reward model's (reward.py: score);
-    judge_selects: whether they also decide the win rates of the checkpoints.
+    For variants: judge(prompt, its scored rows) -> scores in the place of the reward model's. judge_selects:
+    whether these scores also decide which checkpoint wins.
     """
     samples = scored_samples(o, policy, rm, prompts, folder / "samples.jsonl", samples=o.samples, judge=judge)
     pairs = make_pairs(o, samples, folder / "pairs.jsonl")
@@ -95,7 +97,7 @@ def e_step(o, policy, rm, prompts, folder, judge=None, judge_selects=True):
                                  judge=judge if judge_selects else None)
     chosen = read_json(selection)["chosen"]
     kept = keep_checkpoint(o, selection, folder / "policy", checkpoint=chosen) if chosen else None
-    run.remove(folder / "checkpoints")  # those that were not chosen
+    run.remove(folder / "checkpoints")  # the chosen one was moved out of it
     link_last(o)
     return kept
 
@@ -113,7 +115,7 @@ def m_step(o, old_policy, new_policy, rm, prompts, folder, ranked, judge=None):
 def link_last(o):
     """Let the links OUT/policy and OUT/rm point to the last models that the run has made."""
     for kind, base in (("policy", o.policy), ("rm", o.rm)):
-        made = sorted(Path(o.out).glob(f"round*/*/{kind}"), key=lambda path: (len(path.parts[-3]), path))
+        made = sorted(Path(o.out).glob(f"round*/*/{kind}"), key=lambda p: (int(p.parts[-3][5:]), p))
         run.on_rank0(run.link, Path(o.out) / kind, [base, *made][-1])
 
 # ---------------------------------------------------------------- phases: each makes a file or folder, `path`
@@ -176,8 +178,8 @@ def train_policy(o, policy, pairs, path):
 
 @phase
 def train_and_select(o, policy, rm, pairs, path, judge=None):
-    """Train by DPO, then select: on the prompts of D_MS, and judged by the current reward model, how often
-    does each checkpoint win against π_{t−1}? The best one is chosen, unless its win rate is below τ."""
+    """Train by DPO, and choose the checkpoint that wins against π_{t−1} on most prompts of D_MS, judged by
+    the current reward model. If its win rate is below τ, none is chosen."""
     folder = Path(train_policy(o, policy, pairs, path.with_name("checkpoints")))
     checkpoints = sorted((p.name for p in folder.iterdir()), key=lambda name: int(name.removeprefix("step-")))
     win_rates, best = {}, checkpoints[-1]
@@ -205,8 +207,8 @@ def keep_checkpoint(o, selection, path, checkpoint):
     """Move the chosen checkpoint to where the policy of this step belongs."""
     source = path.with_name("checkpoints") / checkpoint
     if not run.exists(source):
-        raise Problem(f"{path} is missing; put it back, or delete {selection} and {path.with_name('select')} "
-                      "to train it again")
+        raise Problem(f"{path} is missing; put it back, or have it trained again by deleting {selection} and "
+                      f"{path.with_name('select')}")
     run.on_rank0(os.replace, source, path)
 
 @phase

@@ -26,7 +26,7 @@ from sampler import sample
 def bradley_terry_loss(chosen_rewards, rejected_rewards, pairs=None):
     """−log σ(r(x, y_w) − r(x, y_l)), (B,) and (B,) -> (B,) (arXiv 2506.06292, M-step; Bradley & Terry 1952).
 
-    pairs: their rows, for a loss that needs more fields: one micro-batch of one process, as in `dpo_loss`."""
+    pairs: their rows, for a loss that needs more fields. As in `dpo_loss` they are one micro-batch."""
     return -F.logsigmoid(chosen_rewards - rejected_rewards)
 
 class Rewards(torch.nn.Module):
@@ -43,7 +43,7 @@ class Rewards(torch.nn.Module):
 def train(folder, pairs, *, lr, batch, micro_batch, max_length, epochs=1, seed=0, recompute=False,
           fresh_head=False, log):
     """Train the model in `folder` by Bradley-Terry and return it, for the caller to save. pairs: rows with
-    prompt, chosen and rejected. A `weight` multiplies the pair's loss. fresh_head: see models.load_reward."""
+    prompt, chosen and rejected. A `weight` multiplies the pair's loss. fresh_head: a causal LM gets one."""
     rows, kept = pair_rows(load_tokenizer(folder), pairs, max_length)
     steps = training.steps_of([len(row) for row in rows], batch, micro_batch, seed, epochs)
     weights = torch.tensor([pair.get("weight", 1.0) for pair in kept], device=device())
@@ -93,7 +93,7 @@ def score(folder, samples, path, score_batch, judge=None):
     """Write the samples to the file `path`, with the reward as `score` and the model's folder as `rm`.
 
     samples: rows with prompt and response; those of one prompt stand next to each other. judge: a function
-    (prompt, its rows) -> scores, which then replace the rewards that it finds in the rows as `score`.
+    (prompt, its rows) -> scores. It finds the rewards in the rows, as `score`, and its scores replace them.
     """
     model, tokenizer = load(folder)
 

@@ -3,13 +3,13 @@
     python sampler.py --model MODEL --prompts prompts.jsonl --out samples.jsonl --samples 5
     torchrun --nproc-per-node 8 sampler.py --model MODEL --prompts prompts.jsonl --out samples.jsonl
 
-A fixed number of responses is decoded together, each in a row of the key-value cache. A prompt is prefilled
-once, and its keys and values are copied into the rows of all its samples. When a response ends, the next one
-that waits takes its row. To follow one token: `generate` draws it with `draw`. `Slots.step` runs the model on
-it. In each layer `Slots.attend` adds its key and value to the cache and attends to what its row has there.
+Many responses are decoded together, each in a row of the key-value cache. A prompt is prefilled once, and its
+keys and values are copied into the rows of all its samples. When a response ends, the next one that waits
+takes its row. To follow one token: `generate` draws it with `draw`. `Slots.step` runs the model on it. In each
+layer `Slots.attend` adds its key and value to the cache and attends to what its row has there.
 
-The random number of a draw is a hash of (seed, prompt, index of the sample, position) and of nothing else. So
-the order of prompts, the number of processes and an interruption change nothing, and the batch size changes
+The random number of a draw is a hash of (seed, prompt, index of the sample, position, attempt) alone. So the
+order of prompts, the number of processes and an interruption change nothing, and the batch size changes
 results through rounding alone. tests/test_sampler.py has the same sampler in its slow and obvious form, which
 `generate` must equal token for token.
 
@@ -30,16 +30,16 @@ from common.packing import alone, check_context, collate
 from common.parallel import memory, replicate, say, share_work
 from common.run import option
 
-TRIES = 8     # draws before the nucleus is cut by sorting; with top-p 0.95 that happens once in 10^10 times
+TRIES = 8     # draws before the nucleus is found by sorting, which at top-p 0.95 one token in 10^10 needs
 PREFILL = 8   # prompts prefilled together
 
 # ---------------------------------------------------------------- drawing one token
-def uniform(keys, counter):
-    """int64 keys, counters -> uniform float32 in (0, 1], by splitmix64 (doi.org/10.1145/2714064.2660195)."""
+def uniform(seeds, counter):
+    """int64 seeds, counters -> uniform float32 in (0, 1], by splitmix64 (doi.org/10.1145/2714064.2660195)."""
     def shifted(x, bits):  # fills with zeros, while >> of torch's signed int64 copies the sign
         return (x >> bits) & (2**(64 - bits) - 1)
 
-    x = keys + counter * (0x9E3779B97F4A7C15 - 2**64)
+    x = seeds + counter * (0x9E3779B97F4A7C15 - 2**64)
     x = (x ^ shifted(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
     x = (x ^ shifted(x, 27)) * (0x94D049BB133111EB - 2**64)
     return (shifted(x ^ shifted(x, 31), 40) + 1).float() * 2.0**-24
@@ -51,33 +51,33 @@ def nucleus(probs, top_p):
     kept = torch.where(ordered.cumsum(-1) - ordered < top_p, ordered, 0.0)
     return torch.zeros_like(probs).scatter(1, order, kept / kept.sum(-1, keepdim=True))
 
-def draw(logits, keys, drawn, temperature, top_p):
+def draw(logits, seeds, drawn, temperature, top_p):
     """(R, V) logits -> (R,) tokens, drawn from the nucleus of the softmax at `temperature`, and the same as a
-    list. keys, drawn (R,) int64: the key of each response, and how many tokens it has so far.
+    list. seeds, drawn (R,) int64: the seed of each response, and how many tokens it has so far.
 
     `draw` has the distribution of `nucleus` without its sorting, which makes it 3.4 times as fast at a
     vocabulary of 128k: draw from the whole softmax, and again until the token lies in the nucleus. It lies
-    there if all tokens that are likelier have less than top_p together. The CPU waits for the list, and since
-    two draws are made at once, it mostly waits only once.
+    there if all tokens that are likelier have less than top_p together. The CPU must wait for each list. Two
+    draws go into the first, so mostly no second one is needed.
     """
     if temperature == 0:
         tokens = logits.argmax(-1)
         return tokens, tokens.tolist()
     probs, first = (logits.float() / temperature).softmax(-1), drawn * (TRIES + 1)
-    tokens = throw(probs, keys, first, 2, top_p)
+    tokens = throw(probs, seeds, first, 2, top_p)
     listed = tokens.tolist()
     for attempt in range(2, TRIES + 1):
         if -1 not in listed:
             break
         again = torch.tensor([row for row, token in enumerate(listed) if token < 0], device=tokens.device)
         p, cut = (probs[again], top_p) if attempt < TRIES else (nucleus(probs[again], top_p), 1)
-        tokens[again] = throw(p, keys[again], first[again] + attempt, 1, cut)
+        tokens[again] = throw(p, seeds[again], first[again] + attempt, 1, cut)
         listed = tokens.tolist()
     return tokens, listed
 
-def throw(probs, keys, counter, times, top_p):
+def throw(probs, seeds, counter, times, top_p):
     """(R, V) probabilities -> (R,) tokens: the first of `times` draws that lies in the nucleus, or −1."""
-    u = uniform(keys[:, None], counter[:, None] + torch.arange(times, device=keys.device))  # (R, times)
+    u = uniform(seeds[:, None], counter[:, None] + torch.arange(times, device=seeds.device))  # (R, times)
     cumulative = probs.cumsum(-1)
     tokens = torch.searchsorted(cumulative, u * cumulative[:, -1:])
     if top_p == 1:
@@ -99,26 +99,27 @@ class Slots:
     layers: for each call of attention the keys (R, kv_heads, D, capacity) and values (R, kv_heads, capacity,
     D). In these layouts the two products of attention are fastest. The tokens of row r are at 0 … at[r] − 1,
     so there is no padding and a token's index is its position. token[r] is the last one, drawn but not yet in
-    the cache. key[r] and drawn[r] go to `draw`. rows: 0 … R − 1. All these stay on the model's device.
+    the cache. seed[r] and drawn[r] go to `draw`. rows: 0 … R − 1. All these stay on the model's device.
     """
     def __init__(self, rows, capacity, device):
         self.rows, self.capacity, self.layers = torch.arange(rows, device=device), capacity, []
-        self.token, self.at, self.key, self.drawn = torch.zeros(4, rows, dtype=torch.long, device=device)
+        self.token, self.at, self.seed, self.drawn = torch.zeros(4, rows, dtype=torch.long, device=device)
 
-    def fill(self, rows, prompts, key=0):
-        """Copy into each row a prefilled prompt: (keys, values) of each layer, both (kv_heads, length, D)."""
-        for k, v in prompts[0] if not self.layers else ():
+    def fill(self, rows, starts, seeds=0):
+        """Copy a prefilled prompt into each row. starts: for each row the prompt's (keys, values) of all layers,
+        both (kv_heads, length, D)."""
+        for k, v in starts[0] if not self.layers else ():
             self.layers.append((k.new_zeros(len(self.rows), len(k), k.shape[2], self.capacity),
                                 v.new_zeros(len(self.rows), len(v), self.capacity, v.shape[2])))
-        for _, group in groupby(zip(rows, prompts), key=lambda pair: id(pair[1])):  # all samples of a prompt
-            some, (prompt, *_) = zip(*group)
+        for _, group in groupby(zip(rows, starts), key=lambda pair: id(pair[1])):  # all samples of a prompt
+            some, (start, *_) = zip(*group)
             some = torch.tensor(some, device=self.at.device)
-            for (keys, values), (k, v) in zip(self.layers, prompt):
+            for (keys, values), (k, v) in zip(self.layers, start):
                 keys[some, :, :, :k.shape[1]] = k.transpose(1, 2)
                 values[some, :, :v.shape[1]] = v
                 self.at[some] = k.shape[1]
         rows = torch.as_tensor(rows, device=self.at.device)
-        self.key[rows], self.drawn[rows] = torch.as_tensor(key, device=self.at.device), 0
+        self.seed[rows], self.drawn[rows] = torch.as_tensor(seeds, device=self.at.device), 0
 
     def keep(self, rows):
         """Shrink the cache to these rows."""
@@ -126,12 +127,12 @@ class Slots:
         for layer, (keys, values) in enumerate(self.layers):  # by layers: two whole caches may not fit
             self.layers[layer] = keys[rows], values[rows]
         self.rows = self.rows[:len(rows)]
-        self.token, self.at, self.key, self.drawn = (
-            of_rows[rows] for of_rows in (self.token, self.at, self.key, self.drawn))
+        self.token, self.at, self.seed, self.drawn = (
+            of_rows[rows] for of_rows in (self.token, self.at, self.seed, self.drawn))
 
     def step(self, model, width):
-        """One decoding step: run the model on the last token of each row. Returns the logits (R, V) of the
-        next ones. width: how many tokens the longest row has."""
+        """Run the model on the last token of each row. Returns the logits (R, V) of the next ones. width: how
+        many tokens the longest row has, this one included."""
         age = self.at[:, None] - torch.arange(width, device=self.at.device)  # (R, width); negative: not there
 
         @cache
@@ -166,8 +167,8 @@ def fp32_product(a, b):
 @torch.no_grad()
 def cache_tokens(model):
     """How many tokens the cache may hold: as many as fit into half of the memory that the weights leave. For
-    Llama-3-8B on 80 GB that is 35 GB, or 64 rows of 4,000 tokens. The number of rows changes rounding, so it
-    must not depend on how much memory happens to be free: the device's whole memory counts."""
+    Llama-3-8B on 80 GB that is 35 GB, or 64 rows of 4,000 tokens. It is the device's whole memory that counts,
+    not what happens to be free, because the number of rows changes rounding."""
     verify(model)
     [(layers, _)] = prefill(model, [[0]])  # the keys and values of one token
     token = sum(keys.nbytes + values.nbytes for keys, values in layers)
@@ -185,7 +186,7 @@ def prefill(model, prompts):
 @torch.no_grad()
 def verify(model):
     """At a model's first use, compare a prefill and two decoding steps with plain forward passes."""
-    if hasattr(model, "cache_holds"):
+    if hasattr(model, "cache_works"):
         return
     probe.verify(model)
     chats = [row.trunk + branch for row in probe.probe_rows(model) for branch in row.branches][:3]
@@ -198,7 +199,7 @@ def verify(model):
             ours.append(slots.step(model, slots.capacity + last + 1))
         theirs = torch.stack([probe.plain_pass(model, chat)[1][-3:] for chat in chats], 1)
         probe.compare(torch.stack(ours), theirs)
-    model.cache_holds = True
+    model.cache_works = True
 
 # ---------------------------------------------------------------- many responses
 def beginnings(model, prompts, samples):
@@ -207,40 +208,40 @@ def beginnings(model, prompts, samples):
     order = sorted(range(len(prompts)), key=lambda p: (len(prompts[p]), p))
     for at in range(0, len(order), PREFILL):
         some = order[at:at + PREFILL]
-        for p, (prompt, logits) in zip(some, prefill(model, [prompts[p] for p in some])):
+        for p, (start, logits) in zip(some, prefill(model, [prompts[p] for p in some])):
             for m in range(samples):
-                yield (p, m), prompt, logits
+                yield (p, m), start, logits
 
-def enter(slots, jobs, free, entering, keys):
+def enter(slots, jobs, free, entering, seeds):
     """Put the beginnings `entering` into free rows. Returns these rows and their logits (rows, V)."""
     new_jobs, starts, logits = zip(*entering)
     rows = free[:len(entering)]
-    slots.fill(rows, starts, np.array([keys[job] for job in new_jobs], np.uint64).view(np.int64))
+    slots.fill(rows, starts, np.array([seeds[job] for job in new_jobs], np.uint64).view(np.int64))
     for row, job in zip(rows, new_jobs):
         jobs[row] = job
     return torch.tensor(rows, device=slots.rows.device), torch.stack(logits)
 
 @torch.inference_mode()
-def generate(model, prompts, keys, *, stop_ids, temperature, top_p, max_new_tokens, rows):
-    """P prompts as token lists, and their keys (P, M) uint64 -> responses[p][m], token lists. A response ends
+def generate(model, prompts, seeds, *, stop_ids, temperature, top_p, max_new_tokens, rows):
+    """P prompts as token lists, and seeds (P, M) uint64 -> responses[p][m], token lists. A response ends
     with a stop token, which it includes, or without one at max_new_tokens or at the end of the context.
 
-    rows: how many responses are decoded together. Each turn of the loop draws one token for some rows: for
-    those that responses have just entered, if there are any, or else for all rows.
+    rows: how many responses are decoded together at most. If rows are free and responses wait, a turn of the
+    loop fills these rows and draws their first tokens. Otherwise it draws a token for every row.
     """
     verify(model)
     limits = [min(max_new_tokens, model.context - len(prompt)) for prompt in prompts]
     capacity = max(len(prompt) + limit for prompt, limit in zip(prompts, limits))
-    responses = [[[] for _ in samples] for samples in keys]
-    waiting = beginnings(model, prompts, keys.shape[1])
-    slots = Slots(min(rows, keys.size, max(1, cache_tokens(model) // capacity)), capacity, model.device)
+    responses = [[[] for _ in samples] for samples in seeds]
+    waiting = beginnings(model, prompts, seeds.shape[1])
+    slots = Slots(min(rows, seeds.size, max(1, cache_tokens(model) // capacity)), capacity, model.device)
     jobs = [None] * len(slots.rows)  # jobs[row] = (p, m): the response in this row; None: the row is free
 
     while True:
         free = [row for row, job in enumerate(jobs) if job is None]
         entering = list(islice(waiting, len(free)))
         if entering:  # some responses wait, and some rows are free
-            active, logits = enter(slots, jobs, free, entering, keys)
+            active, logits = enter(slots, jobs, free, entering, seeds)
         elif len(free) == len(jobs):
             return responses
         else:  # a decoding step for all rows; the tokens of free rows are ignored
@@ -250,10 +251,10 @@ def generate(model, prompts, keys, *, stop_ids, temperature, top_p, max_new_toke
             active = slots.rows
             width = max(len(prompts[p]) + len(responses[p][m]) for p, m in filter(None, jobs))
             logits = slots.step(model, width)
-        tokens, listed = draw(logits, slots.key[active], slots.drawn[active], temperature, top_p)
+        tokens, listed = draw(logits, slots.seed[active], slots.drawn[active], temperature, top_p)
         slots.token[active] = tokens
         slots.drawn[active] += 1
-        for row, token in zip(free if entering else range(len(jobs)), listed):  # an end frees the row
+        for row, token in zip(free if entering else range(len(jobs)), listed):  # those of `free` that were filled
             if jobs[row]:
                 p, m = jobs[row]
                 responses[p][m].append(token)
@@ -273,10 +274,10 @@ def stop_tokens(folder, tokenizer):
 def block_size(prompts, filling):
     """How many prompts one block has. A block is what a process takes at a time, and what a kill can lose.
 
-    filling: how many prompts fill all rows. At the end of a block rows idle until its longest response is
-    done: 30% of the time if the rows are filled 4 times, 6% if 28 times. So make blocks large, at most 28
-    fillings and at least 4, and their number a multiple of 8, so that 2, 4 or 8 processes end together. If
-    rows went on into the next block, rounding would depend on the number of processes.
+    filling: how many prompts fill all rows. Rows idle until the longest response of a block is done: 30% of
+    the time if the block fills all rows 4 times, 6% if 28 times. So a block has 4 to 28 fillings. The number of
+    blocks is a multiple of 8, so that 2, 4 or 8 processes end together. No row goes on into the next block, or
+    rounding would depend on the number of processes.
     """
     blocks = 8 * -int(-prompts // (8 * 28 * filling))
     return max(1, int(4 * filling), -(-prompts // blocks))
@@ -289,7 +290,7 @@ def sample(folder, prompts, path, *, samples, temperature, top_p, max_new_tokens
     encoded = share_work(len(prompts), lambda i: array("i", encode_chat(tokenizer, prompts[i]).ids), "tokens")
     stop_ids = stop_tokens(folder, tokenizer)
     model = replicate(models.load_policy(folder))
-    check_context([alone(ids + ids[:1]) for ids in encoded], model, folder)  # a token more: the answer
+    check_context([alone(ids + ids[:1]) for ids in encoded], model, folder)  # room for a token
     longest = min(model.context, max(map(len, encoded)) + max_new_tokens)
     if longest > cache_tokens(model):
         raise Problem(f"{folder}: a prompt and response of {longest} tokens don't fit into memory beside the "
@@ -297,8 +298,8 @@ def sample(folder, prompts, path, *, samples, temperature, top_p, max_new_tokens
 
     def work(block):
         prompts, encoded = zip(*block)
-        keys = [[seed_of(seed, prompt_id(prompt), m) for m in range(samples)] for prompt in prompts]
-        responses = generate(model, encoded, np.array(keys, np.uint64), stop_ids=stop_ids, rows=rows,
+        seeds = [[seed_of(seed, prompt_id(prompt), m) for m in range(samples)] for prompt in prompts]
+        responses = generate(model, encoded, np.array(seeds, np.uint64), stop_ids=stop_ids, rows=rows,
                              temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
         for prompt, tokens in zip(prompts, responses):
             for index, ids in enumerate(tokens):

@@ -42,7 +42,7 @@ def pack(chats):
     return Row(trunk, [chat.ids[cut:] for chat in chats], [chat.start - cut for chat in chats])
 
 def alone(ids):
-    """The tokens of a single chat -> a Row."""
+    """The tokens of a chat, or of a prompt -> a Row without answers of its own."""
     return Row(ids, [ids[:0]], [0])
 
 def pair_rows(tokenizer, pairs, max_length, unfinished=False):
@@ -156,8 +156,8 @@ def attention(module, query, key, value, attention_mask, scaling=None, sliding_w
     if kept is not None:
         kept.append((key[0], value[0]))
     results = []
-    for chat in chats:
-        q, k, v = (x[0].transpose(0, 1)[chat].transpose(1, 2) for x in (query, key, value))  # (C, …, L, D)
+    for group in chats:
+        q, k, v = (x[0].transpose(0, 1)[group].transpose(1, 2) for x in (query, key, value))  # (C, …, L, D)
         if sliding_window and sliding_window < q.shape[2]:  # with a dense mask, so not faster
             k, v = (repeat_kv(x, q.shape[1] // x.shape[1]) for x in (k, v))  # a mask and GQA: a slow kernel
             age = torch.arange(q.shape[2], device=q.device)

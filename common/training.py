@@ -6,7 +6,7 @@ single process on a CPU does not shard.
 
 The loss of a step is the mean over its global batch, Σ_i loss_i / batch, over the rows i of all processes.
 Each process adds up loss_i · share, with share = 1 / batch, over its micro-batches, which gives the same sum
-in pieces. So results don't depend on the size of micro-batches or on the number of processes.
+in pieces. So the size of micro-batches and the number of processes change nothing but rounding.
 
 Left out on purpose: other optimisers, weight decay, CPU offload, resuming within an epoch.
 """
@@ -42,7 +42,7 @@ def steps_of(lengths, batch, micro_batch, seed, epochs=1, counts=None):
 
     All processes shuffle alike, and no row is left out: the last batch of an epoch may be smaller. All must
     have the same number of micro-batches, because collectives wait for each other. So a process that has no
-    rows left gets a filler: a row that another process counts.
+    rows left gets a filler: a row of another process, with share 0.
     """
     counts, steps = counts or [1] * len(lengths), []
     for epoch in range(epochs):
