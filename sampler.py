@@ -5,8 +5,8 @@
 
 Many responses are decoded together, each in a row of the key-value cache. A prompt is prefilled once, and its
 keys and values are copied into the rows of all its samples. When a response ends, the next one that waits
-takes its row. To follow one token: `generate` draws it with `draw`. `Slots.step` runs the model on it. In each
-layer `Slots.attend` adds its key and value to the cache and attends to what its row has there.
+takes its row. To follow one token: `generate` draws it with `draw`. `Slots.step` runs the model on it. In
+each layer `Slots.attend` adds its key and value to the cache and attends to what its row has there.
 
 The random number of a draw is a hash of (seed, prompt, index of the sample, position, attempt) alone. So the
 order of prompts, the number of processes and an interruption change nothing, and the batch size changes
@@ -106,8 +106,8 @@ class Slots:
         self.token, self.at, self.seed, self.drawn = torch.zeros(4, rows, dtype=torch.long, device=device)
 
     def fill(self, rows, starts, seeds=0):
-        """Copy a prefilled prompt into each row. starts: for each row the prompt's (keys, values) of all layers,
-        both (kv_heads, length, D)."""
+        """Copy a prefilled prompt into each row. starts: for each row the (keys, values) of all layers, both
+        (kv_heads, length, D)."""
         for k, v in starts[0] if not self.layers else ():
             self.layers.append((k.new_zeros(len(self.rows), len(k), k.shape[2], self.capacity),
                                 v.new_zeros(len(self.rows), len(v), self.capacity, v.shape[2])))
@@ -167,8 +167,8 @@ def fp32_product(a, b):
 @torch.no_grad()
 def cache_tokens(model):
     """How many tokens the cache may hold: as many as fit into half of the memory that the weights leave. For
-    Llama-3-8B on 80 GB that is 35 GB, or 64 rows of 4,000 tokens. It is the device's whole memory that counts,
-    not what happens to be free, because the number of rows changes rounding."""
+    Llama-3-8B on 80 GB that is 35 GB, or 64 rows of 4,000 tokens. The device's whole memory counts and not
+    what happens to be free, because the number of rows changes rounding."""
     verify(model)
     [(layers, _)] = prefill(model, [[0]])  # the keys and values of one token
     token = sum(keys.nbytes + values.nbytes for keys, values in layers)
@@ -254,7 +254,7 @@ def generate(model, prompts, seeds, *, stop_ids, temperature, top_p, max_new_tok
         tokens, listed = draw(logits, slots.seed[active], slots.drawn[active], temperature, top_p)
         slots.token[active] = tokens
         slots.drawn[active] += 1
-        for row, token in zip(free if entering else range(len(jobs)), listed):  # those of `free` that were filled
+        for row, token in zip(free if entering else range(len(jobs)), listed):  # `free` may be longer
             if jobs[row]:
                 p, m = jobs[row]
                 responses[p][m].append(token)
@@ -275,9 +275,9 @@ def block_size(prompts, filling):
     """How many prompts one block has. A block is what a process takes at a time, and what a kill can lose.
 
     filling: how many prompts fill all rows. Rows idle until the longest response of a block is done: 30% of
-    the time if the block fills all rows 4 times, 6% if 28 times. So a block has 4 to 28 fillings. The number of
-    blocks is a multiple of 8, so that 2, 4 or 8 processes end together. No row goes on into the next block, or
-    rounding would depend on the number of processes.
+    the time if the block fills all rows 4 times, 6% if 28 times. So a block has 4 to 28 fillings. The number
+    of blocks is a multiple of 8, so that 2, 4 or 8 processes end together. No row goes on into the next
+    block, or rounding would depend on the number of processes.
     """
     blocks = 8 * -int(-prompts // (8 * 28 * filling))
     return max(1, int(4 * filling), -(-prompts // blocks))
