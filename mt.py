@@ -253,7 +253,7 @@ def main(options=Options, **defaults):
     """Run the loop. A variant may give a subclass of Options, with flags of its own, and other defaults."""
     flags = " ".join(f"--{name} {value}" for name, value in (toy.SETTINGS | defaults).items())
     about = textwrap.fill(f"The embedded task's defaults are {flags}", 110)
-    o = run.parse(options, about=f"{sys.modules['__main__'].__doc__}\n{about}", **defaults)
+    o = run.parse(options, about=f"{sys.modules['__main__'].__doc__ or ''}\n{about}", **defaults)
     embedded = not (o.policy or o.rm or o.prompts)
     if embedded:
         say("no --policy given, so this runs the embedded task (common/toy.py)")

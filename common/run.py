@@ -248,8 +248,8 @@ def phase(work):
     to delete. `work` may return a sentence to print, or (sentence, tokens) to print a rate as well.
     """
     @functools.wraps(work)
-    def once(o, *arguments, **more):
-        *made_from, path = map(Path, arguments)
+    def once(o, *arguments, path=None, **more):
+        *made_from, path = map(Path, [*arguments, path] if path else arguments)
         begun = on_rank0(_begin, Path(o.out), made_from, path)
         if begun:
             start = time.time()
