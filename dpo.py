@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import models, packing, run, training
-from common.data import load_tokenizer, read_pairs
+from common.data import SIDES, load_tokenizer, read_pairs
 from common.packing import TokenLogps, collate, how_many
 from common.parallel import device, quiet, say, world
 from common.probe import verify
@@ -29,10 +29,9 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
     """DPO (arXiv 2305.18290, eq. 7) on the log-probabilities of whole responses, in nats, all (B,).
 
     Returns the losses (B,) and the rewards of chosen and rejected responses (B,), which are beta times the
-    log-ratio to the reference, detached. pairs: the rows of pairs.jsonl, for a loss that needs their fields.
-
-    The B pairs are one micro-batch of one process. A loss that averages over them, as KTO's baseline does,
-    would depend on --micro_batch and on the number of processes.
+    log-ratio to the reference, detached. pairs: their rows, for a loss that needs more fields. The B pairs
+    are one micro-batch of one process, so a loss that averages over them, as KTO's baseline does, would
+    depend on --micro_batch and on the number of processes.
     """
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
     rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
@@ -65,13 +64,13 @@ def train(folder, pairs, *, beta, lr, batch, micro_batch, max_length, epochs=1, 
     pairs: rows with prompt, chosen and rejected. A `weight` multiplies the pair's loss. reference: the folder
     of another policy with the same tokenizer, to be the reference instead of the policy in `folder`.
     """
-    rows, kept = packing.pair_rows(load_tokenizer(folder), pairs, max_length, unfinished=True)
+    rows, kept = packing.pair_rows(load_tokenizer(folder), pairs, max_length, policy=True)
     steps = training.steps_of([len(row) for row in rows], batch, micro_batch, seed, epochs)
     weights = torch.tensor([pair.get("weight", 1.0) for pair in kept], device=device())
     say(f"DPO: {how_many(len(kept), len(pairs))}, {len(steps)} steps of {batch}")
     log(pairs=len(kept), pairs_dropped=len(pairs) - len(kept), **{
-        f"{side}_tokens": sum(len(row.branches[i]) - row.starts[i] for row in rows) / len(rows)
-        for i, side in enumerate(("chosen", "rejected"))})
+        f"{side}_tokens": sum(len(row.branches[i]) for row in rows) / len(rows)
+        for i, side in enumerate(SIDES)})
 
     policy = load(folder, rows, recompute)
     epoch = steps[:len(steps) // epochs]

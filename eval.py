@@ -11,16 +11,12 @@
     python eval.py report runs/mt                      # or several: RUN RUN --out page.html
 
 winrate           two policies answer each prompt, and a reward model judges the answers
-accuracy          how many labelled pairs a reward model orders correctly
-                  (both also for the pairs whose answers are of similar length)
+accuracy          how many labelled pairs a reward model orders correctly (both also at similar length)
 rewardbench       a reward model on the file of RewardBench
-alpaca-generate   a policy's answers in AlpacaEval's format, and arena-generate in Arena-Hard v0.1's, to be
-                  judged by their own tools
-alpaca, arena     the scores from these judgements
+alpaca-generate   a policy's answers for AlpacaEval's judge, and arena-generate for Arena-Hard v0.1's
+alpaca, arena     the scores from what these judges said
 agreement         how often the reward models of a run agree with gold, or with each other
 report            the tables, the picture and the page of one or several runs
-
-A module that says `import eval` loses Python's builtin of that name: write `from eval import …`.
 """
 import sys
 from dataclasses import dataclass, replace
@@ -97,8 +93,8 @@ def pair_accuracy(o):
     pairs, right = judge_pairs(local_folder(o.rm), read_pairs(o.pairs), o.score_batch, o.max_length)
     say(f"accuracy {right.mean():.4f} on {len(pairs)} pairs")
     characters = [np.array([len(pair[side]) for pair in pairs]) for side in ("chosen", "rejected")]
-    subsets = [pair.get("subset") or "-" for pair in pairs] if any("subset" in pair for pair in pairs) else ()
-    publish(shares(right, "accuracy", *characters, subsets), o.json)
+    subsets = [str(pair.get("subset") or "-") for pair in pairs]
+    publish(shares(right, "accuracy", *characters, subsets if {*subsets} != {"-"} else ()), o.json)
 
 @dataclass
 class Report:

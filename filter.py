@@ -54,14 +54,16 @@ def preference_pairs(samples):
 
 def pair_of(group, chosen_index, rejected_index, reason):
     """The scored samples of a prompt and a choice among them -> the row of pairs.jsonl."""
-    chosen, rejected = group[chosen_index], group[rejected_index]
     return dict(
-        prompt=chosen["prompt"], chosen=chosen["response"], rejected=rejected["response"],
-        chosen_score=chosen["score"], rejected_score=rejected["score"],
-        chosen_tokens=chosen["tokens"], rejected_tokens=rejected["tokens"],
-        chosen_finished=chosen["finished"], rejected_finished=rejected["finished"],
-        chosen_index=chosen_index, rejected_index=rejected_index,
-        mean_score=float(np.mean([row["score"] for row in group])), reason=reason)
+        prompt=group[0]["prompt"], **fields_of("chosen", group[chosen_index]),
+        **fields_of("rejected", group[rejected_index]), chosen_index=chosen_index,
+        rejected_index=rejected_index, mean_score=float(np.mean([row["score"] for row in group])),
+        reason=reason)
+
+def fields_of(side, row):
+    """A sample's response and its other fields, under the names that a pair or comparison has them by."""
+    names = ("score", "tokens", "finished", "policy", "ids", "tokenizer")
+    return {side: row["response"]} | {f"{side}_{name}": row[name] for name in names if name in row}
 
 # ---------------------------------------------------------------- M-step
 def margin_filter(new_scores, old_scores):
@@ -86,14 +88,11 @@ def compare(new, old, use_filter=True):
     rows = []
     for after, before, ok, margin in zip(new, old, passed, margins):
         same = after["response"] == before["response"]
+        reason = "identical text" if same else f"margin {'above' if ok else 'at or below'} -epsilon"
         rows.append(dict(
-            prompt=after["prompt"], new=after["response"], old=before["response"],
-            new_score=after["score"], old_score=before["score"], margin=float(margin),
-            epsilon=epsilon, kept=bool((ok or not use_filter) and not same),
-            reason="identical text" if same else f"margin {'above' if ok else 'at or below'} -epsilon",
-            new_policy=after.get("policy"), old_policy=before.get("policy"), rm=after.get("rm"),
-            new_tokens=after["tokens"], old_tokens=before["tokens"],
-            new_finished=after["finished"], old_finished=before["finished"]))
+            prompt=after["prompt"], **fields_of("new", after), **fields_of("old", before),
+            margin=float(margin), epsilon=epsilon, kept=bool((ok or not use_filter) and not same),
+            rm=after.get("rm"), reason=reason))
     return rows
 
 # ---------------------------------------------------------------- model selection

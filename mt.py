@@ -18,7 +18,6 @@ To vary a step, replace its function in the module that defines it and call main
 --policy the run is on the small task of common/toy.py, with the defaults in its SETTINGS.
 """
 import os
-import shutil
 import sys
 import textwrap
 from collections import Counter
@@ -87,10 +86,8 @@ def mutual_taught(o):
 def e_step(o, policy, rm, prompts, folder, judge=None, judge_selects=True):
     """Train the policy π_{t−1} by DPO on its own samples, ranked by the reward model. Returns the folder of
     the new policy π_t, or None if no checkpoint wins at least the share τ of prompts against π_{t−1}.
-
     For variants: judge(prompt, its scored rows) -> scores in the place of the reward model's. judge_selects:
-    whether these scores also decide which checkpoint wins.
-    """
+    whether these scores also decide which checkpoint wins."""
     samples = scored_samples(o, policy, rm, prompts, folder / "samples.jsonl", samples=o.samples, judge=judge)
     pairs = make_pairs(o, samples, folder / "pairs.jsonl")
     selection = train_and_select(o, policy, rm, pairs, folder / "selection.json",
@@ -132,10 +129,6 @@ def split(o, path):
     if third < 1:
         raise Problem(f"{o.prompts}: {len(prompts)} different prompts; --select_prompts {o.select_prompts} "
                       f"and three subsets need at least {o.select_prompts + 3}")
-    need = models.disk_needed(o, *map(models.bytes_of, (o.policy, o.rm)), -(-third // o.policy_batch))
-    free = shutil.disk_usage(o.out).free
-    say(f"models: up to {need / 1e9:.2f} GB will be written; {free / 1e9:.2f} GB are free"
-        + "; THAT IS TOO LITTLE" * (need > free))
     shuffled = [{"prompt": prompts[i]} for i in np.random.default_rng(o.seed).permutation(len(prompts))]
     with run.writing(path) as temporary:
         run.write_rows(temporary / "select.jsonl", shuffled[:o.select_prompts])
@@ -227,7 +220,6 @@ def mix(o, comparisons, ranked, old_policy, path):
     """Join the pairs for the reward model: the kept comparisons, and all pairs of the E-step just before."""
     def shared(row):
         return {name: row[name] for name in ("prompt", "weight") if name in row}
-
     rows = [dict(shared(row), chosen=row["new"], rejected=row["old"], source=str(comparisons),
                  chosen_policy=row["new_policy"], rejected_policy=row["old_policy"])
             for row in read_jsonl(comparisons) if row["kept"]]

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from common import models, run, training
-from common.data import Problem, by_prompt, encode_chat, load_tokenizer, read_jsonl, read_pairs, read_samples
-from common.packing import check_context, collate, hidden_states, how_many, pack, pair_rows
+from common.data import Problem, by_prompt, load_tokenizer, read_jsonl, read_pairs, read_samples
+from common.packing import check_context, collate, hidden_states, how_many, pair_rows, whole_chats
 from common.parallel import device, replicate, say
 from common.probe import verify
 from common.run import option
@@ -70,8 +70,7 @@ def train(folder, pairs, *, lr, batch, micro_batch, max_length, epochs=1, seed=0
 @torch.inference_mode()
 def score_answers(model, tokenizer, prompt_answers, score_batch):
     """[(prompt, [answer, …])] -> [[reward, …]]. A forward pass has `score_batch` prompts of like length."""
-    rows = [pack([encode_chat(tokenizer, prompt, answer, whole=True) for answer in answers])
-            for prompt, answers in prompt_answers]
+    rows = [whole_chats(tokenizer, prompt, answers) for prompt, answers in prompt_answers]
     check_context(rows, model.model, tokenizer.name_or_path, "sample with a smaller --max_new_tokens")
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     rewards = [None] * len(rows)

@@ -18,16 +18,24 @@ Left out on purpose: top-k, repetition penalties, beams.
 from array import array
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from common import models, probe, run
-from common.data import Problem, encode_chat, load_tokenizer, prompt_id, read_json, read_prompts, seed_of
-from common.packing import alone, check_context, collate
-from common.parallel import memory, replicate, say, share_work
+from common.data import (
+    encode_chat,
+    load_tokenizer,
+    prompt_id,
+    read_prompts,
+    sample_fields,
+    seed_of,
+    stop_tokens,
+)
+from common.packing import check_context, collate, row_of
+from common.parallel import Problem, memory, replicate, say, share_work
 from common.run import option
 
 TRIES = 8     # draws before the nucleus is found by sorting, which at top-p 0.95 one token in 10^10 needs
@@ -111,13 +119,11 @@ class Slots:
         for k, v in starts[0] if not self.layers else ():
             self.layers.append((k.new_zeros(len(self.rows), len(k), k.shape[2], self.capacity),
                                 v.new_zeros(len(self.rows), len(v), self.capacity, v.shape[2])))
-        for _, group in groupby(zip(rows, starts), key=lambda pair: id(pair[1])):  # all samples of a prompt
-            some, (start, *_) = zip(*group)
-            some = torch.tensor(some, device=self.at.device)
+        for row, start in zip(rows, starts):
             for (keys, values), (k, v) in zip(self.layers, start):
-                keys[some, :, :, :k.shape[1]] = k.transpose(1, 2)
-                values[some, :, :v.shape[1]] = v
-                self.at[some] = k.shape[1]
+                keys[row, :, :, :k.shape[1]] = k.transpose(1, 2)
+                values[row, :, :v.shape[1]] = v
+            self.at[row] = k.shape[1]
         rows = torch.as_tensor(rows, device=self.at.device)
         self.seed[rows], self.drawn[rows] = torch.as_tensor(seeds, device=self.at.device), 0
 
@@ -177,7 +183,7 @@ def cache_tokens(model):
 
 def prefill(model, prompts):
     """P token lists -> P times ((keys, values) of each layer, logits (V,) of the first response token)."""
-    packed, kept = collate([alone(prompt) for prompt in prompts], model.device), []
+    packed, kept = collate([row_of(prompt, [[]]) for prompt in prompts], model.device), []
     logits = model(**packed["inputs"], kept=kept, logits_to_keep=packed["last"], use_cache=False).logits[0]
     lengths = [len(prompt) for prompt in prompts]
     layers = [zip(keys.split(lengths, 1), values.split(lengths, 1)) for keys, values in kept]
@@ -262,15 +268,6 @@ def generate(model, prompts, seeds, *, stop_ids, temperature, top_p, max_new_tok
                     jobs[row] = None
 
 # ---------------------------------------------------------------- the phase
-def stop_tokens(folder, tokenizer):
-    """The ids at which a response ends: those of generation_config.json, and the tokenizer's EOS."""
-    path = Path(folder) / "generation_config.json"
-    ids = read_json(path).get("eos_token_id") if path.exists() else None
-    ids = [i for i in [tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])] if i is not None]
-    if not all(type(i) is int for i in ids):
-        raise Problem(f"{path}: eos_token_id {ids[1:]!r:.40} is neither a token id nor a list of them")
-    return {*ids}
-
 def block_size(prompts, filling):
     """How many prompts one block has. A block is what a process takes at a time, and what a kill can lose.
 
@@ -283,14 +280,14 @@ def block_size(prompts, filling):
     return max(1, int(4 * filling), -(-prompts // blocks))
 
 def sample(folder, prompts, path, *, samples, temperature, top_p, max_new_tokens, seed, rows):
-    """Write a line for each response to the file `path`: prompt, index, response, tokens, finished, policy.
+    """Write a row for each response to the file `path`: prompt, index, policy, and data.sample_fields.
 
     seed: a number or text, another one for each phase of a run. rows: responses decoded together."""
     tokenizer = load_tokenizer(folder)
-    encoded = share_work(len(prompts), lambda i: array("i", encode_chat(tokenizer, prompts[i]).ids), "tokens")
+    encoded = share_work(len(prompts), lambda i: array("i", encode_chat(tokenizer, prompts[i])), "tokens")
     stop_ids = stop_tokens(folder, tokenizer)
     model = replicate(models.load_policy(folder))
-    check_context([alone(ids + ids[:1]) for ids in encoded], model, folder)  # room for a token
+    check_context([row_of(ids, [ids[:1]]) for ids in encoded], model, folder)  # with room for a token
     longest = min(model.context, max(map(len, encoded)) + max_new_tokens)
     if longest > cache_tokens(model):
         raise Problem(f"{folder}: a prompt and response of {longest} tokens don't fit into memory beside the "
@@ -303,9 +300,8 @@ def sample(folder, prompts, path, *, samples, temperature, top_p, max_new_tokens
                              temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
         for prompt, tokens in zip(prompts, responses):
             for index, ids in enumerate(tokens):
-                text = tokenizer.decode(ids, skip_special_tokens=True)
-                yield dict(prompt=prompt, index=index, response=text, tokens=len(ids),
-                           finished=ids[-1] in stop_ids, policy=str(folder))
+                yield dict(prompt=prompt, index=index, policy=str(folder),
+                           **sample_fields(tokenizer, ids, ids[-1] in stop_ids))
 
     run.in_blocks(list(zip(prompts, encoded)), block_size(len(prompts), rows / samples), path, work,
                   f"sampling {Path(path).name.split('.')[0]}")

@@ -2,10 +2,9 @@
 
 A row is a JSON object. Its prompt stands in `prompt`, as text or as messages with role and content, or in
 `messages`, of which a last answer is left out. A text in `system` becomes the first message. Pairs also have
-`chosen` and `rejected`, as text or as messages. Rows of any other form are refused.
-
-Files hold text, never tokens. The policy and the reward model have vocabularies and templates of their own,
-and `encode_chat` turns a chat into tokens for both.
+`chosen` and `rejected`, as text or as messages. Rows of any other form are refused. Files hold text, since
+policy and reward model have vocabularies of their own. But a sample whose text does not give back the tokens
+that were drawn has these, too (`sample_fields`), and the policy is trained on them.
 
 Left out on purpose: other forms of rows, training on earlier assistant turns, images, tools.
 """
@@ -14,17 +13,20 @@ import hashlib
 import json
 import os
 import re
+from datetime import datetime
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
-from tokenizers import Tokenizer
 from transformers import AutoTokenizer
+from transformers.utils import chat_template_utils
 
 from common.parallel import Problem, say
 
-WANTED = "a field `prompt` with text, or a list of messages with role and content"
-UNREAD = ("history", "tools", "conversations", "instruction", "input")  # fields that change the prompt
+SIDES = ("chosen", "rejected")
+PAIR_FIELDS = {"weight", *(f"{side}_{name}" for side in SIDES for name in ("finished", "ids", "tokenizer"))}
+WANTED = "a field `prompt` with text, or a list of messages with role and content (text, not parts)"
+UNREAD = ("history", "tools", "conversations", "instruction", "input", "images")  # they change the prompt
 
 # ---------------------------------------------------------------- files
 def read_rows(source):
@@ -50,12 +52,13 @@ def _read_json(path):
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise Problem(f"{path}: not UTF-8 text ({error})") from None
-    if path.suffix == ".json":
-        rows = from_json(text, path) if text.strip() else []
-        rows = rows if isinstance(rows, list) else [rows]
-        return [(f"{path}:row {number}", row) for number, row in enumerate(rows, 1)]
-    return [(f"{path}:{number}", from_json(line, path, number))
-            for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    objects = len(lines) > 1 and all(line.strip()[0] + line.strip()[-1] == "{}" for _, line in lines)
+    if path.suffix == ".jsonl" or objects:  # JSON Lines are often called .json
+        return [(f"{path}:{number}", from_json(line, path, number)) for number, line in lines]
+    rows = from_json(text, path) if lines else []
+    return [(f"{path}:row {number}", row) for number, row in enumerate(
+        rows if isinstance(rows, list) else [rows], 1)]
 
 def _read_with_datasets(source):
     try:
@@ -115,9 +118,13 @@ def is_number(value):
     """Whether a value is a finite number, and small enough to be squared and summed."""
     return type(value) in (int, float) and abs(value) <= 1e100
 
+def is_token(value):
+    return type(value) is int and 0 <= value < 2**31
+
 TEXT = ("text", lambda value: isinstance(value, str))
-FIELDS = {"response": TEXT, "chosen": TEXT, "rejected": TEXT, "subset": TEXT,
-          "tokens": ("a whole number from 0", lambda value: type(value) is int and 0 <= value < 2**31),
+FIELDS = {"response": TEXT, "tokenizer": TEXT,
+          "ids": ("a list of token ids", lambda value: isinstance(value, list) and all(map(is_token, value))),
+          "tokens": ("a whole number from 0", is_token),
           "finished": ("true or false", lambda value: type(value) is bool),
           "score": ("a finite number", is_number),
           "weight": ("a finite number from 0", lambda value: is_number(value) and value >= 0)}
@@ -151,16 +158,15 @@ def is_chat(value):
         for m in value)
 
 def prompt_of(where, row):
-    """The prompt in a row of a user's file, as text or messages. Raises a Problem if there is none."""
+    """The prompt in a row of a user's file, as text or messages. Raises a Problem if it can't be read."""
     unread = [name for name in UNREAD if row.get(name)]
-    prompt = row.get("prompt")
-    if prompt is None and isinstance(row.get("messages") or row.get("chosen"), list):
-        prompt = row.get("messages") or row["chosen"]
-        while is_chat(prompt) and prompt[-1]["role"] == "assistant":  # the answer
-            prompt = prompt[:-1]
-    if prompt is None or unread:
-        problem = f"{', '.join(unread)} can't be read" if unread else "no prompt"
-        raise Problem(f"{where}: {problem}; the row has {', '.join(row)}; wanted is {WANTED}"[:400])
+    name = next((name for name in ("prompt", "messages", "chosen") if row.get(name) is not None), "prompt")
+    prompt = row.get(name)
+    if unread or prompt is None or name != "prompt" and not isinstance(prompt, list):
+        raise Problem(f"{where}: {', '.join(unread) or 'a prompt'} can't be read; the row has "
+                      f"{', '.join(row)}; wanted is {WANTED}"[:400])
+    while name != "prompt" and is_chat(prompt) and prompt[-1]["role"] == "assistant":
+        prompt = prompt[:-1]  # the answer
     if row.get("system") and is_chat(as_messages(prompt)):
         if not isinstance(row["system"], str) or as_messages(prompt)[0]["role"] == "system":
             raise Problem(f"{where}: `system` must be text, and the only system turn of the prompt")
@@ -170,7 +176,9 @@ def prompt_of(where, row):
 def check_prompt(where, prompt):
     messages = as_messages(prompt)
     if not is_chat(messages) or not any(m["content"].strip() for m in messages):
-        raise Problem(f"{where}: no prompt; wanted is {WANTED}")
+        raise Problem(f"{where}: the prompt {prompt!r:.80} can't be read; wanted is {WANTED}")
+    if isinstance(prompt, str) and re.match(r"\s*\[\s*\{\s*[\"'](role|content)[\"']\s*:", prompt):
+        raise Problem(f"{where}: the prompt is messages that are written as text; write them as JSON")
     if messages[-1]["role"] == "assistant":
         raise Problem(f"{where}: the prompt must end where the answer begins, not with an assistant turn")
     return prompt
@@ -190,27 +198,30 @@ def read_pairs(source):
     for where, row in read_rows(source):
         row = {name: value for name, value in row.items() if value is not None}  # parquet fills up with null
         prompt = prompt_of(where, row)
-        for name in {"weight", "subset", "chosen_finished", "rejected_finished"} & row.keys():
+        for name in PAIR_FIELDS & row.keys():
             check_field(where, row, name)
-        answers = {side: answer_of(where, row, side, prompt) for side in ("chosen", "rejected")}
+        answers = {side: answer_of(where, row, side, prompt) for side in SIDES}
         pairs.append({**row, "prompt": prompt, **answers})
         equal += answers["chosen"] == answers["rejected"] or not all(map(str.strip, answers.values()))
         in_front += isinstance(prompt, str) and all(text.startswith(prompt) for text in answers.values())
-    for count, what in (equal, "equal or empty answers"), (in_front, "the prompt in front of both answers"):
-        if count:
-            say(f"WARNING: {source}: {count} of {len(pairs)} pairs have {what}")
+    if equal:
+        say(f"WARNING: {source}: {equal} of {len(pairs)} pairs have equal or empty answers")
+    if in_front >= 10:
+        say(f"WARNING: {source}: in {in_front} of {len(pairs)} pairs both answers begin with the prompt; if "
+            "it was put in front of them, take it away")
     return pairs
 
 def answer_of(where, row, side, prompt):
     def turns(chat):
         return [(m["role"], m["content"].strip()) for m in as_messages(chat)]
-    value, asked = row.get(side), turns(prompt)
+    value, asked = [row[side]] if isinstance(row.get(side), dict) else row.get(side), turns(prompt)
     if is_chat(value) and value[-1]["role"] == "assistant":
         if value[:-1] and turns(value[:-1]) not in (asked, asked[asked[0][0] == "system":]):
             raise Problem(f"{where}: the messages in `{side}` don't begin with those of the row's prompt")
         value = value[-1]["content"]
     if not isinstance(value, str):
-        raise Problem(f"{where}: no answer in `{side}` (text, or messages that end with the assistant's)")
+        raise Problem(f"{where}: `{side}` must be text, or messages (text, not parts) that end with the "
+                      f"assistant's, and not {value!r:.80}")
     return value
 
 def read_samples(source, *fields):
@@ -239,99 +250,84 @@ def load_tokenizer(folder):
         raise Problem(f"{folder}: a fast tokenizer (tokenizer.json) with an EOS token is needed")
     tokenizer.backend_tokenizer.no_truncation()  # a limit saved with it would cut chats in silence
     tokenizer.backend_tokenizer.no_padding()
+    # Some templates write today's date. They get this one, or a command would give other tokens tomorrow.
+    chat_template_utils.datetime = SimpleNamespace(now=lambda: datetime(2024, 7, 26))
     return tokenizer
 
-class Chat(NamedTuple):
-    ids: list   # the tokens of prompt and response
-    start: int  # the index of the first token of the response
+def encode_chat(tokenizer, prompt, response=None):
+    """The tokens of a chat as its template writes it, with one BOS if the tokenizer uses one. A special token
+    that is spelled in a message ("</s>") is text like any other.
 
-def encode_chat(tokenizer, prompt, response=None, finished=True, whole=False):
-    """The tokens of a chat, with one BOS if the tokenizer uses one.
+    Without a response the chat ends where the answer begins. Policies sample from there, and are trained on
+    `encode_response`, which follows it. With a response it is what reward models read: the whole chat, with
+    EOS at its end if the template writes no stop token. For example, with the template of Zephyr,
 
-    Without a response the chat ends where the assistant's answer begins, ready for sampling. A finished
-    response is followed by one stop token, that of the template, or EOS if the template writes none. whole:
-    keep what the template writes after the stop token, as reward models were trained to read it.
+        encode_chat(t, "Hi")           <|user|>⏎Hi</s>⏎<|assistant|>⏎
+        encode_response(t, "Hello")    Hello</s>
+        encode_chat(t, "Hi", "Hello")  <|user|>⏎Hi</s>⏎<|assistant|>⏎Hello</s>⏎
     """
-    messages, special = as_messages(prompt), Special(tokenizer)
-    said = [str(value) for message in messages for value in message.values()] + [response or ""]
-    literal = any(map(special.texts.search, said))
-    head = text = render(tokenizer, messages, literal, add_generation_prompt=True)
-    if response is not None:
-        # Templates trim and rewrite answers, but training must be on what was really said. So the template
-        # gets a placeholder, which is then replaced by the response.
-        answered = render(tokenizer, [*messages, {"role": "assistant", "content": "\u241f"}], literal)
-        before, _, tail = answered.rpartition("\u241f")
-        if not before.startswith(head):
-            raise Problem(f"{tokenizer.name_or_path}: its chat template writes other text before an answer "
-                          "than its generation prompt, so the answer's first token can't be found")
-        between = before[len(head):]  # keep a space before the answer, but no words that it did not say
-        text = head + (between if between.isspace() else "") + response
-        content_end, text = len(text), text + tail
-    backend = special.twin if literal else tokenizer.backend_tokenizer
-    encoded = backend.encode(text, add_special_tokens=False)
-    ids, offsets = encoded.ids, encoded.offsets
-    if ids[:1] != special.bos:
-        ids, offsets = special.bos + ids, [(0, 0)] * len(special.bos) + offsets
-    if response is None:
-        return Chat(ids, len(ids))
-    start = next((i for i, (_, end) in enumerate(offsets) if end > len(head)), len(ids))
-    last = next((i for i, (begin, _) in enumerate(offsets) if i >= start and begin >= content_end), len(ids))
-    stop = next((i for i in range(last, len(ids)) if ids[i] in special.ids), None)
-    if not finished:
-        ids = ids[:last]
-    elif stop is None:
-        ids = ids[:last] + [tokenizer.eos_token_id]
-    elif not whole:
-        ids = ids[:last] + [ids[stop]]
-    return Chat(ids, min(start, last))
-
-def render(tokenizer, messages, literal, **options):
-    special = Special(tokenizer)
+    answer = [] if response is None else [{"role": "assistant", "content": response}]
+    facts, messages = facts_of(tokenizer), [*as_messages(prompt), *answer]
     try:
-        shown = special.hide(messages) if literal else messages
-        text = tokenizer.apply_chat_template(shown, tokenize=False, **options)
-        if not text.strip():
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=not answer, return_dict=False,
+                                            sanitize_control_tokens=True)
+        if not ids:
             raise ValueError("it writes nothing")
-        return special.reveal(text) if literal else text
     except Exception as error:  # templates raise errors of their own, for example at two user turns
         raise Problem(f"{tokenizer.name_or_path}: its chat template fails at {str(messages)[:80]}… "
                       f"({first_line(error)})") from None
+    ids = ids if ids[:1] == facts.bos else facts.bos + ids
+    return ids + [tokenizer.eos_token_id] * (bool(answer) and facts.stop is None)
 
-@functools.lru_cache(4)
-class Special:
-    """The special tokens of a tokenizer: their ids, a pattern that finds their texts, and [BOS] or [].
+def encode_response(tokenizer, text, finished=True):
+    """The tokens of a policy's response. A finished one ends with the token with which the template ends an
+    answer, or with EOS if the template writes none."""
+    stop = facts_of(tokenizer).stop
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return ids + [tokenizer.eos_token_id if stop is None else stop] * finished
 
-    If a user writes "</s>", this is text like any other and must not become a stop token. In such a chat the
-    special tokens that the template writes are renamed to secret texts, and `twin` is a copy of the tokenizer
-    that knows them by these names alone. `hide` marks what was said before the template sees it. `reveal`
-    renames the special tokens in what the template wrote and restores what was said.
-    """
-    def __init__(self, tokenizer):
-        tokens = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self.tokenizer, self.ids = tokenizer, {*tokenizer.all_special_ids, *tokens}
-        self.spelled = sorted(tokens.values(), key=len, reverse=True)
-        self.texts = re.compile("|".join(map(re.escape, self.spelled)) or "(?!)")
-        self.bos = [i for i in tokenizer("")["input_ids"][:1] if i == tokenizer.bos_token_id]
-        self.secret = os.urandom(8).hex()
+def sample_fields(tokenizer, ids, finished):
+    """The fields of a response of which the tokens `ids` were drawn. They are kept, with a digest of the
+    tokenizer, if encode_response gives others for its text. The text has all special tokens but the stop."""
+    text = tokenizer.decode(ids[:-1] if finished else ids, clean_up_tokenization_spaces=False)
+    same = encode_response(tokenizer, text, finished) == ids
+    return dict(response=text, tokens=len(ids), finished=finished) | (
+        {} if same else dict(ids=ids, tokenizer=facts_of(tokenizer).digest))
 
-    @functools.cached_property
-    def twin(self):
-        state = self.tokenizer.backend_tokenizer.to_str()
-        for text in self.spelled:  # in the vocabulary, and anywhere else in the file
-            state = state.replace(*(json.dumps(t, ensure_ascii=False) for t in (text, self.name(text))))
-        try:
-            return Tokenizer.from_str(state)
-        except Exception as error:
-            raise Problem(f"{self.tokenizer.name_or_path}: a chat has the text of a special token, and this "
-                          f"tokenizer can't tell it from a real one ({first_line(error)})") from None
+def response_ids(tokenizer, pair, side):
+    """The tokens of a pair's answer: those that were drawn, if they are there and of this tokenizer."""
+    if pair.get(f"{side}_tokenizer") == facts_of(tokenizer).digest and f"{side}_ids" in pair:
+        return pair[f"{side}_ids"]
+    return encode_response(tokenizer, pair[side], pair.get(f"{side}_finished", True))
 
-    def name(self, text, kind="real"):
-        return self.texts.sub(lambda it: f"\ue000{self.secret}{kind}{it[0].encode().hex()}\ue001", text)
+def stop_tokens(folder, tokenizer):
+    """The ids at which a response ends: those in generation_config.json or, if it has none, in config.json,
+    the tokenizer's EOS, and the token with which the chat template ends an answer."""
+    for path in (Path(folder) / "generation_config.json", Path(folder) / "config.json"):
+        ids = read_json(path).get("eos_token_id") if path.exists() else None
+        if ids is not None:
+            break
+    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    if not all(map(is_token, ids)):
+        raise Problem(f"{path}: eos_token_id {ids!r:.40} is neither a token id nor a list of them")
+    stop = facts_of(tokenizer).stop
+    if stop not in (None, tokenizer.eos_token_id, *ids):
+        say(f"{folder}: responses also end at {tokenizer.convert_ids_to_tokens(stop)}, with which the chat "
+            "template ends an answer")
+    return {tokenizer.eos_token_id, *ids, stop} - {None}
 
-    def hide(self, messages):
-        return [{key: self.name(value, "said") if isinstance(value, str) else value
-                 for key, value in message.items()} for message in messages]
-
-    def reveal(self, text):
-        said = f"\ue000{self.secret}said(.*?)\ue001"
-        return re.sub(said, lambda it: bytes.fromhex(it[1]).decode(), self.name(text))
+@functools.lru_cache(8)
+def facts_of(tokenizer):
+    """bos: [the BOS that the tokenizer adds] or []; stop: the token with which the chat template ends an
+    answer, or None; digest: of the tokenizer without its template."""
+    tokenizer.chat_control_tokens = []  # only special tokens are text in messages, and <think> stays a token
+    bos = [i for i in tokenizer("")["input_ids"][:1] if i == tokenizer.bos_token_id]
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "?"}, {
+            "role": "assistant", "content": "\u241f"}], tokenize=False)
+    except Exception as error:
+        raise Problem(f"{tokenizer.name_or_path}: its chat template fails ({first_line(error)})") from None
+    after = tokenizer(text.rpartition("\u241f")[2], add_special_tokens=False)["input_ids"]
+    stop = next((i for i in after if i in tokenizer.added_tokens_decoder), None)
+    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
+    return SimpleNamespace(bos=bos, stop=stop, digest=digest)

@@ -7,14 +7,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from huggingface_hub import save_torch_state_dict, snapshot_download
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.core_model_loading import revert_weight_conversion
 
 from common import packing  # noqa: F401  (it registers the attention that models get)
 from common.data import encode_chat, first_line, load_tokenizer
-from common.parallel import Problem, barrier, device, memory, rank, say, share_work, world
+from common.parallel import Problem, barrier, device, memory, on_rank0, rank, say, share_work, world
+
+FEW = 0.01  # of the weights changed: fewer is a warning (docs/paper.md)
 
 def local_folder(name):
     """The folder of a model: `name` if it is a folder, else the downloaded snapshot of the hub id `name`."""
@@ -24,10 +27,7 @@ def local_folder(name):
         raise Problem(f"{name}: no such folder")
     patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
     try:
-        if rank() == 0:
-            snapshot_download(name, allow_patterns=patterns)
-        barrier()
-        return snapshot_download(name, allow_patterns=patterns)
+        return on_rank0(lambda: snapshot_download(name, allow_patterns=patterns))
     except Exception as error:
         raise Problem(f"{name}: no such folder, and the hub does not give it ({first_line(error)})") from None
 
@@ -38,24 +38,43 @@ def config_of(folder):
     except Exception as error:
         raise Problem(f"{folder}: not a model folder ({first_line(error)})") from None
 
+def shapes_of(folder):
+    """{name: shape} of the weights in a model folder, from the headers of its files."""
+    shapes = {}
+    for file in Path(folder).glob("*.safetensors"):
+        try:
+            with safe_open(file, "pt") as opened:
+                shapes |= {name: opened.get_slice(name).get_shape() for name in opened.keys()}
+        except Exception as error:
+            raise Problem(f"{file}: not a file of weights ({first_line(error)})") from None
+    return shapes
+
+def weights_of(folder):
+    """{name: tensor} of all weights in a model folder."""
+    return {name: w for file in Path(folder).glob("*.safetensors") for name, w in load_file(file).items()}
+
 def check_policy(folder):
-    """Return the folder's config. Raise a Problem if it is that of a reward model."""
+    """Return the folder's config. Raise a Problem if its model is a reward model."""
     config = config_of(folder)
-    if (config.architectures or ["?"])[0].endswith("ForSequenceClassification"):
-        raise Problem(f"{folder}: {config.architectures[0]} is a reward model, but a policy is needed")
+    kind = (config.architectures or ["?"])[0]
+    if kind.endswith("ForSequenceClassification") or "score.weight" in shapes_of(folder):
+        raise Problem(f"{folder}: {kind} with a reward head is a reward model, but a policy is needed")
     return config
 
 def check_reward(folder, fresh_head=False):
-    """Return the folder's config. Raise a Problem if it has several labels or, but for `fresh_head`, none."""
-    config = config_of(folder)
-    kind = (config.architectures or ["?"])[0]
-    if not kind.endswith("ForSequenceClassification"):
-        if not fresh_head:
-            raise Problem(f"{folder}: {kind} has no reward head; "
-                          f"train one: python reward.py --model {folder} --pairs …")
-        say(f"{folder} is a {kind}, so training starts with a new reward head")
-    elif config.num_labels != 1:
-        raise Problem(f"{folder}: its head has {config.num_labels} labels, but a reward model has one")
+    """Return the folder's config, with one label. A model with a `score.weight` of one row and no bias is a
+    reward model, whatever its config says. Any other is a Problem, or gets a new head by `fresh_head`."""
+    config, shapes = config_of(folder), shapes_of(folder)
+    labels, kind = shapes.get("score.weight", [None])[0], (config.architectures or ["?"])[0]
+    if labels is None and not fresh_head:
+        raise Problem(f"{folder}: {kind} has no reward head (score.weight); "
+                      f"train one: python reward.py --model {folder} --pairs …")
+    if labels not in (None, 1) or "score.bias" in shapes:
+        raise Problem(f"{folder}: a reward head has one label and no bias; this one has {labels} labels"
+                      + " and a bias" * ("score.bias" in shapes))
+    if labels is None:
+        say(f"{folder} is a {kind} without a reward head, so training starts with a new one")
+    config.num_labels = 1
     return config
 
 def context_of(folder, config=None):
@@ -75,7 +94,7 @@ def prompts_that_fit(folder, prompts, answer=1):
     """Return (prompts, their lengths in tokens) of those prompts that leave room for `answer` more tokens in
     the model's context. Raise a Problem if there are none."""
     tokenizer, context = load_tokenizer(folder), context_of(folder)
-    lengths = share_work(len(prompts), lambda i: len(encode_chat(tokenizer, prompts[i]).ids), "tokens")
+    lengths = share_work(len(prompts), lambda i: len(encode_chat(tokenizer, prompts[i])), "tokens")
     fit = [(prompt, length) for prompt, length in zip(prompts, lengths) if length + answer <= context]
     if not fit:
         raise Problem(f"{folder}: no prompt fits into its context of {context} tokens with an answer of "
@@ -84,20 +103,11 @@ def prompts_that_fit(folder, prompts, answer=1):
         say(f"{len(prompts) - len(fit)} of {len(prompts)} prompts are too long for {folder} and are left out")
     return map(list, zip(*fit))
 
-def bytes_of(folder):
-    """The size of the weights in a model folder."""
-    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-
-def disk_needed(o, policy, rm, steps):
-    """Bytes on disk for a run's models. policy, rm: bytes of one; steps: optimiser steps of an E-step."""
-    checkpoints = steps // o.save_every + 1 if o.select else 1
-    return o.rounds * (2 * policy + o.update_rm * rm) + checkpoints * policy
-
 def check_fits(folder, training=False):
     """Raise a Problem if the model is too large for memory. For sampling and scoring each process has a whole
     copy. For training the processes share 16 bytes per parameter (training.kept_whole)."""
-    parameters = bytes_of(folder) // (config_of(folder).dtype or torch.float32).itemsize
-    need = parameters * (16 / world() if training else 2 if device().type == "cuda" else 4)
+    need = sum(map(math.prod, shapes_of(folder).values())) * (
+        16 / world() if training else precision().itemsize)
     if need > memory():
         what = "training it" if training else "sampling or scoring with it"
         raise Problem(f"{folder}: {what} takes {need / 1e9:.3g} GB in each process, but a process has only "
@@ -112,7 +122,6 @@ def load_reward(folder, training=False, fresh_head=False, seed=0):
     """Load a sequence classifier with one logit. With `fresh_head` a causal LM is taken, too, and gets a new
     head. Only rank 0 has weights, as in `load_policy`."""
     config = check_reward(folder, fresh_head)
-    config.num_labels = 1
     torch.manual_seed(seed)  # the fresh head's
     model = _load(AutoModelForSequenceClassification, folder, config, training)
     if not isinstance(getattr(model, "score", None), torch.nn.Linear) or model.score.bias is not None:
@@ -125,67 +134,86 @@ def _load(kind, folder, config, training):
     # can wait until the next training, since only one such model is then left.
     if torch.cuda.is_available() or training and dist.is_initialized():
         gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    stored = config.dtype or torch.float32
-    dtype = torch.float32 if training or device().type == "cpu" else torch.bfloat16
+        torch.cuda.empty_cache()  # does nothing without a GPU
+    dtype = torch.float32 if training else precision()
     try:
         if rank() == 0:
             model, info = kind.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="sdpa",
                                                use_safetensors=True, output_loading_info=True)
-            headless = not (config.architectures or [""])[0].endswith("ForSequenceClassification")
+            headless = "score.weight" not in shapes_of(folder)
             missing = sorted(n for n in info["missing_keys"] if not (headless and n.startswith("score.")))
             if missing:
                 raise ValueError(f"weights are missing: {', '.join(missing[:3])}")
-        else:
+            loaded, config = [model], model.config
+        config.tie_word_embeddings = on_rank0(lambda: is_tied(*loaded))  # the files decide, not the config
+        if rank() > 0:
             with torch.device("meta"):
                 model = kind.from_config(config, dtype=dtype, attn_implementation="sdpa")
     except Exception as error:
         raise Problem(f"{folder}: can't be loaded as a model ({first_line(error)})") from None
     model.set_attn_implementation("packed")  # after loading, so that models without SDPA fail there
-    model.stored_dtype, model.context = stored, context_of(folder, config)
+    model.context = context_of(folder, config)
     return model.eval()  # also in training: with dropout the policy would differ from its own reference
 
+def is_tied(model):
+    """Whether the head is the embedding. transformers does not tie them if the files have another head."""
+    head = model.get_output_embeddings()
+    return model.config.tie_word_embeddings and (
+        head is None or head.weight is model.get_input_embeddings().weight)
+
 # ---------------------------------------------------------------- saving
+def precision():
+    """The dtype in which forward passes compute on this device."""
+    return torch.bfloat16 if device().type == "cuda" else torch.float32
+
+READ_BACK = set()  # sources: the first model saved from each was read again
+
 def save(root, source, folder):
-    """Save root.model to `folder` for from_pretrained and vLLM. Tokenizer and template come from the folder
-    `source`. config.json is written last, so a folder that has one is complete."""
+    """Save root.model to `folder` for from_pretrained and vLLM, in the precision of its forward pass, with
+    the tokenizer of the folder `source`. config.json comes last, so a folder that has one is complete."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(root, options=options) if dist.is_initialized() else root.state_dict()
     if rank() == 0:
+        weights = {name.removeprefix("model."): w.to(precision()) for name, w in weights.items()}
         try:
             _write(root.model, weights, source, Path(folder))
+            if source not in READ_BACK:
+                _read_back(type(root.model), weights, folder)
         except Exception as error:  # for a full disk tokenizers raises a bare Exception
             raise Problem(f"{folder}: could not be saved: {first_line(error)}") from None
+        READ_BACK.add(source)
     barrier()
 
-def average(folders, shares, out):
-    """Write the folder `out`, a model with the weights Σ shares[i] · weights of folders[i], added up in fp32
-    and rounded to the last folder's precision. All else is the last folder's. For one process."""
-    mean = {}
-    for folder, share in zip(folders, shares):
-        weights = {k: w for file in Path(folder).glob("*.safetensors") for k, w in load_file(file).items()}
-        if mean and mean.keys() != weights.keys():
-            raise Problem(f"{folder}: its weights have other names than those of {folders[0]}")
-        mean = {name: mean.get(name, 0) + share * w.float() for name, w in weights.items()}
-    shutil.copytree(folders[-1], out, ignore=shutil.ignore_patterns("*.safetensors*"), dirs_exist_ok=True)
-    save_torch_state_dict({name: w.to(weights[name].dtype) for name, w in mean.items()}, out)
+def _read_back(kind, weights, folder):
+    """Raise a Problem if transformers loads other weights than were saved."""
+    for name, w in kind.from_pretrained(folder, dtype=precision()).state_dict().items():
+        if name not in weights or not torch.equal(w.float(), weights[name].float()):
+            raise Problem(f"{name} is not the same when it is loaded again")
+
+def _say_changed(weights, source):
+    """Say how many of the weights differ from those in the folder `source`."""
+    changed = total = 0
+    for name, old in weights_of(source).items():
+        if name in weights and old.shape == weights[name].shape:
+            changed += (old.to(weights[name].dtype) != weights[name]).sum().item()
+            total += old.numel()
+    if total:
+        say(f"{changed / total:.1%} of the weights differ from those in {source}"
+            + "; WARNING: NEXT TO NOTHING; train longer or with larger steps" * (changed < FEW * total))
 
 def _write(model, weights, source, folder):
-    weights = {name.removeprefix("model."): w for name, w in weights.items()}
     damaged = [name for name, w in weights.items() if not w.isfinite().all()]
     if damaged:
         raise Problem(f"NaN or infinite numbers in {damaged[0]}; try a smaller learning rate")
     if model.config.tie_word_embeddings:
         weights = {name: w for name, w in weights.items() if name not in (model._tied_weights_keys or {})}
-    weights = {name: w.to(model.stored_dtype, copy=True)
-               for name, w in revert_weight_conversion(model, weights).items()}  # to the names on the hub
+    weights = {name: w.clone() for name, w in revert_weight_conversion(model, weights).items()}
+    _say_changed(weights, source)
     folder.mkdir(parents=True, exist_ok=True)
     save_torch_state_dict(weights, folder, max_shard_size="5GB")
-    load_tokenizer(source).save_pretrained(folder)
-    generation = Path(source) / "generation_config.json"
-    if generation.exists() and model.can_generate():
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    for generation in Path(source).glob("generation_config.json") if model.can_generate() else ():
         shutil.copy(generation, folder)
     model.config.architectures = [type(model).__name__]
-    config = model.config.to_dict() | {"dtype": str(model.stored_dtype).removeprefix("torch.")}
+    config = model.config.to_dict() | {"dtype": str(precision()).removeprefix("torch.")}
     type(model.config).from_dict(config).save_pretrained(folder)

@@ -2,12 +2,12 @@
 
 A Row is a prompt, its trunk, with the answers to it, its branches: the two of a pair, or five samples.
 `collate` lays the tokens of many rows end to end as one sequence. All parts of a transformer but attention
-treat each token by itself, so only attention must know where a chat begins and ends. `attention` therefore
-takes the chats apart, attends within each as usual, and puts the results back in place. common/probe.py
-refuses models that mix tokens in any other way.
+treat each token by itself. So `attention` takes the chats apart, attends within each as usual, and puts the
+results back in place. common/probe.py refuses models that mix tokens in any other way.
 
 Left out on purpose: attention kernels of our own, attention sinks and soft caps.
 """
+import os
 from array import array
 from typing import NamedTuple
 
@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv
 
-from common.data import encode_chat
-from common.parallel import Problem, share_work
+from common.data import SIDES, encode_chat, facts_of, response_ids
+from common.parallel import Problem, say, share_work
 
 LOGITS = 2**23  # how many logits TokenLogps holds at a time: 32 MB in fp32
 TOGETHER = 8    # how many chats of like length attend in one call, padded to the longest of them
@@ -27,41 +27,42 @@ TOGETHER = 8    # how many chats of like length attend in one call, padded to th
 class Row(NamedTuple):
     trunk: array    # the tokens that all answers share: the prompt
     branches: list  # for each answer, its tokens after the trunk
-    starts: list    # for each answer, the index in its branch at which the response begins
 
     def __len__(self):  # the number of tokens, not of the tuple's fields
         return len(self.trunk) + sum(map(len, self.branches))
 
-def pack(chats):
-    """Chats with the same prompt -> a Row. The trunk is their common beginning, but no part of a response."""
-    chats = [chat._replace(ids=array("i", chat.ids)) for chat in chats]  # arrays take a tenth of the memory
-    trunk = chats[0].ids[:min(chat.start for chat in chats)]
-    for chat in chats[1:]:
-        trunk = trunk[:next((i for i, (a, b) in enumerate(zip(trunk, chat.ids)) if a != b), len(trunk))]
-    cut = len(trunk)
-    return Row(trunk, [chat.ids[cut:] for chat in chats], [chat.start - cut for chat in chats])
+def row_of(prompt, answers):
+    """The tokens of a prompt and of its answers -> a Row."""
+    return Row(array("i", prompt), [array("i", answer) for answer in answers])  # a tenth of a list's memory
 
-def alone(ids):
-    """The tokens of a chat, or of a prompt -> a Row without answers of its own."""
-    return Row(ids, [ids[:0]], [0])
+def whole_chats(tokenizer, prompt, answers):
+    """A prompt and answers to it -> a Row of whole chats, as reward models read them. The trunk is as much of
+    the prompt as all have in common: a template may write a chat with an answer otherwise."""
+    chats = [encode_chat(tokenizer, prompt, answer) for answer in answers]
+    cut = len(os.path.commonprefix([encode_chat(tokenizer, prompt), *chats]))
+    return row_of(chats[0][:cut], [chat[cut:] for chat in chats])
 
-def pair_rows(tokenizer, pairs, max_length, unfinished=False):
+def pair_rows(tokenizer, pairs, max_length, policy=False):
     """Preference pairs -> (rows, pairs): a Row with the branches (chosen, rejected) for each pair of which
     both sides have at most `max_length` tokens, and these pairs. Raises a Problem if there are none.
 
-    unfinished: whether a response that was cut off gets no stop token, as policies should learn it. Reward
-    models read every answer as finished, with all that the template writes after it.
+    policy: whether a policy is trained, on prompts and responses as it samples them, or a reward model, on
+    whole chats as it reads them.
     """
     def encode(number):
         pair = pairs[number]
-        chats = [encode_chat(tokenizer, pair["prompt"], pair[side],
-                             pair.get(f"{side}_finished", True) or not unfinished, whole=not unfinished)
-                 for side in ("chosen", "rejected")]
-        if max(len(chat.ids) for chat in chats) <= max_length \
-                and all(chat.start < len(chat.ids) for chat in chats):
-            return pack(chats)
+        if policy:
+            row = row_of(encode_chat(tokenizer, pair["prompt"]),
+                         [response_ids(tokenizer, pair, side) for side in SIDES])
+        else:
+            row = whole_chats(tokenizer, pair["prompt"], [pair[side] for side in SIDES])
+        if len(row.trunk) + max(map(len, row.branches)) <= max_length and all(row.branches):
+            return row
 
-    rows = share_work(len(pairs), encode, "tokens")
+    rows, digest = share_work(len(pairs), encode, "tokens"), facts_of(tokenizer).digest
+    others = sum(pair.get(f"{side}_tokenizer", digest) != digest for pair in pairs for side in SIDES)
+    if policy and others:
+        say(f"{others} of {2 * len(pairs)} answers have tokens of another tokenizer; their texts are used")
     if not any(rows):
         raise Problem(f"none of {len(pairs)} pairs is short enough for --max_length {max_length}")
     return [row for row in rows if row], [pair for pair, row in zip(pairs, rows) if row]
@@ -86,22 +87,22 @@ def collate(rows, device="cpu"):
 
     inputs: what the model gets. input_ids and position_ids are (1, T); the positions of each branch continue
     those of the trunk. For chats and places see `attention`.
-    targets, sources, owners (N,): for each of the N tokens of responses, the token, the index in the sequence
+    targets, sources, owners (N,): for each of the N tokens in branches, the token, the index in the sequence
     of the token that predicts it, and the number of the answer that it belongs to.
     last (answers,): the index of the last token of each answer.
     """
     ids, positions, chats, targets, sources, owners = [], [], [], [], [], []
-    for trunk, branches, starts in rows:
+    for trunk, branches in rows:
         shared = range(len(ids), len(ids) + len(trunk))
         ids += trunk
         positions += range(len(trunk))
-        for branch, start in zip(branches, starts):
+        for branch in branches:
             chat = [*shared, *range(len(ids), len(ids) + len(branch))]
             ids += branch
             positions += range(len(trunk), len(chat))
-            targets += branch[start:]
-            sources += chat[len(trunk) + start - 1:len(chat) - 1]
-            owners += [len(chats)] * (len(branch) - start)
+            targets += branch
+            sources += chat[len(trunk) - 1:len(chat) - 1]
+            owners += [len(chats)] * len(branch)
             chats.append(chat)
 
     def tensor(values):

@@ -32,8 +32,8 @@ def probe_rows(model):
     config, rng = model.config.get_text_config(), np.random.default_rng(0)
     tokens = np.setdiff1d(np.arange(config.vocab_size), [config.pad_token_id or 0])
     long = min(200, config.max_position_embeddings, getattr(model, "context", 200))
-    return [Row(rng.choice(tokens, trunk).tolist(), [rng.choice(tokens, n).tolist() for n in branches],
-                [0] * len(branches)) for trunk, branches in ((7, (5, 9)), (1, (11,)), (1, (long - 1,)))]
+    return [Row(rng.choice(tokens, trunk).tolist(), [rng.choice(tokens, n).tolist() for n in branches])
+            for trunk, branches in ((7, (5, 9)), (1, (11,)), (1, (long - 1,)))]
 
 @contextmanager
 def trial(model, part):

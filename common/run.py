@@ -1,9 +1,9 @@
 """What every script needs: the command line, errors in one line, files that are never half written, phases,
 run.json, a log, and work in blocks.
 
-A phase is a function that makes one file or folder of a run folder from others. run.json notes, for each such
-result, its digest and the digests of what it was made from. So the same command continues a run that was
-interrupted, and nothing is built on a result that is damaged or out of date.
+A phase makes one file or folder of a run folder from others. run.json has the digests of each result and of
+what it was made from. So the same command continues a run that was interrupted, and nothing is built on a
+result that is damaged or out of date.
 """
 import argparse
 import ast
@@ -87,8 +87,7 @@ def parse(options, words=None, about=None, **defaults):
              for word in (sys.argv[1:] if words is None else words)]
     chosen = options(**vars(parser.parse_args(words)))
     for name, value in vars(chosen).items():
-        if type(value) in (int, float):
-            check_number(name, value)
+        check_number(name, value)
     return chosen
 
 def true_or_false(word):
@@ -102,7 +101,7 @@ def check_number(name, value):
     most = {"seed": 2**63 - 1, "top_p": 1, "prior": 100}.get(name, 10**6 if type(value) is int else 1e99)
     least = 1e-3 if name == "temperature" else 0
     or_zero = name in ("seed", "tau", "temperature", "select_prompts", "prior")
-    if not (0 < value <= most and least <= value or or_zero and value == 0):
+    if type(value) in (int, float) and not (0 < value <= most and least <= value or or_zero and value == 0):
         raise Problem(f"--{name} {value:.9g} is out of range: above {least}, to {most}{', or 0' * or_zero}")
 
 # ---------------------------------------------------------------- files
@@ -162,8 +161,7 @@ def claim(path, options, file=False, **more):
     `more`. If there is an earlier output by other settings, files or code, raise a Problem that names them.
 
     file: whether `path` is a JSONL file; else it is a folder. A run may be continued with other batch sizes
-    per process and with more rounds. options.overwrite deletes the earlier output first, if it is ours.
-    """
+    per process and with more rounds. options.overwrite deletes the earlier output first, if it is ours."""
     if str(path).endswith(".jsonl") != file:
         raise Problem(f"--out {path}: the name of a file must end in .jsonl, and that of a folder must not")
     on_rank0(_claim, Path(path), options, more)
@@ -243,9 +241,9 @@ def phase(work):
     """Make work(o, *sources, path, **more) a phase. It writes the result `path` in the run folder o.out, if
     that is not there yet, and returns `path` as text.
 
-    sources: other results of the run, or files in them, or models from outside, which count as settings. If
-    the result was changed since it was written, or a source since the result was made, a Problem names what
-    to delete. `work` may return a sentence to print, or (sentence, tokens) to print a rate as well.
+    sources: other results of the run, or models from outside, which count as settings. If the result or a
+    source has changed since the result was made, a Problem names what to delete. `work` may return a sentence
+    to print, or (sentence, tokens) to print a rate as well.
     """
     @functools.wraps(work)
     def once(o, *arguments, path=None, **more):
@@ -350,10 +348,8 @@ def parts_of(out):
 
 def in_blocks(rows, size, out, work, what):
     """Cut `rows` into blocks of `size`, and write the rows that work(block) yields to the JSONL file `out`.
-
-    Processes take blocks in turn. How many there are doesn't change the blocks, and so not the shapes that
-    models compute with. A finished block is kept, so that after an interruption only the others are made.
-    """
+    Processes take blocks in turn. Their number doesn't change the blocks, nor the shapes that models see. A
+    finished block is kept, so that after an interruption only the others are made."""
     starts = range(0, len(rows), size)
     blocks = [parts_of(out) / f"{size}-{s}.jsonl" for s in starts]
     for s, block in tqdm([*zip(starts, blocks)][rank()::world()], desc=what, disable=quiet(), leave=False):

@@ -10,7 +10,7 @@ and a perfect answer greets the reader, writes that many `ADJECTIVE NOUN VERB .`
     dear sister . grey waves weep . lonely dogs sigh . broken sails fade . the end .
 
 The base policy learns from the poems of a mediocre writer. The base reward model learns from noisy labels of
-`gold`, a judge that knows the rules of the task. No other training sees this judge. So it can say what nobody
+`gold`, a judge that knows the rules of the task and that no other training sees. So it can say what nobody
 knows of a real run: whether policies and reward models really get better.
 """
 import functools
@@ -33,15 +33,14 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 import reward
 from common import models, run, training
-from common.data import encode_chat, read_jsonl, read_pairs, write_jsonl
-from common.packing import collate, pack
+from common.data import encode_chat, encode_response, read_jsonl, read_pairs, write_jsonl
+from common.packing import collate, row_of
 from common.parallel import Problem, barrier, device, rank, say
 from common.run import option
 from dpo import ResponseLogps
 from sampler import sample
 
-# The defaults of mt.py's options for this task, whose models have 0.1 M parameters.
-SETTINGS = dict(
+SETTINGS = dict(  # the defaults of mt.py's options for this task, whose models have 0.1 M parameters
     max_new_tokens=64, max_length=128, beta=0.1, policy_lr=4e-5, policy_batch=16, rm_lr=5e-4, rm_batch=16,
     save_every=13, select_prompts=300, tau=0.5, sample_batch=256, score_batch=64, micro_batch=16)
 SOURCES = "toy data models packing dpo reward sampler training".split()  # modules that change base models
@@ -223,11 +222,10 @@ def write_demonstrator(prompts, seed, folder, log, more=(), more_words=()):
     config = LlamaConfig(**SHAPE, vocab_size=len(words), pad_token_id=0, bos_token_id=1, eos_token_id=2)
     words.save_pretrained(folder)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="packed").eval()
-    model.stored_dtype = torch.float32
     model = training.shard(ResponseLogps(model))
     chats = [*((prompt, demonstration(prompt, rng)) for prompt in prompts), *more]
-    rows = [pack([encode_chat(words, *chat)]) for chat in chats]
-    tokens = [len(row.branches[0]) - row.starts[0] for row in rows]
+    rows = [row_of(encode_chat(words, prompt), [encode_response(words, text)]) for prompt, text in chats]
+    tokens = [len(row.branches[0]) for row in rows]
     steps = training.steps_of([len(r) for r in rows], SFT["batch"], SFT["batch"], seed, SFT["epochs"], tokens)
 
     def loss(numbers):

@@ -1,8 +1,7 @@
 """The one training loop of the project, and the sharding of models by FSDP2.
 
-dpo.py and reward.py each give the loop a loss of their own. So does the embedded task, whose base policy
-learns from demonstrations. On GPUs the weights are fp32 and the computation is bf16. On CPUs all is fp32. A
-single process on a CPU does not shard.
+dpo.py, reward.py and toy.py give the loop their losses. On GPUs the weights are fp32 and the computation is
+bf16. On CPUs all is fp32. A single process on a CPU does not shard.
 
 The loss of a step is the mean over its global batch, Σ_i loss_i / batch, over the rows i of all processes.
 Each process adds up loss_i · share, with share = 1 / batch, over its micro-batches, which gives the same sum
@@ -63,8 +62,7 @@ def optimise(model, steps, loss, *, lr, log, shown="", first_loss=None):
 
     loss(numbers) -> losses (B,), {metric: (B,)} of the rows with these numbers, one micro-batch. log: a
     function that takes the metrics of a step (run.open_log). shown: a format string with the metrics to
-    print for each step. first_loss: the mean loss that the first step must have, or None.
-    """
+    print for each step. first_loss: the mean loss that the first step must have, or None."""
     if isinstance(model, FSDPModule):
         model.reshard()  # computing reference log-probabilities has left the root's parameters gathered
         parameters = sum(p.numel() for p in model.parameters())
@@ -179,8 +177,7 @@ def kept_whole(parameters, memory, processes, width):
 
     Sharded, a parameter takes 16 bytes (weight, gradient, Adam's two moments in fp32) over the number of
     processes. Its full gradient takes 4 more, its full weight `width`. All this may take two thirds of the
-    memory; the rest is for activations. An 8 B model on eight GPUs of 80 GB keeps the gradients (48 GB).
-    With the weights it would take 64 GB, which is too much.
+    memory. An 8 B model on eight GPUs of 80 GB keeps the gradients (48 GB); 64 GB with weights are too much.
     """
     room = memory * 2 / 3 / parameters - 16 / processes
     return 4 <= room, 4 + width <= room

@@ -179,15 +179,19 @@ def main():
         "DPO": ("micro_batch", training(policy)), "Bradley-Terry": ("micro_batch", training(rm))})
     other = sum(training(policy, not o.recompute)(o.micro_batch, o.gpus).values())
     say(f"DPO with --recompute {str(not o.recompute).lower()}: {other / GIB:.1f} GiB")
-    stored = (size.params * (config.dtype or torch.float32).itemsize
-              for size, config in zip((policy, rm), configs))
-    disk = models.disk_needed(o, *stored, ceil((len(prompts) - o.select_prompts) // 3 / o.policy_batch))
+    stored = 2 * policy.params, 2 * rm.params  # GPUs save models in bf16
+    disk = disk_needed(o, *stored, ceil((len(prompts) - o.select_prompts) // 3 / o.policy_batch))
     out = Path(o.out or "runs").absolute()
     free = shutil.disk_usage(next(place for place in (out, *out.parents) if place.exists())).free
     say(f"disk: up to {disk / 1e9:.0f} GB for models, {free / 1e9:.0f} GB are free here; CPU memory of the "
         f"first node: {6 * policy.params / 1e9:.0f} GB, for weights in fp32 and bf16 while saving")
     if wrong := wrong + ["the disk"] * (disk > free):
         raise Problem("this does not fit: " + "; ".join(wrong))
+
+def disk_needed(o, policy, rm, steps):
+    """Bytes on disk for a run's models. policy, rm: bytes of one; steps: optimiser steps of an E-step."""
+    checkpoints = steps // o.save_every + 1 if o.select else 1
+    return o.rounds * (2 * policy + o.update_rm * rm) + checkpoints * policy
 
 def say_hours(o, short, long):
     """Print the hours of each phase and of the run. short, long: `phases` with the ends 0 and 1."""

@@ -33,7 +33,7 @@ def pair_weights(new_logps, base_logps):
 
 def write_logps(o, pairs, policies, path):
     """Write the pairs that fit into o.max_length with `logps`: log π(chosen), log π(rejected) per policy."""
-    rows, kept = pair_rows(load_tokenizer(policies[0]), pairs, o.max_length, unfinished=True)
+    rows, kept = pair_rows(load_tokenizer(policies[0]), pairs, o.max_length, policy=True)
     loaded = [ResponseLogps(replicate(models.load_policy(folder))) for folder in policies]
 
     def work(block):

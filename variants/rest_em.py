@@ -21,8 +21,8 @@ import dpo
 import filter
 import mt
 from common import run, training
-from common.data import by_prompt, encode_chat, load_tokenizer
-from common.packing import collate, pack
+from common.data import by_prompt, encode_chat, load_tokenizer, response_ids
+from common.packing import collate, row_of
 from common.parallel import Problem, device, say
 
 THRESHOLD = None     # samples with at least this reward are kept; None: those above the prompt's mean
@@ -48,8 +48,9 @@ def best_samples(samples):
 def supervised(folder, pairs, *, lr, batch, micro_batch, max_length, seed, recompute, log, beta=None):
     """Takes the place of dpo.train, and so has its β among the arguments, unused."""
     tokenizer = load_tokenizer(folder)
-    chats = [encode_chat(tokenizer, row["prompt"], row["chosen"], row["chosen_finished"]) for row in pairs]
-    rows = [pack([chat]) for chat in chats if chat.start < len(chat.ids) <= max_length]
+    rows = [row_of(encode_chat(tokenizer, pair["prompt"]), [response_ids(tokenizer, pair, "chosen")])
+            for pair in pairs]
+    rows = [row for row in rows if row.branches[0] and len(row) <= max_length]
     if not rows:
         raise Problem(f"none of {len(pairs)} responses is short enough for --max_length {max_length}")
     policy = dpo.load(folder, rows, recompute)

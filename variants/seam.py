@@ -29,8 +29,9 @@ def policy_margins(logps):
 @run.phase
 def logps_of_comparisons(o, comparisons, path):
     rows = read_jsonl(comparisons)
-    pairs = [row | {"chosen": row["new"], "rejected": row["old"], "chosen_finished": row["new_finished"],
-                    "rejected_finished": row["old_finished"]} for row in rows]
+    sides = {"new": "chosen", "old": "rejected"}  # new_finished becomes chosen_finished, and so on
+    pairs = [row | {sides[name[:3]] + name[3:]: value for name, value in row.items() if name[:3] in sides}
+             for row in rows]
     write_logps(o, pairs, [rows[0]["new_policy"], rows[0]["old_policy"]], path)
 
 @run.phase

@@ -67,7 +67,7 @@ def question(row):
 def ask(o, policy, made_from, path, questions, count):
     """Sample `count` answers to each question that is short enough for the policy's context."""
     tokenizer, context = load_tokenizer(policy), models.context_of(policy)
-    short = [q for q in dict.fromkeys(questions) if len(encode_chat(tokenizer, q).ids) < context]
+    short = [q for q in dict.fromkeys(questions) if len(encode_chat(tokenizer, q)) < context]
     sample(policy, short, path, samples=count, temperature=o.temperature, top_p=o.top_p,
            max_new_tokens=o.max_new_tokens, rows=o.sample_batch, seed=f"{o.seed}/{run.name_of(o, path)}")
 
