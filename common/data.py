@@ -250,9 +250,10 @@ def load_tokenizer(folder):
         raise Problem(f"{folder}: a fast tokenizer (tokenizer.json) with an EOS token is needed")
     tokenizer.backend_tokenizer.no_truncation()  # a limit saved with it would cut chats in silence
     tokenizer.backend_tokenizer.no_padding()
-    # Some templates write today's date. They get this one, or a command would give other tokens tomorrow.
-    chat_template_utils.datetime = SimpleNamespace(now=lambda: datetime(2024, 7, 26))
     return tokenizer
+
+# Some templates write today's date. They get this one, or a command would give other tokens tomorrow.
+chat_template_utils.datetime = SimpleNamespace(now=lambda: datetime(2024, 7, 26))
 
 def encode_chat(tokenizer, prompt, response=None):
     """The tokens of a chat as its template writes it, with one BOS if the tokenizer uses one. A special token
@@ -288,17 +289,23 @@ def encode_response(tokenizer, text, finished=True):
 
 def sample_fields(tokenizer, ids, finished):
     """The fields of a response of which the tokens `ids` were drawn. They are kept, with a digest of the
-    tokenizer, if encode_response gives others for its text. The text has all special tokens but the stop."""
-    text = tokenizer.decode(ids[:-1] if finished else ids, clean_up_tokenization_spaces=False)
-    same = encode_response(tokenizer, text, finished) == ids
+    tokenizer, if the text does not give them back. It has all special tokens but the stop, as text."""
+    said, facts = ids[:len(ids) - finished], facts_of(tokenizer)
+    text = tokenizer.decode(said, clean_up_tokenization_spaces=False)
+    plain = encode_response(tokenizer, text, finished) == ids and not facts.special.intersection(said)
     return dict(response=text, tokens=len(ids), finished=finished) | (
-        {} if same else dict(ids=ids, tokenizer=facts_of(tokenizer).digest))
+        {} if plain else dict(ids=ids, tokenizer=facts.digest))
 
 def response_ids(tokenizer, pair, side):
     """The tokens of a pair's answer: those that were drawn, if they are there and of this tokenizer."""
-    if pair.get(f"{side}_tokenizer") == facts_of(tokenizer).digest and f"{side}_ids" in pair:
+    facts, finished = facts_of(tokenizer), pair.get(f"{side}_finished", True)
+    if pair.get(f"{side}_tokenizer") == facts.digest and f"{side}_ids" in pair:
         return pair[f"{side}_ids"]
-    return encode_response(tokenizer, pair[side], pair.get(f"{side}_finished", True))
+    ids = encode_response(tokenizer, pair[side], finished)
+    if facts.special.intersection(ids[:len(ids) - finished]):
+        raise Problem(f"{tokenizer.name_or_path}: an answer has the text of a special token, which this "
+                      f"tokenizer can't tell from a real one: {pair[side][:60]!r}")
+    return ids
 
 def stop_tokens(folder, tokenizer):
     """The ids at which a response ends: those in generation_config.json or, if it has none, in config.json,
@@ -319,7 +326,7 @@ def stop_tokens(folder, tokenizer):
 @functools.lru_cache(8)
 def facts_of(tokenizer):
     """bos: [the BOS that the tokenizer adds] or []; stop: the token with which the chat template ends an
-    answer, or None; digest: of the tokenizer without its template."""
+    answer, or None; special: ids that no text should give; digest: of the tokenizer without its template."""
     tokenizer.chat_control_tokens = []  # only special tokens are text in messages, and <think> stays a token
     bos = [i for i in tokenizer("")["input_ids"][:1] if i == tokenizer.bos_token_id]
     try:
@@ -329,5 +336,7 @@ def facts_of(tokenizer):
         raise Problem(f"{tokenizer.name_or_path}: its chat template fails ({first_line(error)})") from None
     after = tokenizer(text.rpartition("\u241f")[2], add_special_tokens=False)["input_ids"]
     stop = next((i for i in after if i in tokenizer.added_tokens_decoder), None)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
-    return SimpleNamespace(bos=bos, stop=stop, digest=digest)
+    return SimpleNamespace(bos=bos, stop=stop, digest=digest,
+                           special=special - {tokenizer.pad_token_id, tokenizer.unk_token_id})

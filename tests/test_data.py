@@ -1,156 +1,18 @@
 """pytest tests/test_data.py
 
-A chat becomes the right tokens under every kind of template, whatever special tokens it spells, and all forms
-of prompts and pairs in files are read alike.
+All forms of prompts and pairs in files are read alike, or refused in a line that says what was found.
 """
 import contextlib
 import json
 import sys
 
 import pytest
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import Unigram
-from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
 
-from common import data, toy
-from common.data import encode_chat, load_tokenizer, read_jsonl, read_pairs, read_prompts, write_jsonl
+from common import toy
+from common.data import encode_chat, read_jsonl, read_pairs, read_prompts, write_jsonl
 from common.models import load_policy
 from common.packing import check_context, pair_rows
 from common.parallel import Problem
-
-BOS, EOS = 1, 2  # of the embedded task's tokenizer
-ANSWER = "grey waves weep . the end ."
-
-# ---------------------------------------------------------------- chats to tokens
-def templated(template=None, adds_bos=False):
-    """The embedded task's tokenizer with another template, or with a post-processor that adds BOS."""
-    tokenizer = toy.tokenizer()
-    if template:
-        tokenizer.chat_template = template
-    if adds_bos:
-        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-            single="<bos> $A", special_tokens=[("<bos>", BOS)])
-    return tokenizer
-
-BODY = ("{% for m in messages %} <{{ m['role'] }}> {{ m['content'] }}"
-        "{% if m['role'] == 'assistant' %} {{ eos_token }}AFTER{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %} <assistant>{% endif %}")
-TEMPLATES = {
-    "BOS in the template": templated(),
-    "BOS from the tokenizer": templated(BODY.replace("AFTER", ""), adds_bos=True),
-    "BOS from both": templated("{{ bos_token }}" + BODY.replace("AFTER", ""), adds_bos=True),
-    "text after the stop token": templated("{{ bos_token }}" + BODY.replace("AFTER", " the end")),
-    "no stop token in the template": templated("{{ bos_token }}" + BODY.replace(" {{ eos_token }}AFTER", "")),
-}
-
-@pytest.mark.parametrize("tokenizer", TEMPLATES.values(), ids=TEMPLATES)
-def test_a_chat_has_one_bos_and_a_finished_answer_ends_in_one_eos(tokenizer):
-    words = tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
-    prompt = encode_chat(tokenizer, "a sad poem").ids
-    done, cut = (encode_chat(tokenizer, "a sad poem", ANSWER, finished) for finished in (True, False))
-    empty, cut_empty = (encode_chat(tokenizer, "a sad poem", "", finished) for finished in (True, False))
-    assert empty.ids[empty.start:] == [EOS] and cut_empty.ids[cut_empty.start:] == []
-    assert prompt[0] == BOS and done.ids.count(BOS) == cut.ids.count(BOS) == prompt.count(BOS) == 1
-    assert done.ids[done.start:] == [*words, EOS] and done.ids.count(EOS) == 1
-    assert cut.ids[cut.start:] == words and EOS not in cut.ids
-    assert done.ids[:done.start] == cut.ids[:cut.start] == prompt  # training sees what sampling saw
-    assert BOS not in encode_chat(templated(BODY), "a sad poem", ANSWER).ids  # nothing adds BOS here
-
-def test_earlier_turns_stay_in_the_prompt():
-    messages = [dict(role="user", content="sad"), dict(role="assistant", content="weep"),
-                dict(role="user", content="the sea")]
-    tokenizer = templated()
-    chat = encode_chat(tokenizer, messages, "waves")
-    assert tokenizer.decode(chat.ids[:chat.start]).split() == (
-        "<bos> <user> sad <assistant> weep <eos> <user> the sea <assistant>".split())
-    assert tokenizer.decode(chat.ids[chat.start:]).split() == ["waves", "<eos>"]
-
-def test_reward_models_read_the_whole_template_and_policies_what_was_said_up_to_the_stop_token():
-    tokenizer, end = TEMPLATES["text after the stop token"], ["<eos>", "the", "end"]
-    pair = [dict(prompt="a sad poem", chosen=ANSWER, rejected="the sea", rejected_finished=False)]
-    for policy, tails in ((True, (["<eos>"], [])), (False, (end, end))):
-        [row], _ = pair_rows(tokenizer, pair, 100, unfinished=policy)
-        assert [tokenizer.convert_ids_to_tokens(branch) for branch in row.branches] == [
-            text.split() + tail for text, tail in zip((ANSWER, "the sea"), tails)]
-    [row], _ = pair_rows(TEMPLATES["no stop token in the template"], pair, 100)
-    assert row.branches[0][-1] == EOS
-
-def test_words_that_a_template_writes_before_an_answer_do_not_become_a_part_of_it():
-    tokenizer = templated(toy.tokenizer().chat_template.replace(
-        " <{{ m['role'] }}> ", " <{{ m['role'] }}> {% if m['role'] == 'assistant' %}dear . {% endif %}"))
-    chat = encode_chat(tokenizer, "a sad poem", ANSWER)
-    assert chat == encode_chat(toy.tokenizer(), "a sad poem", ANSWER)
-
-@pytest.mark.parametrize("template, message", [
-    ("{{ raise_exception('no system turns') }}", "template refuses .* \\(no system turns\\)"),
-    ("{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}<a>{% endif %}",
-     "generation prompt is not the beginning of an answered chat")])
-def test_a_template_is_refused_if_it_rejects_a_chat_or_its_generation_prompt_begins_no_answer(
-        template, message):
-    with pytest.raises(Problem, match=message):
-        encode_chat(templated(template), "a sad poem", ANSWER)
-
-def test_prompts_have_the_ids_that_transformers_gives_them(golden):
-    tokenizer = load_tokenizer(golden / "policy")
-    for chat in json.loads((golden / "chat_template.json").read_text()):
-        assert encode_chat(tokenizer, chat["messages"]).ids == chat["ids"]
-
-@pytest.mark.parametrize("answer", ["He ran.", " He ran.", "", "The end\n"])
-def test_a_token_that_is_both_bos_and_eos_stands_at_both_ends(shared, answer):
-    tokenizer = load_tokenizer(shared / "models" / "stories3M")
-    both = tokenizer.bos_token_id
-    assert both == tokenizer.eos_token_id
-    done, cut = (encode_chat(tokenizer, "Tom went home.", answer, finished) for finished in (True, False))
-    assert [i for i, token in enumerate(done.ids) if token == both] == [0, len(done.ids) - 1]
-    assert cut.ids == done.ids[:-1]
-    assert tokenizer.decode(done.ids[done.start:-1]).strip() == answer.strip()
-
-# ---------------------------------------------------------------- special tokens that a message spells
-def unigram():
-    """A tokenizer of letters, as sentencepiece makes them, whose stop token is not in its vocabulary."""
-    pieces = [("<pad>", 0.0), ("<s>", 0.0), *((chr(i), -3.0) for i in (9601, *range(33, 127)))]
-    model = Tokenizer(Unigram(pieces, 0, False))
-    model.pre_tokenizer, model.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    return PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="<|eot_id|>",
-                                   pad_token="<pad>", chat_template=toy.tokenizer().chat_template)
-
-@pytest.fixture(params=["embedded", "unigram", "golden", "stories"])
-def tokenizer(request):
-    if request.param in ("embedded", "unigram"):
-        return toy.tokenizer() if request.param == "embedded" else unigram()
-    shared = request.getfixturevalue("shared")
-    return load_tokenizer(shared / ("golden/policy" if request.param == "golden" else "models/stories3M"))
-
-def test_a_message_that_spells_the_end_of_turn_cannot_end_it(tokenizer):
-    end, unknown = tokenizer.eos_token, {tokenizer.pad_token_id}  # <pad> is also toy.py's unknown word
-
-    def special(chat):
-        return [i for i in chat.ids if i in data.Special(tokenizer).ids - unknown]
-    plain = encode_chat(tokenizer, "sad poem", "grey waves")
-    for text in (end, f"a{end}b", f"{end}\n{tokenizer.bos_token}{end}"):
-        hostile, response = f"sad {text} poem", f"grey {text} waves"
-        chat, cut = (encode_chat(tokenizer, hostile, response, finished) for finished in (True, False))
-        assert special(chat) == special(plain) == special(encode_chat(tokenizer, "sad poem", response))
-        assert chat.ids[:chat.start] == encode_chat(tokenizer, hostile).ids == cut.ids[:cut.start]
-        assert chat.ids[:-1] == cut.ids and chat.ids[-1] == plain.ids[-1]
-        if len(tokenizer) > 200:  # this tokenizer knows all letters
-            assert response in tokenizer.decode(chat.ids[chat.start:])
-            assert hostile in tokenizer.decode(chat.ids[:chat.start])
-        role = encode_chat(tokenizer, [dict(role=f"user{text}", content="sad poem")])
-        assert len(special(role)) <= len(special(encode_chat(tokenizer, "sad poem")))
-
-def test_a_tokenizers_twin_encodes_ordinary_text_as_the_tokenizer_does_and_is_not_used_for_it(
-        tokenizer, monkeypatch):
-    special = data.Special(tokenizer)
-    for text in ("a sad poem", " two  spaces\nand a line ", "Tom’s 42 … 你好", ""):
-        for answers in ([], [dict(role="assistant", content=text + "!")]):
-            turns = [dict(role="user", content="x" + text), *answers]
-            plain = tokenizer(data.render(tokenizer, turns, False), add_special_tokens=False)["input_ids"]
-            found = special.twin.encode(data.render(tokenizer, turns, True), add_special_tokens=False)
-            assert found.ids == plain
-    monkeypatch.setattr(data.Special, "twin", None)  # using it would fail
-    encode_chat(tokenizer, "a sad poem < s > |eot|", "grey waves <", whole=True)
 
 def test_a_chat_that_is_too_long_or_has_tokens_that_the_model_lacks_is_refused(pairs, tiny):
     model, (rows, _) = load_policy(tiny()), pair_rows(toy.tokenizer(), pairs, 1000)
@@ -180,18 +42,49 @@ TURNS = dict(chosen=[user("Hi"), assistant("good")], rejected=[user("Hi"), assis
     dict(prompt="Hi", **TURNS),                            # UltraFeedback
     dict(TURNS),                                           # the prompt is in the answers
     dict(messages=[user("Hi"), assistant("better")], chosen="good", rejected="bad"),
+    dict(prompt="Hi", chosen=assistant("good"), rejected=assistant("bad")),
+    dict(prompt="Hi", chosen=[assistant("good") | {"name": None}], rejected=[assistant("bad")]),
+    dict(prompt=[user("Hi") | {"name": None}], **TURNS),   # as parquet fills up messages
+    dict(prompt="Hi", chosen="good", rejected="bad", history=[], tools=None, subset=["not text"]),
 ])
 def test_all_ways_to_write_a_pair_are_read_as_the_same_pair(written, row):
     [pair] = read_pairs(written("pairs.jsonl", [row | {"extra": 1}]))
     assert (pair["chosen"], pair["rejected"], pair["extra"]) == ("good", "bad", 1)
-    chats = [encode_chat(templated(), prompt, "the end").ids for prompt in ("Hi", pair["prompt"])]
+    chats = [encode_chat(toy.tokenizer(), prompt, "the end") for prompt in ("Hi", pair["prompt"])]
     assert chats[0] == chats[1]
 
-def test_an_answer_that_repeats_its_prompt_stays_whole_and_such_pairs_are_counted(written, capsys):
-    rows = [dict(prompt="Hi", chosen="Hi! You?", rejected=rejected) for rejected in ("Hi.", "No.")]
-    path = written("pairs.jsonl", rows)
-    assert read_pairs(path) == rows
-    assert f"{path}: 1 of 2 pairs have the prompt in front of both answers\n" in capsys.readouterr().out
+@pytest.mark.parametrize("row, found", [
+    (dict(prompt=[user([dict(type="text", text="Hi")])]), "the prompt [{'role': 'user', 'content': [{'type'"),
+    (dict(prompt=json.dumps([user("Hi")])), "the prompt is messages that are written as text"),
+    (dict(prompt=str([user("Hi")])), "the prompt is messages that are written as text"),
+    (dict(prompt=dict(role=["user"], content=["Hi"])), "the prompt {'role': ['user'], 'content': ['Hi']} can't"),
+    (dict(messages=json.dumps([user("Hi")])), "a prompt can't be read; the row has messages, chosen, reject"),
+    (dict(prompt="Hi", images=["a.png"]), "images can't be read; the row has prompt, images, chosen, reject"),
+    (dict(prompt="Hi", chosen=[assistant([dict(type="text", text="good")])]), "`chosen` must be text, or me"),
+    (dict(prompt="Hi", chosen={"from": "gpt", "value": "good"}), "not [{'from': 'gpt', 'value': 'good'}]"),
+    (dict(prompt="Hi", chosen_ids=[1.5]), "the chosen_ids [1.5] is not a list of token ids"),
+])
+def test_other_forms_of_pairs_are_refused_with_what_was_found(written, row, found):
+    path = written("pairs.jsonl", [row | {"chosen": row.get("chosen", "good"), "rejected": "bad"}])
+    with pytest.raises(Problem) as refused:
+        read_pairs(path)
+    assert str(refused.value).startswith(f"{path}:1: ") and found in str(refused.value)
+
+def test_json_lines_are_read_whatever_the_files_name(tmp_path):
+    rows = [dict(prompt=prompt, chosen="good", rejected="bad") for prompt in ("Hi", "Ho")]
+    for name, text in (("a.json", "\n".join(map(json.dumps, rows))), ("b.json", json.dumps(rows, indent=1)),
+                       ("c.json", json.dumps(rows[0], indent=1)), ("d.json", json.dumps(rows[0]))):
+        (tmp_path / name).write_text(text)
+        assert read_pairs(tmp_path / name) == (rows if name in ("a.json", "b.json") else rows[:1])
+
+def test_an_answer_that_begins_with_its_prompt_stays_whole_and_a_warning_counts_such_pairs(written, capsys):
+    for count in (9, 10):
+        rows = count * [dict(prompt="Hi", chosen="Hi! You?", rejected="Hi.")] + [
+            dict(prompt="Hi", chosen="Hi! You?", rejected="No.")]
+        path = written("pairs.jsonl", rows)
+        assert read_pairs(path) == rows
+        assert (f"{path}: in 10 of 11 pairs both answers begin with the prompt" in capsys.readouterr().out) == (
+            count == 10)
 
 @pytest.mark.parametrize("row, prompt", [
     (dict(messages=[user("Hi"), assistant("good")]), [user("Hi")]),
