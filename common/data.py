@@ -278,14 +278,13 @@ def encode_chat(tokenizer, prompt, response=None):
         raise Problem(f"{tokenizer.name_or_path}: its chat template fails at {str(messages)[:80]}… "
                       f"({first_line(error)})") from None
     ids = ids if ids[:1] == facts.bos else facts.bos + ids
-    return ids + [tokenizer.eos_token_id] * (bool(answer) and facts.stop is None)
+    return ids + [tokenizer.eos_token_id] * (bool(answer) and not facts.writes_stop)
 
 def encode_response(tokenizer, text, finished=True):
     """The tokens of a policy's response. A finished one ends with the token with which the template ends an
     answer, or with EOS if the template writes none."""
-    stop = facts_of(tokenizer).stop
     ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return ids + [tokenizer.eos_token_id if stop is None else stop] * finished
+    return ids + [facts_of(tokenizer).stop] * finished
 
 def sample_fields(tokenizer, ids, finished):
     """The fields of a response of which the tokens `ids` were drawn. They are kept, with a digest of the
@@ -310,23 +309,21 @@ def response_ids(tokenizer, pair, side):
 def stop_tokens(folder, tokenizer):
     """The ids at which a response ends: those in generation_config.json or, if it has none, in config.json,
     the tokenizer's EOS, and the token with which the chat template ends an answer."""
-    for path in (Path(folder) / "generation_config.json", Path(folder) / "config.json"):
-        ids = read_json(path).get("eos_token_id") if path.exists() else None
-        if ids is not None:
-            break
-    ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+    paths = [Path(folder) / name for name in ("generation_config.json", "config.json")]
+    found = [(path, read_json(path).get("eos_token_id")) for path in paths if path.exists()]
+    path, ids = next(((path, ids) for path, ids in found if ids is not None), (folder, []))
+    ids, stop = ids if isinstance(ids, list) else [ids], facts_of(tokenizer).stop
     if not all(map(is_token, ids)):
         raise Problem(f"{path}: eos_token_id {ids!r:.40} is neither a token id nor a list of them")
-    stop = facts_of(tokenizer).stop
-    if stop not in (None, tokenizer.eos_token_id, *ids):
+    if stop not in (tokenizer.eos_token_id, *ids):
         say(f"{folder}: responses also end at {tokenizer.convert_ids_to_tokens(stop)}, with which the chat "
             "template ends an answer")
-    return {tokenizer.eos_token_id, *ids, stop} - {None}
+    return {tokenizer.eos_token_id, *ids, stop}
 
 @functools.lru_cache(8)
 def facts_of(tokenizer):
-    """bos: [the BOS that the tokenizer adds] or []; stop: the token with which the chat template ends an
-    answer, or None; special: ids that no text should give; digest: of the tokenizer without its template."""
+    """bos: [the BOS that the tokenizer adds] or []; stop: the token with which the template ends an answer, or
+    EOS; writes_stop: whether it does; special: ids that no text should give; digest: of the vocabulary."""
     tokenizer.chat_control_tokens = []  # only special tokens are text in messages, and <think> stays a token
     bos = [i for i in tokenizer("")["input_ids"][:1] if i == tokenizer.bos_token_id]
     try:
@@ -335,8 +332,9 @@ def facts_of(tokenizer):
     except Exception as error:
         raise Problem(f"{tokenizer.name_or_path}: its chat template fails ({first_line(error)})") from None
     after = tokenizer(text.rpartition("\u241f")[2], add_special_tokens=False)["input_ids"]
-    stop = next((i for i in after if i in tokenizer.added_tokens_decoder), None)
+    stops = [i for i in after if i in tokenizer.added_tokens_decoder]
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]
-    return SimpleNamespace(bos=bos, stop=stop, digest=digest,
-                           special=special - {tokenizer.pad_token_id, tokenizer.unk_token_id})
+    return SimpleNamespace(
+        bos=bos, stop=[*stops, tokenizer.eos_token_id][0], writes_stop=bool(stops),
+        special=special - {tokenizer.pad_token_id, tokenizer.unk_token_id},
+        digest=hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16])
