@@ -31,8 +31,7 @@ def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps,
     Returns the losses (B,) and the rewards of chosen and rejected responses (B,), which are beta times the
     log-ratio to the reference, detached. pairs: their rows, for a loss that needs more fields. The B pairs
     are one micro-batch of one process, so a loss that averages over them, as KTO's baseline does, would
-    depend on --micro_batch and on the number of processes.
-    """
+    depend on --micro_batch and on the number of processes."""
     chosen_rewards = beta * (chosen_logps - ref_chosen_logps)
     rejected_rewards = beta * (rejected_logps - ref_rejected_logps)
     losses = -F.logsigmoid(chosen_rewards - rejected_rewards)
@@ -62,8 +61,7 @@ def train(folder, pairs, *, beta, lr, batch, micro_batch, max_length, epochs=1, 
     policy), so that the caller can save a checkpoint.
 
     pairs: rows with prompt, chosen and rejected. A `weight` multiplies the pair's loss. reference: the folder
-    of another policy with the same tokenizer, to be the reference instead of the policy in `folder`.
-    """
+    of another policy with the same tokenizer, to be the reference instead of the policy in `folder`."""
     rows, kept = packing.pair_rows(load_tokenizer(folder), pairs, max_length, policy=True)
     steps = training.steps_of([len(row) for row in rows], batch, micro_batch, seed, epochs)
     weights = torch.tensor([pair.get("weight", 1.0) for pair in kept], device=device())

@@ -26,8 +26,7 @@ def choose_pair(scores, lengths):
     reason as text), or None if all rewards are equal.
 
     Chosen: the shortest above the mean reward; of equally short ones that with the higher reward, then the
-    first. Rejected: the lowest reward, then the first. Raises ValueError if a reward is not finite.
-    """
+    first. Rejected: the lowest reward, then the first. Raises ValueError if a reward is not finite."""
     scores = np.asarray(scores, float)
     if not np.isfinite(scores).all():
         raise ValueError(f"rewards must be finite: {scores.tolist()}")
@@ -70,8 +69,7 @@ def margin_filter(new_scores, old_scores):
     """(N,), (N,) rewards -> (kept (N,) bool, margins (N,), ε). Kept is r(new) − r(old) > −ε.
 
     ε is the population standard deviation of the old rewards. For a single prompt, or equal rewards, it is 0,
-    and a margin of exactly 0 is dropped. Raises ValueError if a reward is not finite.
-    """
+    and a margin of exactly 0 is dropped. Raises ValueError if a reward is not finite."""
     new_scores, old_scores = np.asarray(new_scores, float), np.asarray(old_scores, float)
     margins = new_scores - old_scores
     if not np.isfinite(margins).all():

@@ -111,8 +111,7 @@ def score(folder, samples, path, score_batch, judge=None):
 def sample_and_score(o, policy, rm, prompts, samples, seed, path, judge=None):
     """Write `samples` responses of a policy to each prompt, with their `score`, to the file `path`.
 
-    o: options with temperature, top_p, max_new_tokens, sample_batch and score_batch. judge: see `score`.
-    """
+    o: options with temperature, top_p, max_new_tokens, sample_batch and score_batch. judge: see `score`."""
     raw = path.with_name(f"{path.stem}.unscored.jsonl")  # exists already if scoring was interrupted
     if not run.exists(raw):
         sample(policy, prompts, raw, samples=samples, temperature=o.temperature, top_p=o.top_p,

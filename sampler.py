@@ -66,8 +66,7 @@ def draw(logits, seeds, drawn, temperature, top_p):
     `draw` has the distribution of `nucleus` without its sorting, which makes it 3.4 times as fast at a
     vocabulary of 128k: draw from the whole softmax, and again until the token lies in the nucleus. It lies
     there if all tokens that are likelier have less than top_p together. The CPU must wait for each list. Two
-    draws go into the first, so mostly no second one is needed.
-    """
+    draws go into the first, so mostly no second one is needed."""
     if temperature == 0:
         tokens = logits.argmax(-1)
         return tokens, tokens.tolist()
@@ -107,8 +106,7 @@ class Slots:
     layers: for each call of attention the keys (R, kv_heads, D, capacity) and values (R, kv_heads, capacity,
     D). In these layouts the two products of attention are fastest. The tokens of row r are at 0 … at[r] − 1,
     so there is no padding and a token's index is its position. token[r] is the last one, drawn but not yet in
-    the cache. seed[r] and drawn[r] go to `draw`. rows: 0 … R − 1. All these stay on the model's device.
-    """
+    the cache. seed[r] and drawn[r] go to `draw`. rows: 0 … R − 1. All these stay on the model's device."""
     def __init__(self, rows, capacity, device):
         self.rows, self.capacity, self.layers = torch.arange(rows, device=device), capacity, []
         self.token, self.at, self.seed, self.drawn = torch.zeros(4, rows, dtype=torch.long, device=device)
@@ -233,8 +231,7 @@ def generate(model, prompts, seeds, *, stop_ids, temperature, top_p, max_new_tok
     with a stop token, which it includes, or without one at max_new_tokens or at the end of the context.
 
     rows: how many responses are decoded together at most. If rows are free and responses wait, a turn of the
-    loop fills these rows and draws their first tokens. Otherwise it draws a token for every row.
-    """
+    loop fills these rows and draws their first tokens. Otherwise it draws a token for every row."""
     verify(model)
     limits = [min(max_new_tokens, model.context - len(prompt)) for prompt in prompts]
     capacity = max(len(prompt) + limit for prompt, limit in zip(prompts, limits))
@@ -274,8 +271,7 @@ def block_size(prompts, filling):
     filling: how many prompts fill all rows. Rows idle until the longest response of a block is done: 30% of
     the time if the block fills all rows 4 times, 6% if 28 times. So a block has 4 to 28 fillings. The number
     of blocks is a multiple of 8, so that 2, 4 or 8 processes end together. No row goes on into the next
-    block, or rounding would depend on the number of processes.
-    """
+    block, or rounding would depend on the number of processes."""
     blocks = 8 * -int(-prompts // (8 * 28 * filling))
     return max(1, int(4 * filling), -(-prompts // blocks))
 

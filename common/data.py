@@ -322,7 +322,7 @@ def stop_tokens(folder, tokenizer):
 
 @functools.lru_cache(8)
 def facts_of(tokenizer):
-    """bos: [the BOS that the tokenizer adds] or []; stop: the token with which the template ends an answer, or
+    """bos: [the BOS that the tokenizer adds] or []; stop: the token by which the template ends an answer, or
     EOS; writes_stop: whether it does; special: ids that no text should give; digest: of the vocabulary."""
     tokenizer.chat_control_tokens = []  # only special tokens are text in messages, and <think> stays a token
     bos = [i for i in tokenizer("")["input_ids"][:1] if i == tokenizer.bos_token_id]

@@ -47,8 +47,7 @@ def pair_rows(tokenizer, pairs, max_length, policy=False):
     both sides have at most `max_length` tokens, and these pairs. Raises a Problem if there are none.
 
     policy: whether a policy is trained, on prompts and responses as it samples them, or a reward model, on
-    whole chats as it reads them.
-    """
+    whole chats as it reads them."""
     def encode(number):
         pair = pairs[number]
         if policy:
@@ -89,8 +88,7 @@ def collate(rows, device="cpu"):
     those of the trunk. For chats and places see `attention`.
     targets, sources, owners (N,): for each of the N tokens in branches, the token, the index in the sequence
     of the token that predicts it, and the number of the answer that it belongs to.
-    last (answers,): the index of the last token of each answer.
-    """
+    last (answers,): the index of the last token of each answer."""
     ids, positions, chats, targets, sources, owners = [], [], [], [], [], []
     for trunk, branches in rows:
         shared = range(len(ids), len(ids) + len(trunk))
@@ -121,8 +119,7 @@ def group_chats(chats, tokens):
 
     groups: for each group of TOGETHER chats of like length an array (C, L) of indices. Shorter chats are
     padded by repeating their last token. Attention is causal, so the padding changes nothing before it.
-    places (tokens,): lay all groups end to end; then the token with index i stands at places[i].
-    """
+    places (tokens,): lay all groups end to end; then the token with index i stands at places[i]."""
     order = sorted(range(len(chats)), key=lambda c: len(chats[c]))
     groups, places, before = [], np.zeros(tokens, np.int64), 0
     for start in range(0, len(order), TOGETHER):
@@ -143,8 +140,7 @@ def attention(module, query, key, value, attention_mask, scaling=None, sliding_w
 
     chats, places: of `group_chats`, as tensors. sliding_window: how many tokens a token sees, with itself.
     kept: a list to which the keys and values are added, for the sampler's prefill. attend: a function that
-    attends instead of this one, for the sampler's decoding step.
-    """
+    attends instead of this one, for the sampler's decoding step."""
     for name, option in options.items():
         if name not in HARMLESS and option is not None:
             raise Problem(f"its attention uses {name}")

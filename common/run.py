@@ -243,8 +243,7 @@ def phase(work):
 
     sources: other results of the run, or models from outside, which count as settings. If the result or a
     source has changed since the result was made, a Problem names what to delete. `work` may return a sentence
-    to print, or (sentence, tokens) to print a rate as well.
-    """
+    to print, or (sentence, tokens) to print a rate as well."""
     @functools.wraps(work)
     def once(o, *arguments, path=None, **more):
         *made_from, path = map(Path, [*arguments, path] if path else arguments)

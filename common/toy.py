@@ -121,8 +121,7 @@ def gold(prompt: str, response: str, finished: bool = True) -> float:
     the share of nouns that are on the topic, as the guest also is. A missing line has neither.
     0.5 less for each line too many or too few, each repeated noun, each other sentence (at most 4 of each).
     0.5 more for the ending `the end .`, for greeting the reader (nobody, if the prompt names none), and for
-    the guest (also if the prompt names none). 0.5 less if the response breaks off (`finished` is False).
-    """
+    the guest (also if the prompt names none). 0.5 less if the response breaks off (`finished` is False)."""
     wish = wishes(prompt)
     sentences = [sentence.split() for sentence in response.split(" .")]
     broken_off = bool(sentences.pop()) or not finished  # nothing should follow the last full stop

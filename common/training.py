@@ -41,8 +41,7 @@ def steps_of(lengths, batch, micro_batch, seed, epochs=1, counts=None):
 
     All processes shuffle alike, and no row is left out: the last batch of an epoch may be smaller. All must
     have the same number of micro-batches, because collectives wait for each other. So a process that has no
-    rows left gets a filler: a row of another process, with share 0.
-    """
+    rows left gets a filler: a row of another process, with share 0."""
     counts, steps = counts or [1] * len(lengths), []
     for epoch in range(epochs):
         order = np.random.default_rng([seed, epoch]).permutation(len(lengths))
