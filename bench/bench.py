@@ -124,7 +124,7 @@ def training_work(name, rows, with_head):
     hidden, layers, heads, kv_heads, intermediate, vocabulary = SHAPES[name]
     body = layers * hidden * (2 * hidden * (1 + kv_heads / heads) + 3 * intermediate)
     attention = sum((len(r.trunk) + len(b))**2 for r in rows for b in r.branches) * layers * hidden
-    responses = sum(len(b) - start for r in rows for b, start in zip(r.branches, r.starts))
+    responses = sum(len(b) for r in rows for b in r.branches)
     head = with_head * responses * hidden * vocabulary
     return 3 * 2 * (body * sum(map(len, rows)) + attention + head)
 
@@ -204,7 +204,7 @@ def training_project(kind, name, steps=None, longer=1):
     steps = steps or STEPS[name]
     folder, pairs, clock = folder_of(name), pairs_of(name, steps * BATCH, longer), StepClock()
     options = dict(batch=BATCH, micro_batch=2, max_length=2048)
-    rows, _ = packing.pair_rows(data.load_tokenizer(folder), pairs, 2048, unfinished=kind == "dpo")
+    rows, _ = packing.pair_rows(data.load_tokenizer(folder), pairs, 2048, policy=kind == "dpo")
 
     def log(shown="", step=None, **_):
         clock.stop() if step else clock.start()  # the line without a step comes before the reference's pass
@@ -289,7 +289,7 @@ def scoring_peer(name, kind):
 
     from common import data
     model, tokenizer = classifier(folder_of(name)), data.load_tokenizer(folder_of(name))
-    chats = [data.encode_chat(tokenizer, p, a).ids for p, answers in answers_of(name, 64) for a in answers]
+    chats = [data.encode_chat(tokenizer, p, a) for p, answers in answers_of(name, 64) for a in answers]
     if kind == "sorted":
         chats.sort(key=len)
     with Measured() as measured, torch.inference_mode():
@@ -410,7 +410,7 @@ def host_work(name, prompts):
                     policy=folder, score=rng.gauss(0, 1), rm=folder)
 
     def scored(row):
-        return packing.pack([data.encode_chat(tokenizer, row["prompt"], row["response"], whole=True)])
+        return packing.whole_chats(tokenizer, row["prompt"], [row["response"]])
 
     questions = [some(130) + " " + word(3 + number % 8000) for number in range(prompts)]
     run.write_rows(path, (random_sample(prompt, i) for prompt in questions for i in range(SAMPLES)))

@@ -87,7 +87,7 @@ def test_the_logits_of_all_tokens_never_exist_at_once(monkeypatch, hidden_head_t
 def golden_batch(golden):
     """TRL's six pairs as one batch, in which the two answers of a pair share a row with the prompt."""
     pairs = json.loads((golden / "batch.json").read_text())["pairs"]
-    return collate([Row(p["prompt_ids"], [p["chosen_ids"], p["rejected_ids"]], [0, 0]) for p in pairs])
+    return collate([Row(p["prompt_ids"], [p["chosen_ids"], p["rejected_ids"]]) for p in pairs])
 
 def assert_gradients(model, path):
     expected = load_file(path)

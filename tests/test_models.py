@@ -110,13 +110,12 @@ def rows():
     """A pair of answers to one prompt, a lone answer and a long one."""
     rng = np.random.default_rng(1)
     return [Row(*([rng.integers(3, 100, n).tolist() for n in some] if isinstance(some, tuple) else
-                  rng.integers(3, 100, some).tolist() for some in (trunk, branches)), [1] * len(branches))
+                  rng.integers(3, 100, some).tolist() for some in (trunk, branches)))
             for trunk, branches in ((9, (4, 12)), (2, (7,)), (20, (10,)))]
 
 def chats_of(rows):
     """[(tokens of an answer with its prompt, index of its first token)]"""
-    return [(row.trunk + branch, len(row.trunk) + start)
-            for row in rows for branch, start in zip(row.branches, row.starts)]
+    return [(row.trunk + branch, len(row.trunk)) for row in rows for branch in row.branches]
 
 def assert_same_gradients(ours, theirs):
     expected, got = dict(theirs.named_parameters()), dict(ours.named_parameters())
@@ -229,7 +228,7 @@ def test_weights_that_are_not_finite_are_named(tiny, tmp_path, name, index, valu
         weights[name][index] = float(value)
         return weights
     folder = with_weights(tiny(), tmp_path / "damaged", damage)
-    for use in (sampler.verify, lambda model: ResponseLogps(model)(collate([Row([5], [[6]], [0])]))):
+    for use in (sampler.verify, lambda model: ResponseLogps(model)(collate([Row([5], [[6]])]))):
         with pytest.raises(Problem, match=f"damaged: damaged weights: NaN or infinite numbers in {name}"):
             use(load_policy(folder))
 

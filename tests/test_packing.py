@@ -7,28 +7,25 @@ import pytest
 import torch
 
 from common import packing, toy
-from common.data import encode_chat
+from common.data import encode_chat, encode_response
 from common.models import load_policy
-from common.packing import Row, alone, attention, collate, pack
+from common.packing import Row, attention, collate, pair_rows, row_of, whole_chats
 from common.parallel import Problem
 
 # ---------------------------------------------------------------- rows
-@pytest.fixture(scope="module")
-def answers(pairs):
-    """Chats by prompt: one to four answers each, some with the same first words, some empty."""
+def test_packing_loses_no_token_and_a_response_has_all_of_its_own(pairs):
     tokenizer = toy.tokenizer()
-    texts = [(p["prompt"], [p["chosen"], p["rejected"], p["chosen"] + " the end .", ""][:number % 4 + 1])
-             for number, p in enumerate(pairs[:9])]
-    return [[encode_chat(tokenizer, prompt, text, finished=i != 1) for i, text in enumerate(group)]
-            for prompt, group in texts]
-
-def test_packing_loses_no_token_and_no_response_token_is_shared(answers):
-    for chats in answers:
-        row = pack(chats)
-        for chat, branch, start in zip(chats, row.branches, row.starts):
-            assert [*row.trunk, *branch] == chat.ids and len(row.trunk) + start == chat.start and start >= 0
-    targets = collate([pack(chats) for chats in answers])["targets"].tolist()
-    assert targets == [token for chats in answers for chat in chats for token in chat.ids[chat.start:]]
+    for number, p in enumerate(pairs[:9]):  # one to four answers, some with the same first words, one empty
+        texts = [p["chosen"], p["rejected"], p["chosen"] + " the end .", ""][:number % 4 + 1]
+        row = whole_chats(tokenizer, p["prompt"], texts)
+        assert [[*row.trunk, *branch] for branch in row.branches] == [
+            encode_chat(tokenizer, p["prompt"], text) for text in texts]
+        assert len(row.trunk) <= len(encode_chat(tokenizer, p["prompt"]))
+    rows, kept = pair_rows(tokenizer, pairs[:9], 100, policy=True)
+    assert kept == pairs[:9]
+    assert collate(rows)["targets"].tolist() == [token for pair in kept for side in ("chosen", "rejected")
+                                                 for token in encode_response(tokenizer, pair[side], pair.get(
+                                                     f"{side}_finished", True))]
 
 # ---------------------------------------------------------------- attention
 def dense_mask(rows, window):
@@ -44,7 +41,7 @@ def dense_mask(rows, window):
 @pytest.mark.parametrize("together, window", [(1, None), (2, None), (8, None), (1, 3), (8, 3), (8, 1)])
 def test_packed_attention_and_its_gradients_are_those_of_a_dense_mask(monkeypatch, together, window):
     monkeypatch.setattr(packing, "TOGETHER", together)
-    rows = [Row([5] * 4, [[6] * 3, [7], []], [0, 0, 0]), alone([8] * 2), Row([5], [[9] * 7, [9] * 2], [0, 0])]
+    rows = [Row([5] * 4, [[6] * 3, [7], []]), Row([8] * 2, [[]]), Row([5], [[9] * 7, [9] * 2])]
     inputs = collate(rows)["inputs"]
     length = inputs["input_ids"].shape[1]
     torch.manual_seed(0)
@@ -67,7 +64,7 @@ def test_a_model_that_is_not_told_which_chats_share_a_sequence_refuses_with_or_w
 
 @pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias", "something_new"])
 def test_an_option_that_packed_attention_would_ignore_is_refused(name):
-    inputs = collate([alone([5] * 3)])["inputs"]
+    inputs = collate([row_of([5] * 3, [[]])])["inputs"]
     with pytest.raises(Problem, match=f"attention has {name}"):
         attention(None, *[torch.zeros(1, 2, 3, 8)] * 3, None, chats=inputs["chats"], places=inputs["places"],
                   **{name: 1.0})

@@ -110,7 +110,7 @@ def trace(config, kind, gpus, pairs, prompt, answer, recompute, memory):
         root = (ResponseLogps if policy else Rewards)(model)
         training.wrap(root, recompute, mesh, training.BF16)
         optimizer = torch.optim.AdamW(root.parameters(), weight_decay=0.0, fused=True)
-        packed = collate([Row([0] * prompt, [[0] * answer] * 2, [0, 0])] * pairs)
+        packed = collate([Row([0] * prompt, [[0] * answer] * 2)] * pairs)
         kept = training.kept_whole(sum(p.numel() for p in root.parameters()), memory, gpus, 2)
 
         def backward(last):

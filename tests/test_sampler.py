@@ -186,11 +186,12 @@ def test_samples_depend_on_the_seed_and_not_on_order_or_blocks_and_finished_mean
     stops = stop_tokens(tiny(), tokenizer)
     assert stops == {2, 7}  # the generation config's
     keys = np.array([[seed_of(0, prompt_id(p), i) for i in range(3)] for p in prompts[:8]], np.uint64)
-    again = generate_reference(model, [encode_chat(tokenizer, p).ids for p in prompts[:8]], keys,
+    again = generate_reference(model, [encode_chat(tokenizer, p) for p in prompts[:8]], keys,
                                stop_ids=stops, temperature=1.0, top_p=0.95, max_new_tokens=12)
     for row, tokens in zip(rows, (tokens for group in again for tokens in group)):
-        assert row["response"] == tokenizer.decode(tokens, skip_special_tokens=True)
-        assert (row["tokens"], row["finished"]) == (len(tokens), tokens[-1] in stops)
+        finished = tokens[-1] in stops
+        assert row["response"] == tokenizer.decode(tokens[:-1] if finished else tokens)
+        assert (row["tokens"], row["finished"]) == (len(tokens), finished)
     assert {row["finished"] for row in rows} == {True, False}
 
 @pytest.mark.parametrize("prompts, filling", [(20000, 12.8), (20000, 51.2), (20000, 64), (19711, 13)])

@@ -10,7 +10,7 @@ import pytest
 
 import mt
 from common import toy
-from common.data import encode_chat
+from common.data import encode_chat, encode_response
 from common.toy import GOLD_MAX, demonstration, gold, tokenizer
 
 SEA = "a sad poem about the sea in three lines for my sister with dogs"
@@ -53,10 +53,11 @@ def test_every_word_has_a_token_and_is_decoded_to_itself():
     words, rng = tokenizer(), random.Random(0)
     for prompt in rng.sample(toy.all_prompts(), 300):
         answer = demonstration(prompt, rng)
-        chat = encode_chat(words, prompt, answer)
-        assert words.decode(chat.ids[chat.start:], skip_special_tokens=True) == answer
-        assert words.decode(chat.ids[:chat.start]) == f"<bos> <user> {prompt} <assistant>"
-        assert words.pad_token_id not in chat.ids  # it also stands for unknown words
+        asked, answered = encode_chat(words, prompt), encode_response(words, answer)
+        assert encode_chat(words, prompt, answer) == asked + answered
+        assert words.decode(answered) == f"{answer} <eos>"
+        assert words.decode(asked) == f"<bos> <user> {prompt} <assistant>"
+        assert words.pad_token_id not in asked + answered  # it also stands for unknown words
 
 def test_gold_finds_the_writer_mediocre():
     rng = random.Random(0)
@@ -67,5 +68,5 @@ def test_gold_finds_the_writer_mediocre():
 def test_the_settings_are_options_of_the_loop_and_the_prompts_are_many_and_short_enough():
     assert toy.SETTINGS.keys() <= vars(mt.Options()).keys()
     assert toy.LOOP_PROMPTS >= toy.SETTINGS["select_prompts"] + 3
-    longest = max(len(encode_chat(tokenizer(), prompt).ids) for prompt in toy.all_prompts()[::7])
+    longest = max(len(encode_chat(tokenizer(), prompt)) for prompt in toy.all_prompts()[::7])
     assert longest + toy.SETTINGS["max_new_tokens"] <= toy.SHAPE["max_position_embeddings"]

@@ -10,9 +10,9 @@ import torch
 
 import mt
 from common import run, training
-from common.data import encode_chat, load_tokenizer, read_json, read_jsonl
+from common.data import encode_chat, load_tokenizer, read_json, read_jsonl, response_ids
 from common.models import load_policy
-from common.packing import collate, pack
+from common.packing import collate, row_of
 from dpo import ResponseLogps
 from filter import win_rate
 from variants import gold_labels, ipo, online_dpo, rest_em, simpo, sppo
@@ -110,11 +110,12 @@ def test_rest_em_runs_from_the_base_and_against_it_and_two_processes_give_its_lo
     # The second E-step starts from the base policy, so its first loss is that policy's mean over the tokens
     # of the first batch.
     rows, tokenizer = read_jsonl(out / "round1/e2/pairs.jsonl"), load_tokenizer(policy)
-    chats = [encode_chat(tokenizer, row["prompt"], row["chosen"], row["chosen_finished"]) for row in rows]
-    order = training.steps_of([len(chat.ids) for chat in chats], 4, 4, 0)[0][0].numbers
+    chats = [row_of(encode_chat(tokenizer, row["prompt"]), [response_ids(tokenizer, row, "chosen")])
+             for row in rows]
+    order = training.steps_of([len(chat) for chat in chats], 4, 4, 0)[0][0].numbers
     first = [chats[i] for i in order]
-    logps = ResponseLogps(load_policy(policy))(collate([pack([chat]) for chat in first]))
-    expected = -logps.sum().item() / sum(len(chat.ids) - chat.start for chat in first)
+    logps = ResponseLogps(load_policy(policy))(collate(first))
+    expected = -logps.sum().item() / sum(len(chat.branches[0]) for chat in first)
     assert losses(out, "round1/e2")[0] == pytest.approx(expected, rel=1e-5)
 
 GOOD, BETTER, BAD = "merry cows dance .", "merry cows dance . jolly pigs sing . the end .", "and so on ."
