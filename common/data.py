@@ -257,7 +257,7 @@ chat_template_utils.datetime = SimpleNamespace(now=lambda: datetime(2024, 7, 26)
 
 def encode_chat(tokenizer, prompt, response=None):
     """The tokens of a chat as its template writes it, with one BOS if the tokenizer uses one. A special token
-    that is spelled in a message ("</s>") is text like any other.
+    that is spelled in a message ("</s>") is text like any other: it is marked, and encoded by itself as text.
 
     Without a response the chat ends where the answer begins. Policies sample from there, and are trained on
     `encode_response`, which follows it. With a response it is what reward models read: the whole chat, with
@@ -269,42 +269,52 @@ def encode_chat(tokenizer, prompt, response=None):
     """
     answer = [] if response is None else [{"role": "assistant", "content": response}]
     facts, messages = facts_of(tokenizer), [*as_messages(prompt), *answer]
-    try:
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=not answer, return_dict=False,
-                                            sanitize_control_tokens=True)
-        if not ids:
-            raise ValueError("it writes nothing")
-    except Exception as error:  # templates raise errors of their own, for example at two user turns
-        raise Problem(f"{tokenizer.name_or_path}: its chat template fails at {str(messages)[:80]}… "
-                      f"({first_line(error)})") from None
+    marked = [{key: facts.spelled.sub(facts.mark + r"\g<0>" + facts.mark, value) if isinstance(value, str)
+               else value for key, value in message.items()} for message in messages]
+    pieces, ids = write_chat(tokenizer, marked, add_generation_prompt=not answer).split(facts.mark), []
+    for number, piece in enumerate(pieces):
+        ids += text_ids(tokenizer, piece) if number % 2 else tokenizer.encode(piece, add_special_tokens=False)
     ids = ids if ids[:1] == facts.bos else facts.bos + ids
     return ids + [tokenizer.eos_token_id] * (bool(answer) and not facts.writes_stop)
+
+def write_chat(tokenizer, messages, **options):
+    """What the chat template writes. Raises a Problem if it fails, as some do at two user turns."""
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:
+        raise Problem(f"{tokenizer.name_or_path}: its chat template fails at {str(messages)[:80]}… "
+                      f"({first_line(error)})") from None
+    if not text.strip():
+        raise Problem(f"{tokenizer.name_or_path}: its chat template writes nothing")
+    return text
+
+def text_ids(tokenizer, text):
+    """The tokens of a text with its special tokens as text, or a Problem if the tokenizer can't do that."""
+    ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    if facts_of(tokenizer).special.intersection(ids):
+        raise Problem(f"{tokenizer.name_or_path}: a message has the text of a special token, which this "
+                      f"tokenizer can't tell from a real one: {text[:60]!r}")
+    return ids
 
 def encode_response(tokenizer, text, finished=True):
     """The tokens of a policy's response. A finished one ends with the token with which the template ends an
     answer, or with EOS if the template writes none."""
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return ids + [facts_of(tokenizer).stop] * finished
+    return text_ids(tokenizer, text) + [facts_of(tokenizer).stop] * finished
 
 def sample_fields(tokenizer, ids, finished):
     """The fields of a response of which the tokens `ids` were drawn. They are kept, with a digest of the
     tokenizer, if the text does not give them back. It has all special tokens but the stop, as text."""
     said, facts = ids[:len(ids) - finished], facts_of(tokenizer)
     text = tokenizer.decode(said, clean_up_tokenization_spaces=False)
-    plain = encode_response(tokenizer, text, finished) == ids and not facts.special.intersection(said)
+    plain = not facts.special.intersection(said) and encode_response(tokenizer, text, finished) == ids
     return dict(response=text, tokens=len(ids), finished=finished) | (
         {} if plain else dict(ids=ids, tokenizer=facts.digest))
 
 def response_ids(tokenizer, pair, side):
     """The tokens of a pair's answer: those that were drawn, if they are there and of this tokenizer."""
-    facts, finished = facts_of(tokenizer), pair.get(f"{side}_finished", True)
-    if pair.get(f"{side}_tokenizer") == facts.digest and f"{side}_ids" in pair:
+    if pair.get(f"{side}_tokenizer") == facts_of(tokenizer).digest and f"{side}_ids" in pair:
         return pair[f"{side}_ids"]
-    ids = encode_response(tokenizer, pair[side], finished)
-    if facts.special.intersection(ids[:len(ids) - finished]):
-        raise Problem(f"{tokenizer.name_or_path}: an answer has the text of a special token, which this "
-                      f"tokenizer can't tell from a real one: {pair[side][:60]!r}")
-    return ids
+    return encode_response(tokenizer, pair[side], pair.get(f"{side}_finished", True))
 
 def stop_tokens(folder, tokenizer):
     """The ids at which a response ends: those in generation_config.json or, if it has none, in config.json,
@@ -323,18 +333,17 @@ def stop_tokens(folder, tokenizer):
 @functools.lru_cache(8)
 def facts_of(tokenizer):
     """bos: [the BOS that the tokenizer adds] or []; stop: the token by which the template ends an answer, or
-    EOS; writes_stop: whether it does; special: ids that no text should give; digest: of the vocabulary."""
-    tokenizer.chat_control_tokens = []  # only special tokens are text in messages, and <think> stays a token
-    bos = [i for i in tokenizer("")["input_ids"][:1] if i == tokenizer.bos_token_id]
-    try:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": "?"}, {
-            "role": "assistant", "content": "\u241f"}], tokenize=False)
-    except Exception as error:
-        raise Problem(f"{tokenizer.name_or_path}: its chat template fails ({first_line(error)})") from None
+    EOS; writes_stop: whether it does; special: ids that no text should give; spelled: a pattern of the texts
+    of special tokens; mark: a secret text to mark them in messages; digest: of the vocabulary."""
+    chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "\u241f"}]
+    text = write_chat(tokenizer, chat)
     after = tokenizer(text.rpartition("\u241f")[2], add_special_tokens=False)["input_ids"]
     stops = [i for i in after if i in tokenizer.added_tokens_decoder]
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return SimpleNamespace(
-        bos=bos, stop=[*stops, tokenizer.eos_token_id][0], writes_stop=bool(stops),
-        special=special - {tokenizer.pad_token_id, tokenizer.unk_token_id},
+        bos=[i for i in tokenizer("")["input_ids"][:1] if i == tokenizer.bos_token_id],
+        stop=[*stops, tokenizer.eos_token_id][0], writes_stop=bool(stops),
+        special=special.keys() - {tokenizer.pad_token_id, tokenizer.unk_token_id},
+        spelled=re.compile("|".join(map(re.escape, sorted(special.values(), key=len)[::-1])) or "(?!)"),
+        mark=f"\ue000{os.urandom(8).hex()}\ue000",
         digest=hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16])

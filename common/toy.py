@@ -28,7 +28,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.pre_tokenizers import Sequence, Split, WhitespaceSplit
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 import reward
@@ -176,7 +176,7 @@ def tokenizer(more=()):
     special = ["<pad>", "<bos>", "<eos>", "<user>", "<assistant>"]
     vocabulary = {word: i for i, word in enumerate([*special, *words(), *more])}
     model = Tokenizer(WordLevel(vocabulary, unk_token="<pad>"))
-    model.pre_tokenizer = WhitespaceSplit()
+    model.pre_tokenizer = Sequence([WhitespaceSplit(), Split("<", "isolated")])  # a text "<eos>" is no <eos>
     template = ("{{ bos_token }}{% for m in messages %} <{{ m['role'] }}> {{ m['content'] }}"
                 "{% if m['role'] == 'assistant' %} {{ eos_token }}{% endif %}{% endfor %}"
                 "{% if add_generation_prompt %} <assistant>{% endif %}")

@@ -153,7 +153,7 @@ def main():
     o = run.parse(Options)
     if not (o.policy and o.rm and o.prompts and o.gpu in GPUS):
         raise Problem(f"a plan needs --policy, --rm, --prompts and a --gpu of {', '.join(GPUS)}")
-    configs = models.check_policy(o.policy), models.check_reward(o.rm)
+    configs = models.config_of(o.policy), models.config_of(o.rm)
     policy, rm = map(size_of, configs, (POLICY, RM))
     prompts, _ = models.prompts_that_fit(o.rm, read_prompts(o.prompts)[0], o.max_new_tokens)
     prompts, lengths = models.prompts_that_fit(o.policy, prompts)

@@ -144,7 +144,7 @@ def test_prompts_have_the_ids_that_transformers_gives_them(golden):
 
 @pytest.mark.parametrize("text, message", [
     ("{{ raise_exception('no system turns') }}", "template fails .*no system turns"),
-    ("{# nothing #}", "template fails .*it writes nothing")])
+    ("{# nothing #}", "template writes nothing")])
 def test_a_template_that_fails_is_refused(text, message):
     tokenizer = toy.tokenizer()
     tokenizer.chat_template = text
@@ -168,7 +168,7 @@ def test_a_special_token_that_a_message_spells_is_text_or_refused(tokenizer):
             try:
                 ids = encode_chat(tokenizer, *chat)
             except Problem as problem:
-                assert "Can't sanitize" in str(problem)
+                assert "can't tell from a real one" in str(problem)
                 continue
             assert [i for i in ids if i in special] == plain
         pair = dict(chosen=f"grey {text} waves")
