@@ -44,9 +44,9 @@ def test_winrate_judges_both_policies_on_every_prompt_and_writes_their_answers(
     assert figures["similar_length"]["n"] == similar(*lengths).sum()
 
 @pytest.mark.parametrize("flag, model, message", [
-    ("--rm", "policy", "has no reward head"), ("--baseline", "rm", "which is a reward model and no policy"),
-    ("--baseline", "short", "no prompt fits into the context of 16 tokens"),
-    ("--policy", "short", "no prompt fits into the context of 16 tokens")])
+    ("--rm", "policy", "has no reward head"), ("--baseline", "rm", "reward model, but a policy is needed"),
+    ("--baseline", "short", "no prompt fits into its context of 16 tokens"),
+    ("--policy", "short", "no prompt fits into its context of 16 tokens")])
 def test_winrate_checks_models_and_prompts_before_it_samples(
         call, tiny, written, tmp_path, flag, model, message):
     models = dict(policy=tiny(), rm=tiny(reward=True), short=tiny(max_position_embeddings=16))

@@ -98,9 +98,10 @@ def test_files_and_functions_are_short():
 
 # ---------------------------------------------------------------- command lines
 @pytest.mark.parametrize("command", [*SCRIPTS, *(f"eval {command}" for command in eval_script.COMMANDS)])
-def test_every_command_explains_itself(command, call, capsys):
+def test_every_command_explains_itself(command, call, capsys, monkeypatch):
     name, *words = command.split()
     module = importlib.import_module(name)
+    monkeypatch.setitem(sys.modules, "__main__", module)  # mt.py shows the docstring of the script that runs
     with contextlib.suppress(SystemExit):  # argparse exits; eval.py returns
         call(module, *words, "--help")
     assert ("--" if words else module.__doc__.strip().splitlines()[0]) in capsys.readouterr().out

@@ -73,7 +73,7 @@ EQUAL = dict.fromkeys(PLAIN, {}) | {  # family: what its config has besides SHAP
 RM = dict(auto=AutoModelForSequenceClassification, num_labels=1)
 OTHER_HEADS = ("ctrl", "modernbert-decoder")  # their policies are equal, their reward models refused
 NO_SDPA = "does not support an attention implementation"
-UNTOLD = "packed attention: attention is told nothing of who shares a sequence"
+UNTOLD = "packed attention: its attention does not get the chats that share a sequence"
 LEAKS = "packed attention: off by"
 REFUSED = {  # family: what its config has besides SHAPE, and a part of the message
     "gemma2": ({}, NO_SDPA), "gpt_oss": ({}, NO_SDPA), "gptj": ({}, NO_SDPA), "bloom": ({}, NO_SDPA),
@@ -81,7 +81,7 @@ REFUSED = {  # family: what its config has besides SHAPE, and a part of the mess
     "gpt_neo": (dict(num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]), NO_SDPA),
     "deepseek_v32": (LATENT_MOE, "packed attention: "),
     "falcon": ({}, "packed attention: "), "doge": ({}, "packed attention: "), "stablelm": ({}, UNTOLD),
-    "nemotron": ({}, UNTOLD), "inkling_text": ({}, "packed attention: attention has position_bias"),
+    "nemotron": ({}, UNTOLD), "inkling_text": ({}, "packed attention: its attention uses position_bias"),
     "minimax": ({}, LEAKS), "jamba": (dict(use_mamba_kernels=False), LEAKS), "falcon_h1": (SSM, LEAKS),
     "lfm2": (dict(layer_types=["conv", "full_attention"]), LEAKS), "qwen3_next": ({}, LEAKS),
     "nemotron_h": ({}, LEAKS), "recurrent_gemma": ({}, "no max_position_embeddings"),
@@ -262,7 +262,7 @@ def test_two_processes_refuse_a_model_in_one_line(written, pairs, tmp_path, capf
                    "--out", str(tmp_path / "out")], 2, code=2)
     assert {line for line in capfd.readouterr().err.splitlines() if "stablelm" in line} == {
         f"dpo.py: {folder}: stablelm models are not supported: packed attention: "
-        "attention is told nothing of who shares a sequence"}
+        "its attention does not get the chats that share a sequence"}
 
 def test_docs_models_md_lists_the_families_that_are_tested_here():
     text = (Path(__file__).parents[1] / "docs" / "models.md").read_text()

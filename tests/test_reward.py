@@ -59,7 +59,7 @@ def test_training_gives_a_causal_lm_a_fresh_reward_head_and_says_so(
     call(reward, "--model", tiny(), "--pairs", written("pairs.jsonl", pairs[:20]), "--out", tmp_path / "rm",
          "--lr", 1e-3, "--batch", 5)
     said = capsys.readouterr().out
-    assert "LlamaForCausalLM: training starts with a fresh reward head" in said
+    assert f"{tiny()} is a LlamaForCausalLM, so training starts with a new reward head" in said
     made = load_reward(tmp_path / "rm")  # it has a head now, so that loading succeeds
     assert made.config.num_labels == 1 and made.config.architectures == ["LlamaForSequenceClassification"]
     values = scores(tmp_path / "rm", [(p["prompt"], [p["chosen"], p["rejected"]]) for p in pairs[20:30]])
