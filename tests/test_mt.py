@@ -26,6 +26,7 @@ import sampler
 from common import run
 from common.data import read_jsonl, write_jsonl
 from common.parallel import Problem
+from evals import figures
 from filter import win_rate
 
 WORDS = dict(rounds=1, samples=3, max_new_tokens=12, max_length=64, policy_batch=4, rm_batch=4, beta=0.1,
@@ -214,6 +215,12 @@ def test_settings_versions_results_and_metrics_are_on_record(undisturbed, words)
         assert steps == [*range(1, len(steps) + 1)] and steps
         rates = {row["checkpoint"]: row["win_rate"] for row in lines if row["phase"] == f"{step}/selection"}
         assert rates == selection(undisturbed / step)["win_rates"]
+
+def test_a_run_is_named_after_its_script_and_its_ablations(undisturbed):
+    note = json.loads((undisturbed / "run.json").read_text())
+    assert (note["script"], figures.load(undisturbed)["arm"]) == ("mt", "full method")
+    assert figures.arm(note["settings"], "simpo") == "simpo"
+    assert figures.arm(note["settings"] | {"filter": False}, "simpo") == "simpo, no filter"
 
 def test_each_rounds_policy_is_judged_by_the_base_rm_against_the_base(undisturbed, tiny, tmp_path):
     def scored(path):
