@@ -83,9 +83,9 @@ def test_words_that_a_template_writes_before_an_answer_do_not_become_a_part_of_i
     assert chat == encode_chat(toy.tokenizer(), "a sad poem", ANSWER)
 
 @pytest.mark.parametrize("template, message", [
-    ("{{ raise_exception('no system turns') }}", "template refuses .* \\(no system turns\\)"),
+    ("{{ raise_exception('no system turns') }}", "template fails at .* \\(no system turns\\)"),
     ("{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}<a>{% endif %}",
-     "generation prompt is not the beginning of an answered chat")])
+     "template writes other text before an answer than its generation prompt")])
 def test_a_template_is_refused_if_it_rejects_a_chat_or_its_generation_prompt_begins_no_answer(
         template, message):
     with pytest.raises(Problem, match=message):
