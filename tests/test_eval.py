@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 import eval as eval_script
-from common.data import read_jsonl
+import mt
+from common.data import read_jsonl, write_jsonl
 from common.parallel import Problem
+from evals import gold
 from evals.stats import similar, wilson
-from filter import win_rate
+from filter import win_rate, wins
 
 @pytest.mark.parametrize("new, old, rate", [
     ([1, 2, 3], [0, 0, 0], 1.0), ([0, 0], [1, 1], 0.0), ([1, 1], [1, 1], 0.5),
@@ -20,6 +22,23 @@ from filter import win_rate
 def test_a_tie_counts_half(new, old, rate):
     assert win_rate(new, old) == rate
     assert win_rate(old, new) == 1 - rate
+
+def test_a_policys_gold_is_the_mean_over_both_answers_to_each_test_prompt(tmp_path, monkeypatch):
+    golds = {"base": [[1, 2], [3, 5]], "round 1": [[2, 2], [3, 5]]}  # of two answers to each of two prompts
+
+    def test_answers(o, policy, path, label):
+        write_jsonl(path, [dict(prompt=prompt, score=i - value, gold=value, tokens=i + 1, finished=True)
+                           for prompt, two in zip("pq", golds[label]) for i, value in enumerate(two)])
+        return path
+    monkeypatch.setattr(gold, "test_answers", test_answers)
+    monkeypatch.setattr(gold, "score_again", lambda o, answers, rm, path: answers)
+    monkeypatch.setattr(gold, "gold_of", lambda row: row["gold"])
+    (tmp_path / "round1/e1/policy").mkdir(parents=True)
+    gold.measure(mt.Options(out=str(tmp_path), policy="base", rm="rm"))
+    found = [[row[key] for key in ("gold", "gold_se", "n", "win_rate")]
+             for row in read_jsonl(tmp_path / "gold.jsonl")]
+    assert found == [pytest.approx(line) for line in ([2.75, 1.25, 2, 0.5], [3.0, 1.0, 2, (1 + 3 / 2) / 4])]
+    assert wins(*golds.values()).tolist() == [[0, 0.5], [0.5, 0.5]]
 
 def test_winrate_judges_both_policies_on_every_prompt_and_writes_their_answers(
         call, tiny, written, prompts, tmp_path, monkeypatch, capsys):
@@ -44,9 +63,9 @@ def test_winrate_judges_both_policies_on_every_prompt_and_writes_their_answers(
     assert figures["similar_length"]["n"] == similar(*lengths).sum()
 
 @pytest.mark.parametrize("flag, model, message", [
-    ("--rm", "policy", "has no reward head"), ("--baseline", "rm", "which is a reward model and no policy"),
-    ("--baseline", "short", "no prompt fits into the context of 16 tokens"),
-    ("--policy", "short", "no prompt fits into the context of 16 tokens")])
+    ("--rm", "policy", "has no reward head"), ("--baseline", "rm", "reward model, but a policy is needed"),
+    ("--baseline", "short", "no prompt fits into its context of 16 tokens"),
+    ("--policy", "short", "no prompt fits into its context of 16 tokens")])
 def test_winrate_checks_models_and_prompts_before_it_samples(
         call, tiny, written, tmp_path, flag, model, message):
     models = dict(policy=tiny(), rm=tiny(reward=True), short=tiny(max_position_embeddings=16))

@@ -12,10 +12,12 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from conftest import forked
 
 import eval as eval_script
 import mt
-from common import run
+from common import run, toy
+from variants import simpo
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ["mt", "dpo", "reward", "sampler", "filter", "eval"]
@@ -98,9 +100,10 @@ def test_files_and_functions_are_short():
 
 # ---------------------------------------------------------------- command lines
 @pytest.mark.parametrize("command", [*SCRIPTS, *(f"eval {command}" for command in eval_script.COMMANDS)])
-def test_every_command_explains_itself(command, call, capsys):
+def test_every_command_explains_itself(command, call, capsys, monkeypatch):
     name, *words = command.split()
     module = importlib.import_module(name)
+    monkeypatch.setitem(sys.modules, "__main__", module)  # mt.py shows the docstring of the script that runs
     with contextlib.suppress(SystemExit):  # argparse exits; eval.py returns
         call(module, *words, "--help")
     assert ("--" if words else module.__doc__.strip().splitlines()[0]) in capsys.readouterr().out
@@ -114,6 +117,14 @@ def test_the_help_of_the_loop_names_each_flag_once_with_its_default(call, capsys
         _, shown = re.split(rf"--{name} \[?VALUE\]?", said)  # fails unless it stands there once
         shown = re.split(r"--\w+ \[?VALUE", shown)[0]
         assert f"(default: {field.default})" in shown or field.default == "", name
+
+def test_the_help_of_a_variant_is_its_own_with_its_defaults_on_the_embedded_task(capfd):
+    forked("variants.simpo", ["--help"], 1)
+    said = capfd.readouterr().out
+    assert simpo.__doc__ in said and mt.__doc__ not in said
+    defaults = re.search(r"The embedded task's defaults are (.*?)\n\n", said, re.S)[1].split()
+    assert defaults == [word for name, value in (toy.SETTINGS | {"beta": 2.0}).items()
+                        for word in (f"--{name}", str(value))]
 
 def test_the_papers_values_are_the_defaults():
     o = mt.Options()

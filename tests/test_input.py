@@ -56,28 +56,29 @@ def line(row=SAMPLE, **changes):
 CASES = [  # the command, what it is given, and a part of the line that refuses it
     # ------------------------------------------------------------ JSON
     ("prompts", "", "in.jsonl: empty"), ("prompts", "\n \n", "in.jsonl: empty"), ("json", "[]", ": empty"),
-    ("prompts", '{"prompt": "a"', "in.jsonl:1: not JSON"),
-    ("prompts", '{"prompt": "a"}\n\n{"prompt": }', "in.jsonl:3: not JSON"),
-    ("json", '[{"prompt": "a"},\n {"prompt": }]', "in.json:2: not JSON"),
-    ("prompts", '["a"]', "in.jsonl:1: a JSON object is needed, this is list"),
-    ("prompts", "null", "in.jsonl:1: a JSON object is needed, this is NoneType"),
-    ("prompts", "[" * 100_000, "in.jsonl:1: not JSON that can be read (maximum recursion depth"),
-    ("prompts", '{"prompt": "a"}\n{"x": ' + "1" * 5000 + "}", "in.jsonl:2: not JSON that can be read"),
-    ("prompts", '{"prompt": "a \\ud800"}', "in.jsonl:1: not JSON that can be read"),
-    ("prompts", '{"prompt": [{"role": "\\udc00", "content": "a"}]}', "in.jsonl:1: not JSON that can be read"),
-    ("prompts", '{"prompt": "a", "\\ud83d": 1}', "in.jsonl:1: not JSON that can be read"),
-    ("pairs", line(PAIR, chosen="\ud800"), "in.jsonl:1: not JSON that can be read"),
-    ("scored", line(response="\ud800"), "in.jsonl:1: not JSON that can be read"),
+    ("prompts", '{"prompt": "a"', "in.jsonl:1: not readable JSON"),
+    ("prompts", '{"prompt": "a"}\n\n{"prompt": }', "in.jsonl:3: not readable JSON"),
+    ("json", '[{"prompt": "a"},\n {"prompt": }]', "in.json:2: not readable JSON"),
+    ("prompts", '["a"]', "in.jsonl:1: a row must be a JSON object, but this is list"),
+    ("prompts", "null", "in.jsonl:1: a row must be a JSON object, but this is NoneType"),
+    ("prompts", "[" * 100_000, "in.jsonl:1: not readable JSON (maximum recursion depth"),
+    ("prompts", '{"prompt": "a"}\n{"x": ' + "1" * 5000 + "}", "in.jsonl:2: not readable JSON"),
+    ("prompts", '{"prompt": "a \\ud800"}', "in.jsonl:1: not readable JSON"),
+    ("prompts", '{"prompt": [{"role": "\\udc00", "content": "a"}]}', "in.jsonl:1: not readable JSON"),
+    ("prompts", '{"prompt": "a", "\\ud83d": 1}', "in.jsonl:1: not readable JSON"),
+    ("pairs", line(PAIR, chosen="\ud800"), "in.jsonl:1: not readable JSON"),
+    ("scored", line(response="\ud800"), "in.jsonl:1: not readable JSON"),
     ("prompts", b"\xff\xfe\x00", "in.jsonl: not UTF-8"),
     ("prompts", '{"prompt": "a"}'.encode("utf-16"), "in.jsonl: not UTF-8"),
     # ------------------------------------------------------------ prompts
     *[("prompts", line(prompt=prompt), "wanted is a field `prompt` with text, or a list of messages")
       for prompt in (None, 3, True, "", " \n", [], [{}], ["a"], USER, [{"role": "user"}], [USER, "a"],
                      [USER | {"role": 3}], [USER | {"content": None}], [USER | {"content": " "}])],
-    ("prompts", line(prompt=[USER, BOT]), "in.jsonl:1: the prompt ends with an assistant turn"),
-    ("prompts", line(prompt="sad " * 200), "of 96 tokens of PM with an answer of 1; the shortest has 203"),
-    ("prompts", line(system=3), "in.jsonl:1: `system` is not text, or stands beside a system turn"),
-    ("prompts", line(prompt=[SYSTEM, USER], system="Be kind."), "stands beside a system turn; write one of"),
+    ("prompts", line(prompt=[USER, BOT]), "in.jsonl:1: the prompt must end where the answer begins, "),
+    ("prompts", line(prompt="sad " * 200),
+     "PM: no prompt fits into its context of 96 tokens with an answer of 1; the shortest has 203"),
+    ("prompts", line(system=3), "in.jsonl:1: `system` must be text, and the only system turn"),
+    ("prompts", line(prompt=[SYSTEM, USER], system="Be kind."), "`system` must be text, and the only system"),
     # ------------------------------------------------------------ forms that are not read
     *[("prompts", json.dumps({name: [TURN], "prompt": "a", "x": 1}),
        f"in.jsonl:1: {name} can't be read; the row has {name}, prompt, x; wanted is a field `prompt` with ")
@@ -90,7 +91,7 @@ CASES = [  # the command, what it is given, and a part of the line that refuses 
         ("prompts", {"question": "a"}, "no prompt"),
         ("pairs", {"question": "a", "chosen": "b", "rejected": "c"}, "no prompt"),
         ("pairs", {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a"}, "no prompt"))],
-    *[("files", name, f"{name}: a .jsonl, .json or .parquet file is needed, or a hub id") for name in (
+    *[("files", name, f"{name}: neither a .jsonl, .json or .parquet file nor a hub id") for name in (
         "prompts.csv", "prompts.jsonl.gz", "PM", "nowhere", "")],
     ("files", "nowhere.json", "nowhere.json: no such file"), ("files", "x.jsonl", "x.jsonl: no such file"),
     # ------------------------------------------------------------ pairs
@@ -98,10 +99,10 @@ CASES = [  # the command, what it is given, and a part of the line that refuses 
     *[("pairs", line(PAIR, chosen=chosen), "in.jsonl:1: no answer in `chosen`") for chosen in (
         None, 3, [], [USER], [{"role": "assistant"}], [3, BOT])],
     ("pairs", line(PAIR, rejected={}), "in.jsonl:1: no answer in `rejected`"),
-    ("pairs", line(PAIR, prompt=None, chosen=[USER, BOT], rejected=[BOT, BOT]), "of `rejected` answer"),
-    ("pairs", line(PAIR, prompt="Bye", chosen=[USER, BOT]), "of `chosen` answer another prompt than"),
-    ("pairs", line(PAIR, rejected=[USER, BOT, USER, BOT]), "of `rejected` answer another prompt"),
-    ("pairs", line(PAIR, prompt=[BOT, USER], chosen=[USER, BOT]), "of `chosen` answer another prompt"),
+    ("pairs", line(PAIR, prompt=None, chosen=[USER, BOT], rejected=[BOT, BOT]), "in `rejected` don't begin"),
+    ("pairs", line(PAIR, prompt="Bye", chosen=[USER, BOT]), "1: the messages in `chosen` don't begin"),
+    ("pairs", line(PAIR, rejected=[USER, BOT, USER, BOT]), "messages in `rejected` don't begin"),
+    ("pairs", line(PAIR, prompt=[BOT, USER], chosen=[USER, BOT]), "messages in `chosen` don't begin"),
     *[("pairs", line(PAIR, weight=weight), "in.jsonl:1: the weight ") for weight in (
         -1, "1", True, [], float("nan"), float("inf"), 10**400)],
     ("pairs", line(PAIR, rejected_finished="no"), "the rejected_finished 'no' is not true or false"),
@@ -126,7 +127,7 @@ CASES = [  # the command, what it is given, and a part of the line that refuses 
     ("new", line() + "\n" + line(), "new and old must answer the same prompts"),
     ("new", line(prompt="b"), "new and old must answer the same prompts"),
     # ------------------------------------------------------------ flags
-    *[(how, words, f"{words.split()[0]} {value} makes no sense") for how, words, value in (
+    *[(how, words, f"{words.split()[0]} {value} is out of range") for how, words, value in (
         ("dpo", "--lr nan", "nan"), ("dpo", "--lr inf", "inf"), ("dpo", "--lr 1e100", "1e+100"),
         ("dpo", "--lr -1", "-1"), ("rm", "--lr 0", "0"), ("dpo", "--beta nan", "nan"),
         ("dpo", "--epochs 100000000000", "1e+11"), ("sample", "--temperature nan", "nan"),
@@ -143,12 +144,12 @@ CASES = [  # the command, what it is given, and a part of the line that refuses 
     *[("mt", f"--{gone} 1", f"unrecognized arguments: --{gone} 1") for gone in (
         "resume_every", "report_to", "prompt_field", "labels", "gate", "plan", "no_select")],
     ("dpo", "--epochs " + "9" * 5000, "--epochs: invalid int value"),
-    ("toy", "--samples 1", "--samples 1 makes no pairs"),
-    ("toy", "--rm RM", "--policy, --rm and --prompts go together"),
-    ("mt", "--policy RM", "RM: a LlamaForSequenceClassification, which is a reward model and no policy"),
+    ("toy", "--samples 1", "--samples 1 gives no pairs"),
+    ("toy", "--rm RM", "give --policy, --rm and --prompts together"),
+    ("mt", "--policy RM", "RM: LlamaForSequenceClassification is a reward model, but a policy is needed"),
     ("mt", "--rm PM", "PM: LlamaForCausalLM has no reward head; train one: python reward.py --model PM"),
     ("mt", "--select_prompts 30", "need at least 33"),
-    ("mt", "--max_new_tokens 90", "no prompt fits into the context of 96 tokens of RM with an answer of 90"),
+    ("mt", "--max_new_tokens 90", "RM: no prompt fits into its context of 96 tokens with an answer of 90"),
     ("dpo", "--out pairs.jsonl/x/out", "pairs.jsonl/x"),
     ("dpo", "--out prompts.csv", "File exists: 'prompts.csv'"),
     ("filter", "--samples scored.jsonl --out pairs.jsonl/out.jsonl", "File exists: "),
@@ -163,9 +164,9 @@ CASES = [  # the command, what it is given, and a part of the line that refuses 
     ("eval", "accuracy --rm RM --pairs pairs.jsonl --json folder", "Is a directory"),
     ("eval", "accuracy --rm RM --pairs pairs.jsonl --max_length 5", "is short enough for --max_length 5"),
     ("eval", "nothing", "name a command: winrate, accuracy, rewardbench, alpaca, arena, "),
-    ("eval", "rewardbench --rm RM --data pairs.jsonl --prior nan", "--prior nan makes no sense"),
+    ("eval", "rewardbench --rm RM --data pairs.jsonl --prior nan", "--prior nan is out of range"),
     ("eval", "winrate --policy PM --baseline PM --rm RM --prompts prompts.jsonl --max_new_tokens 90",
-     "no prompt fits into the context of 96 tokens of RM with an answer of 90"),
+     "RM: no prompt fits into its context of 96 tokens with an answer of 90"),
     *[("eval", f"arena-generate --policy PM --prompts questions.jsonl --out out --name {name}",
        f"--name '{name}': a plain name is needed") for name in ("../../x", "a/b", "..", ".hidden", "/tmp/x")],
 ]
@@ -219,7 +220,7 @@ def test_prompts_that_are_too_long_are_left_out_and_their_number_is_said(
         with pytest.raises(TypeError) if module is mt else contextlib.nullcontext():
             call(module, *COMMANDS[words][1].split(), "--max_new_tokens", 2, "--samples", 2)
     said = capsys.readouterr().out
-    assert f"2 of {len(prompts) + 2} prompts are too long for {model} and left out" in said
+    assert f"2 of {len(prompts) + 2} prompts are too long for {model} and are left out" in said
     assert f"{len(prompts)} prompts (1 repeated ones left out)" in said
     used = [row["prompt"] for path in (Path(".").glob("out/prompts/*") if module is mt else ["out.jsonl"])
             for row in read_jsonl(path)]
@@ -246,16 +247,16 @@ def test_a_script_runs_in_the_projects_own_folder(script, written, tmp_path):
     ("config.json", "[]", "no tokenizer could be loaded ("), ("config.json", None, "not a model folder ("),
     ("config.json", "[" * 100_000, "(maximum recursion depth exceeded"),
     ("tokenizer_config.json", "[]", "no tokenizer could be loaded ("),
-    ("generation_config.json", "{", "generation_config.json:1: not JSON"),
-    ("generation_config.json", "[]", "generation_config.json: a JSON object is needed"),
-    ("generation_config.json", '{"eos_token_id": [2, "x"]}', "is not a token's number, or a list of such"),
+    ("generation_config.json", "{", "generation_config.json:1: not readable JSON"),
+    ("generation_config.json", "[]", "generation_config.json: it must hold a JSON object, but this is list"),
+    ("generation_config.json", '{"eos_token_id": [2, "x"]}', "eos_token_id [2, 'x'] is neither a token id"),
     ("model.safetensors", "1234", "can't be loaded as a model"),
     ("model.safetensors", None, "can't be loaded as a model"),
     ("model.safetensors", "other shapes", "its weights have other shapes than config.json says"),
     ("tokenizer.json", "{", "no tokenizer could be loaded (Expecting property name enclosed in double"),
     ("tokenizer.json", None, "tokenizers` library serialization file, (2) a slow tokenizer instance"),
     ("chat_template.jinja", None, "the tokenizer has no chat template (add chat_template.jinja"),
-    ("chat_template.jinja", " ", "its chat template refuses [{'role': 'user', "),
+    ("chat_template.jinja", " ", "its chat template fails at [{'role': 'user', "),
     ("chat_template.jinja", "{{ raise_exception('no\\n\\x1b[31m\\u202e!') }}", "(no [31m !)"),
     ("chat_template.jinja", "{{ messages[0].content.__class__.__mro__ }}", "is unsafe"),
     ("chat_template.jinja", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "(maximum recursion depth"),

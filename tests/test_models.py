@@ -73,7 +73,7 @@ EQUAL = dict.fromkeys(PLAIN, {}) | {  # family: what its config has besides SHAP
 RM = dict(auto=AutoModelForSequenceClassification, num_labels=1)
 OTHER_HEADS = ("ctrl", "modernbert-decoder")  # their policies are equal, their reward models refused
 NO_SDPA = "does not support an attention implementation"
-UNTOLD = "packed attention: attention is told nothing of who shares a sequence"
+UNTOLD = "packed attention: its attention does not get the chats that share a sequence"
 LEAKS = "packed attention: off by"
 REFUSED = {  # family: what its config has besides SHAPE, and a part of the message
     "gemma2": ({}, NO_SDPA), "gpt_oss": ({}, NO_SDPA), "gptj": ({}, NO_SDPA), "bloom": ({}, NO_SDPA),
@@ -81,7 +81,7 @@ REFUSED = {  # family: what its config has besides SHAPE, and a part of the mess
     "gpt_neo": (dict(num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]), NO_SDPA),
     "deepseek_v32": (LATENT_MOE, "packed attention: "),
     "falcon": ({}, "packed attention: "), "doge": ({}, "packed attention: "), "stablelm": ({}, UNTOLD),
-    "nemotron": ({}, UNTOLD), "inkling_text": ({}, "packed attention: attention has position_bias"),
+    "nemotron": ({}, UNTOLD), "inkling_text": ({}, "packed attention: its attention uses position_bias"),
     "minimax": ({}, LEAKS), "jamba": (dict(use_mamba_kernels=False), LEAKS), "falcon_h1": (SSM, LEAKS),
     "lfm2": (dict(layer_types=["conv", "full_attention"]), LEAKS), "qwen3_next": ({}, LEAKS),
     "nemotron_h": ({}, LEAKS), "recurrent_gemma": ({}, "no max_position_embeddings"),
@@ -239,6 +239,20 @@ def test_the_context_ends_where_longrope_or_chunks_begin_to_matter_and_not_at_a_
     build(kind, EQUAL[kind], tmp_path)
     assert load_policy(tmp_path).context == context == models.context_of(tmp_path)
 
+def test_an_average_has_the_shares_of_all_weights_and_all_else_of_the_last_model(tiny, tmp_path):
+    AutoModelForCausalLM.from_pretrained(tiny(), dtype=torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    for last in (tiny(), tmp_path / "bf16"):
+        folders = tiny(seed=1), last, tmp_path / f"of {Path(last).name}"
+        models.average(folders[:2], [0.25, 0.75], folders[2])
+        one, other, mean = (load_file(f"{folder}/model.safetensors") for folder in folders)
+        names, lasts = ({path.name for path in Path(folder).iterdir()} for folder in (folders[2], last))
+        assert names == lasts and load_policy(folders[2]) and mean.keys() == one.keys()
+        for name, weight in mean.items():
+            expected = 0.25 * one[name] + 0.75 * other[name].float()
+            assert weight.dtype == other[name].dtype and torch.equal(weight, expected.to(weight.dtype)), name
+    with pytest.raises(Problem, match="its weights have other names"):
+        models.average([tiny(), tiny(reward=True)], [0.5, 0.5], tmp_path / "mixed")
+
 # ---------------------------------------------------------------- two processes
 @pytest.mark.filterwarnings("error:.*view")  # FSDP warns about views
 @pytest.mark.parametrize("module, kind", [(dpo, "granite"), (reward, "qwen3_moe")])
@@ -261,7 +275,7 @@ def test_two_processes_refuse_a_model_in_one_line(written, pairs, tmp_path, capf
                    "--out", str(tmp_path / "out")], 2, code=2)
     assert {line for line in capfd.readouterr().err.splitlines() if "stablelm" in line} == {
         f"dpo.py: {folder}: stablelm models are not supported: packed attention: "
-        "attention is told nothing of who shares a sequence"}
+        "its attention does not get the chats that share a sequence"}
 
 def test_docs_models_md_lists_the_families_that_are_tested_here():
     text = (Path(__file__).parents[1] / "docs" / "models.md").read_text()

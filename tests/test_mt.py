@@ -26,6 +26,7 @@ import sampler
 from common import run
 from common.data import read_jsonl, write_jsonl
 from common.parallel import Problem
+from evals import figures
 from filter import win_rate
 
 WORDS = dict(rounds=1, samples=3, max_new_tokens=12, max_length=64, policy_batch=4, rm_batch=4, beta=0.1,
@@ -147,7 +148,7 @@ def test_a_best_win_rate_below_tau_keeps_the_old_policy_and_ends_the_run(
     assert [selection(here / "round1" / part)["chosen"] for part in ("e1", "e2")[:len(kept)]] == kept
     assert len(list(here.glob("round*/e?/policy"))) == len(kept) - 1
     assert not list(here.glob("round*/*/checkpoints"))
-    assert "no checkpoint reaches 0.7" in capsys.readouterr().out
+    assert "none reaches 0.7, so " in capsys.readouterr().out
     assert same_weights(here / "policy", here / "round1" / "e1" / "policy" if len(kept) > 1 else tiny())
     assert same_weights(here / "rm", here / "round1" / "m" / "rm" if "m" in made else tiny(reward=True))
 
@@ -214,6 +215,12 @@ def test_settings_versions_results_and_metrics_are_on_record(undisturbed, words)
         assert steps == [*range(1, len(steps) + 1)] and steps
         rates = {row["checkpoint"]: row["win_rate"] for row in lines if row["phase"] == f"{step}/selection"}
         assert rates == selection(undisturbed / step)["win_rates"]
+
+def test_a_run_is_named_after_its_script_and_its_ablations(undisturbed):
+    note = json.loads((undisturbed / "run.json").read_text())
+    assert (note["script"], figures.load(undisturbed)["arm"]) == ("mt", "full method")
+    assert figures.arm(note["settings"], "simpo") == "simpo"
+    assert figures.arm(note["settings"] | {"filter": False}, "simpo") == "simpo, no filter"
 
 def test_each_rounds_policy_is_judged_by_the_base_rm_against_the_base(undisturbed, tiny, tmp_path):
     def scored(path):
@@ -364,21 +371,21 @@ def change_note(path, change):
     Path("run/run.json").write_text(json.dumps(note))
 
 @pytest.mark.parametrize("name, damage, message, delete", [
-    ("prompts/s1.jsonl", cut, "run/prompts is not what was written", "prompts round1/e1 round2/m"),
-    ("round1/m/comparisons.jsonl", cut, "is not what was written", "round1/m/preferences.jsonl round1/e2"),
-    ("round2/e1/selection.json", cut, "is not what was written", "round2/e1/policy round2/m round2/e2"),
+    ("prompts/s1.jsonl", cut, "run/prompts has changed since it was written", "prompts round1/e1 round2/m"),
+    ("round1/m/comparisons.jsonl", cut, "has changed since it was", "round1/m/preferences.jsonl round1/e2"),
+    ("round2/e1/selection.json", cut, "has changed since it was", "round2/e1/policy round2/m round2/e2"),
     ("round2/m/rm/model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"),
-     "run/round2/m/rm is not what was written", "round2/m/rm round2/e2"),
-    ("round2/m/preferences.jsonl", make_stale, "was made from another run/round2/", "round2/m/rm round2/e2"),
-    ("round2/m/new.jsonl", forget, "is there, but this run has not written it", "round2/m/new.jsonl"),
-    ("round2/e2/policy", shutil.rmtree, "is gone; put it back", "round2/e2/select round2/e2/selection.json")])
+     "run/round2/m/rm has changed since it was written", "round2/m/rm round2/e2"),
+    ("round2/m/preferences.jsonl", make_stale, "is older than run/round2/", "round2/m/rm round2/e2"),
+    ("round2/m/new.jsonl", forget, "exists, but this run has not written it", "round2/m/new.jsonl"),
+    ("round2/e2/policy", shutil.rmtree, "is missing; put it", "round2/e2/select round2/e2/selection.json")])
 def test_a_changed_result_is_refused_and_deleting_what_the_message_names_makes_the_same_again(
         call, words, copy, undisturbed, name, damage, message, delete):
     damage(copy / name)
     with pytest.raises(Problem, match=message) as problem:
         call(mt, *words(rounds=2))
-    said, _, named = str(problem.value).partition(" delete ")
-    paths = {*re.findall(r"run/[\w./-]+", said if named.startswith("it, ") else named)}
+    said, named = re.split(" delete | deleting ", str(problem.value))
+    paths = {*re.findall(r"run/[\w./-]+", said if named.startswith("it or ") else named)}
     assert {f"run/{path}" for path in delete.split()} <= paths
     run.remove(*paths)
     call(mt, *words(rounds=2))
@@ -452,10 +459,10 @@ def test_bad_settings_prompts_and_models_are_refused_before_anything_is_done(
     for changes, message in [
             (dict(rm=tiny()), "has no reward head"), (dict(select_prompts=0), "needs --select false"),
             (dict(select_prompts=28), "30 different prompts; --select_prompts 28 .* need at least 31"),
-            (dict(prompts=long), "no prompt fits into the context"), (dict(samples=1), "makes no pairs"),
+            (dict(prompts=long), "no prompt fits into its context"), (dict(samples=1), "gives no pairs"),
             (dict(out="run.jsonl"), "must end in .jsonl, and that of a folder must not"),
-            (dict(rm=""), "go together"), (dict(policy=""), "go together"),
-            *((dict([setting]), f"--{setting[0]} .* makes no sense") for setting in dict(
+            (dict(rm=""), "--rm and --prompts together"), (dict(policy=""), "--rm and --prompts together"),
+            *((dict([setting]), f"--{setting[0]} .* is out of range") for setting in dict(
                 samples=0, max_new_tokens=0, rounds=0, top_p=0, micro_batch=0, temperature=-1).items())]:
         with pytest.raises(Problem, match=message):
             call(mt, *words(**changes))

@@ -59,12 +59,12 @@ def test_packed_attention_and_its_gradients_are_those_of_a_dense_mask(monkeypatc
 def test_a_model_that_is_not_told_which_chats_share_a_sequence_refuses_with_or_without_a_mask(tiny):
     model, ids = load_policy(tiny()), torch.tensor([[0, 0, 7, 8, 9], [4, 5, 6, 7, 8]])
     for mask in (None, (ids > 0).long()):
-        with pytest.raises(Problem, match="attention is told nothing of who shares a sequence"):
+        with pytest.raises(Problem, match="its attention does not get the chats that share a sequence"):
             model(ids, attention_mask=mask)
 
 @pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias", "something_new"])
 def test_an_option_that_packed_attention_would_ignore_is_refused(name):
     inputs = collate([row_of([5] * 3, [[]])])["inputs"]
-    with pytest.raises(Problem, match=f"attention has {name}"):
+    with pytest.raises(Problem, match=f"its attention uses {name}"):
         attention(None, *[torch.zeros(1, 2, 3, 8)] * 3, None, chats=inputs["chats"], places=inputs["places"],
                   **{name: 1.0})

@@ -71,7 +71,7 @@ def test_a_folder_in_use_is_refused_and_after_ctrl_c_the_same_command_finishes_t
     first.send_signal(signal.SIGCONT)
     said = first.communicate()[0]
     assert first.returncode == 130 and "Traceback" not in said
-    assert said.endswith("\nmt.py: interrupted; the same command goes on\n")
+    assert said.endswith("\nmt.py: interrupted; the same command continues\n")
     assert not (tmp_path / "run" / "base.jsonl").exists()
     assert contents(run_to_its_end(words, tmp_path)) == contents(finished)
 
@@ -132,7 +132,7 @@ def test_a_full_disk_ends_a_run_in_one_line_and_it_goes_on_when_there_is_room(
     assert [done.returncode for done in ended] == [2, 2, 0]
     for done in ended[:-1]:
         assert done.stderr.startswith("mt.py: ") and done.stderr.count("\n") == 1
-        assert "space left" in done.stderr and "make room and run the same command again" in done.stderr
+        assert "space left" in done.stderr and "free some space and run the same command again" in done.stderr
     ours, theirs = contents(disk / "run"), contents(finished)
     assert ours.keys() == theirs.keys()
     assert all(ours[name] == theirs[name] for name in theirs if name.endswith(".safetensors"))
@@ -142,4 +142,4 @@ def test_an_exceeded_quota_ends_a_script_in_one_line():
     code = f"import safetensors\nfrom common import run\ndef main():\n raise {error}\nrun.launch(main)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert "quota exceeded" in done.stderr and "; make room and run the same command again" in done.stderr
+    assert "quota exceeded (os error 122); free some space and run the same command again" in done.stderr

@@ -81,29 +81,34 @@ class Reader(HTMLParser):
 STATE = dict(policy="base", n=300, win_rate=0.5, reward_r0=0.0, reward_r0_se=0.05, tokens=20.0, finished=1.0)
 
 @pytest.mark.parametrize("values, said", [
-    ((3.0, 3.3, 3.6), "It worked. Gold rose from 3.00 to 3.60."),
-    ((3.0, 3.6, 3.3), "It went too far. Gold went from 3.00 to 3.30; its best was 3.60, of round 1."),
-    ((3.0, 3.6, 2.8), "It harmed. Gold fell from 3.00 to 2.80; its best was 3.60, of round 1."),
-    ((3.0, 3.1, 3.1), "It changed little. Gold went from 3.00 to 3.10.")])
+    ((3.0, 3.3, 3.6), "The policy got better: gold rose from 3.00 to 3.60. More --rounds may add to that."),
+    *(((3.0, 3.6, last), f"The policy got better and then worse: gold rose from 3.00 to 3.60 in round 1 and "
+       f"fell to {last:.2f}. Use the policy of round 1, or try a smaller --policy_lr or --update_rm false.")
+      for last in (3.3, 2.8)),
+    ((3.0, 3.1, 2.8), "The policy got worse: gold fell from 3.00 to 2.80. Keep the base policy, and try a "
+                      "smaller --policy_lr or --update_rm false."),
+    ((3.0, 3.1, 3.1), "The policy hardly changed: gold went from 3.00 to 3.10, within two standard errors. "
+                      "Try more prompts, more --rounds or a larger --policy_lr.")])
 def test_the_verdict_follows_from_gold(values, said):
     states = [STATE | dict(policy=f"round {i}" if i else "base", gold=value, gold_se=0.05)
               for i, value in enumerate(values)]
-    assert figures.verdict(dict(states=states, judge="gold")) == said
+    assert figures.verdict(dict(states=states, judge="gold", steps=[dict(kind="M")])) == said
 
 def test_without_gold_the_base_reward_model_judges_and_cannot_say_whether_it_worked():
     run = dict(states=[STATE, STATE | dict(policy="round 1", reward_r0=0.5)], judge="reward_r0", steps=[])
-    assert figures.verdict(run) == "Reward under the base RM rose from 0.00 to 0.50."
+    assert figures.verdict(run) == ("The policy got better: the reward under the base reward model rose from "
+                                    "0.00 to 0.50. More --rounds may add to that.")
     assert "a benchmark or people" in figures.warnings(run)[0]
     nothing = dict(states=[], judge="reward_r0", steps=[])
-    assert "Nothing here says yet" in figures.verdict(nothing) and figures.warnings(nothing) == []
+    assert "This run is not judged yet" in figures.verdict(nothing) and figures.warnings(nothing) == []
 
 @pytest.mark.parametrize("last, warned", [
     (dict(finished=0.94), "Only 94.0% of the last policy’s answers are finished"),
-    (dict(tokens=25.0), "Answers are 25% longer"), (dict(tokens=15.0), "Answers are 25% shorter"),
-    (dict(win_rate=0.43), "by the reward model in use the last update won 0.860, yet against the base this "
-                          "policy wins 0.430 (0.375 to 0.487)"),
+    (dict(tokens=25.0), "The answers are 25% longer"), (dict(tokens=15.0), "The answers are 25% shorter"),
+    (dict(win_rate=0.43), "says that the last update won 86.0% of prompts, while gold says that it wins "
+                          "43.0% against the base"),
     (dict(gold=2.95, reward_r0=2.0), ""),
-    (dict(gold=2.8, reward_r0=2.0), "while gold fell: over-optimisation"),
+    (dict(gold=2.8, reward_r0=2.0), "over-optimised: its reward rose from 0.00 to 2.00, while gold fell"),
     (dict(finished=0.96, tokens=23.0, win_rate=0.51), "")])
 def test_a_warning_is_given_if_there_is_a_reason_and_only_then(last, warned):
     states = [STATE | dict(gold=3.0, gold_se=0.05) | more for more in ({}, last)]
@@ -127,8 +132,9 @@ def test_the_figures_in_terminal_and_page_are_over_all_rows(run, capsys, monkeyp
     assert f"mean Δr {margin:+.3f}, ε {rows[0]['epsilon']:.3f}" in page
     assert f"margin {margin:+.3f}, epsilon {rows[0]['epsilon']:.3f}" in said
     assert "win rate 0.750 (0.336 to 0.947)" in page and "30 of 30 prompts gave a pair" in page
-    stop = "Stopped in round 1 · E(c): best win rate 0.250 (0.053 to 0.664) < τ = 0.6 (τ is within"
-    assert stop in said and escape(stop) in page
+    stop = ("The run stopped in round 1 · E(c), because the best win rate, 0.250 (0.053 to 0.664), is below "
+            "τ = 0.6. That may be chance, since τ lies in the interval.")
+    assert {figures.verdict(figures.load(run)), stop} < {*said.splitlines()} and escape(stop) in page
     assert page.count("3 of 30 prompts</summary>") == 3
 
 def test_ten_rounds_are_shown_in_order_with_their_models_numbered(run):
@@ -215,8 +221,8 @@ def test_without_matplotlib_one_line_says_what_to_install(run, monkeypatch, caps
     assert [text.count("pip install matplotlib") for text in (page, capsys.readouterr().out)] == [1, 1]
     assert "<svg" not in page and "PM 0 → PM 1" in page
 
-ARMS = {"full": {}, "fixed RM (iterative DPO)": {"update_rm": False}, "no selection": {"select": False},
-        "no filter": {"filter": False},
+ARMS = {"full method": {}, "fixed RM (iterative DPO)": {"update_rm": False},
+        "no selection": {"select": False}, "no filter": {"filter": False},
         "fixed RM (iterative DPO), no selection": {"update_rm": False, "select": False, "filter": False}}
 
 def test_several_runs_are_compared_under_the_names_of_their_ablations(tmp_path, prompts, call):
@@ -247,7 +253,7 @@ def test_a_missing_or_damaged_file_is_a_problem_of_one_line(run, name, text):
 
 def test_a_run_that_has_just_begun_has_a_page(run):
     shutil.rmtree(run / "round1")
-    assert "Unfinished: 0 of 3 steps so far." in written_page(run)
+    assert "The run is not finished: 0 of 3 steps are done." in written_page(run)
 
 def test_long_texts_are_cut_and_the_size_of_the_page_is_limited(tmp_path, prompts):
     run = make_run(tmp_path / "run", prompts, lambda prompt, rng: f"{rng.random()}" + '"' * 60_000)

@@ -3,6 +3,8 @@
 A reward is the logit at the last token of the chat, as plain transformers gives it, whatever else is in the
 batch. What is not a reward model is refused, and so is a reward that is not finite.
 """
+from collections import Counter
+
 import pytest
 import torch
 from conftest import with_weights
@@ -59,7 +61,7 @@ def test_training_gives_a_causal_lm_a_fresh_reward_head_and_says_so(
     call(reward, "--model", tiny(), "--pairs", written("pairs.jsonl", pairs[:20]), "--out", tmp_path / "rm",
          "--lr", 1e-3, "--batch", 5)
     said = capsys.readouterr().out
-    assert "LlamaForCausalLM: training starts with a fresh reward head" in said
+    assert f"{tiny()} is a LlamaForCausalLM, so training starts with a new reward head" in said
     made = load_reward(tmp_path / "rm")  # it has a head now, so that loading succeeds
     assert made.config.num_labels == 1 and made.config.architectures == ["LlamaForSequenceClassification"]
     values = scores(tmp_path / "rm", [(p["prompt"], [p["chosen"], p["rejected"]]) for p in pairs[20:30]])
@@ -68,6 +70,20 @@ def test_training_gives_a_causal_lm_a_fresh_reward_head_and_says_so(
     call(reward, "--model", tmp_path / "rm", "--samples", samples, "--out", tmp_path / "scored.jsonl")
     rows = read_jsonl(tmp_path / "scored.jsonl")
     assert [{k: v for k, v in row.items() if k not in ("score", "rm")} for row in rows] == read_jsonl(samples)
+
+def test_a_judge_sees_the_rewards_of_a_prompts_answers_and_its_scores_replace_them(tiny, samples, tmp_path):
+    def judge(prompt, rows):
+        assert {row["prompt"] for row in rows} == {prompt}
+        return [len(rows) - row["score"] for row in rows]
+
+    judged, rows = tmp_path / "judged.jsonl", read_jsonl(samples)
+    reward.score(tiny(reward=True), rows, tmp_path / "plain.jsonl", 4)
+    reward.score(tiny(reward=True), rows, judged, 4, judge)
+    count = Counter(row["prompt"] for row in rows)
+    assert read_jsonl(judged) == [row | {"score": count[row["prompt"]] - row["score"]}
+                                  for row in read_jsonl(tmp_path / "plain.jsonl")]
+    with pytest.raises(ValueError):  # too few scores
+        reward.score(tiny(reward=True), rows, judged, 4, lambda prompt, rows: rows[1:])
 
 def test_a_pair_with_equal_rewards_counts_as_wrong(tiny, tmp_path, pairs):
     folder = with_weights(tiny(reward=True), tmp_path / "rm",

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import mt
-from common import run, training
+from common import run, toy, training
 from common.data import encode_chat, load_tokenizer, read_json, read_jsonl, response_ids
 from common.models import load_policy
 from common.packing import collate, row_of
 from dpo import ResponseLogps
+from evals import figures
 from filter import win_rate
 from variants import gold_labels, ipo, online_dpo, rest_em, simpo, sppo
 
@@ -91,10 +92,17 @@ def test_online_dpo_runs_with_pairs_of_the_highest_and_the_lowest_reward(variant
 
 def test_sppo_runs_without_m_steps(variant):
     out = variant("sppo")
-    assert not (out / "round1/m").exists()
+    assert figures.load(out)["arm"] == "sppo, fixed RM (iterative DPO)" and not (out / "round1/m").exists()
     for pair, scores in pairs_and_scores(out / "round1/e1"):
         wins = sppo.wins_among(scores)
         assert (pair["chosen_wins"], pair["rejected_wins"]) == (wins.max(), wins.min())
+
+def test_gold_ranks_runs_with_gold_in_the_place_of_the_reward_model(variant, monkeypatch):
+    monkeypatch.setattr(toy, "gold_of", lambda row: len(row["response"]))  # random answers have equal gold
+    out = variant("gold_ranks") / "round1"
+    judged = [row for name in ("samples", "select/*") for file in out.glob(f"e?/{name}.jsonl")
+              for row in read_jsonl(file)]
+    assert len(judged) > 80 and all(row["score"] == len(row["response"]) for row in judged)
 
 def test_rest_em_runs_from_the_base_and_against_it_and_two_processes_give_its_losses(variant):
     out, two = (variant("rest_em", "--policy_batch", 4, processes=processes) for processes in (1, 2))

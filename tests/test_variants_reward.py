@@ -66,7 +66,7 @@ def test_an_ensemble_judges_by_all_its_members_each_with_a_zero_of_its_own(tiny,
         alone.append([row["score"] for row in read_jsonl(tmp_path / f"alone-{name}.jsonl")])
     a, b = np.array(alone) - np.mean(alone, axis=1)[:, None]
     for count in (6, 2):  # the zeros are those of the first call
-        ensemble.judge(str(tmp_path / "rm"), rows[:count], tmp_path / "scored.jsonl", 2)
+        ensemble.score_by_all(str(tmp_path / "rm"), rows[:count], tmp_path / "scored.jsonl", 2)
         scored = read_jsonl(tmp_path / "scored.jsonl")
         assert [row["score"] for row in scored] == pytest.approx(((a + b) / 2 - abs(a - b) / 2)[:count])
         assert scored[1]["members"] == pytest.approx([a[1], b[1]])
