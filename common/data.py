@@ -163,8 +163,8 @@ def prompt_of(where, row):
     name = next((name for name in ("prompt", "messages", "chosen") if row.get(name) is not None), "prompt")
     prompt = row.get(name)
     if unread or prompt is None or name != "prompt" and not isinstance(prompt, list):
-        raise Problem(f"{where}: {', '.join(unread) or 'a prompt'} can't be read; the row has "
-                      f"{', '.join(row)}; wanted is {WANTED}"[:400])
+        problem = f"{', '.join(unread)} can't be read" if unread else "no prompt that can be read"
+        raise Problem(f"{where}: {problem}; the row has {', '.join(row)}; wanted is {WANTED}"[:400])
     while name != "prompt" and is_chat(prompt) and prompt[-1]["role"] == "assistant":
         prompt = prompt[:-1]  # the answer
     if row.get("system") and is_chat(as_messages(prompt)):
@@ -307,8 +307,8 @@ def sample_fields(tokenizer, ids, finished):
     said, facts = ids[:len(ids) - finished], facts_of(tokenizer)
     text = tokenizer.decode(said, clean_up_tokenization_spaces=False)
     plain = not facts.special.intersection(said) and encode_response(tokenizer, text, finished) == ids
-    return dict(response=text, tokens=len(ids), finished=finished) | (
-        {} if plain else dict(ids=ids, tokenizer=facts.digest))
+    kept = {} if plain else dict(ids=ids, tokenizer=facts.digest)
+    return dict(response=text, tokens=len(ids), finished=finished) | kept
 
 def response_ids(tokenizer, pair, side):
     """The tokens of a pair's answer: those that were drawn, if they are there and of this tokenizer."""

@@ -130,8 +130,7 @@ def load_reward(folder, training=False, fresh_head=False, seed=0):
 
 def _load(kind, folder, config, training):
     check_fits(folder, training)
-    # A sharded model refers to itself, so only the garbage collector frees it. That takes 0.2 s. On CPUs it
-    # can wait until the next training, since only one such model is then left.
+    # A sharded model refers to itself, so only a collection frees it. On CPUs that waits for a training.
     if torch.cuda.is_available() or training and dist.is_initialized():
         gc.collect()
         torch.cuda.empty_cache()  # does nothing without a GPU
@@ -158,13 +157,13 @@ def _load(kind, folder, config, training):
 def is_tied(model):
     """Whether the head is the embedding. transformers does not tie them if the files have another head."""
     head = model.get_output_embeddings()
-    return model.config.tie_word_embeddings and (
+    return getattr(model.config, "tie_word_embeddings", False) and (
         head is None or head.weight is model.get_input_embeddings().weight)
 
 # ---------------------------------------------------------------- saving
 def precision():
     """The dtype in which forward passes compute on this device."""
-    return torch.bfloat16 if device().type == "cuda" else torch.float32
+    return torch.float32 if device().type == "cpu" else torch.bfloat16
 
 READ_BACK = set()  # sources: the first model saved from each was read again
 

@@ -278,7 +278,7 @@ def _begin(out, made_from, path):
             raise Problem(f"{path} exists, but this run has not written it; delete it or move it away")
         changed = [source for source in made_from if entry["made_from"].get(source) != made_from[source]]
         if changed:
-            raise Problem(f"{path} is older than {out / changed[0]}; {to_delete(out, results, name)}")
+            raise Problem(f"{path} is not made from this {out / changed[0]}; {to_delete(out, results, name)}")
         if "sha256" not in entry:  # the run was killed after the result was written and before it was noted
             delete(*leftovers(path))
         if entry.setdefault("sha256", digest(path)) != digest(path):

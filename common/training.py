@@ -85,7 +85,6 @@ def optimise(model, steps, loss, *, lr, log, shown="", first_loss=None):
             group["lr"] = learning_rate
         optimizer.step()
         optimizer.zero_grad()
-
         grad_norm = (grad_norm.full_tensor() if hasattr(grad_norm, "full_tensor") else grad_norm).item()
         metrics = dict(zip(sums, sum_over_processes(sums.values())))
         num_tokens += int(metrics.pop("tokens"))

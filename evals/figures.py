@@ -220,7 +220,8 @@ def warnings(run):
         found.append("The first round optimised the base reward model itself. So only a benchmark or people "
                      "can say whether the answers got better.")
     elif above(run, best, last) and last["reward_r0"] > best["reward_r0"]:
-        found.append(f"After {best['policy']} the base reward model was over-optimised: its reward rose from "
+        since = "From the start" if best is first else f"After {best['policy']}"
+        found.append(f"{since} the base reward model was over-optimised: its reward rose from "
                      f"{best['reward_r0']:.2f} to {last['reward_r0']:.2f}, while gold fell.")
     if last["finished"] < 0.95:
         found.append(f"Only {last['finished']:.1%} of the last policy’s answers are finished. "

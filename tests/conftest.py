@@ -89,12 +89,6 @@ def with_weights(source, folder, change):
     save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
     return folder
 
-@pytest.fixture
-def without_numbers(tiny, tmp_path):
-    """The folder of a reward model whose rewards are NaN."""
-    return with_weights(tiny(reward=True), tmp_path / "nan",
-                        lambda weights: weights | {"score.weight": torch.full((1, 32), torch.nan)})
-
 @pytest.fixture(scope="session")
 def prompts():
     """30 different prompts of the embedded task."""

@@ -159,5 +159,5 @@ def test_a_file_that_is_not_df_gamed_or_has_no_instructions_is_refused(call, tin
         with pytest.raises(Problem, match="g.csv: not AlpacaEval's df_gamed.csv"):
             call(eval_script, "alpaca", "--annotations", tmp_path / "a.json", "--gamed", tmp_path / "g.csv")
     path = written("q.jsonl", [dict(question_id=1, turns=[])])
-    with pytest.raises(Problem, match="q.jsonl:1: no prompt"):
+    with pytest.raises(Problem, match="q.jsonl:1: the prompt None can't be read"):
         call(eval_script, "alpaca-generate", "--policy", tiny(), "--prompts", path)

@@ -31,7 +31,7 @@ from common.data import (
     write_jsonl,
 )
 from common.models import load_policy
-from common.packing import pair_rows, whole_chats
+from common.packing import pair_rows
 from common.parallel import Problem
 
 def template(first, user, assistant, prompt, last=""):
@@ -150,13 +150,6 @@ def test_a_template_that_fails_is_refused(text, message):
     tokenizer.chat_template = text
     with pytest.raises(Problem, match=message):
         encode_chat(tokenizer, "a sad poem", "grey waves")
-
-def test_answers_of_one_prompt_share_what_the_template_writes_alike():
-    tokenizer = bpe("Qwen 3")
-    row = whole_chats(tokenizer, "a sad poem", ["grey waves", "grey sea"])
-    assert [[*row.trunk, *branch] for branch in row.branches] == [
-        encode_chat(tokenizer, "a sad poem", answer) for answer in ("grey waves", "grey sea")]
-    assert [*row.trunk] == encode_chat(tokenizer, "a sad poem")
 
 # ---------------------------------------------------------------- special tokens that a message spells
 def test_a_special_token_that_a_message_spells_is_text_or_refused(tokenizer):

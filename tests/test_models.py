@@ -175,7 +175,7 @@ def test_a_family_is_equal_to_plain_transformers(kind, rows, tmp_path):
 def test_a_familys_reward_models_are_equal_to_plain_transformers_or_refused(kind, rows, tmp_path):
     folder = build(kind, EQUAL[kind], tmp_path / "rm", **RM)
     if kind in OTHER_HEADS:
-        with pytest.raises(Problem, match="no linear head `score`"):
+        with pytest.raises(Problem, match="no reward head .score.weight.|no linear head `score`"):
             load_reward(folder)
     else:
         check_rewards(folder, rows)
@@ -238,20 +238,6 @@ def test_the_context_ends_where_longrope_or_chunks_begin_to_matter_and_not_at_a_
         kind, context, tmp_path):
     build(kind, EQUAL[kind], tmp_path)
     assert load_policy(tmp_path).context == context == models.context_of(tmp_path)
-
-def test_an_average_has_the_shares_of_all_weights_and_all_else_of_the_last_model(tiny, tmp_path):
-    AutoModelForCausalLM.from_pretrained(tiny(), dtype=torch.bfloat16).save_pretrained(tmp_path / "bf16")
-    for last in (tiny(), tmp_path / "bf16"):
-        folders = tiny(seed=1), last, tmp_path / f"of {Path(last).name}"
-        models.average(folders[:2], [0.25, 0.75], folders[2])
-        one, other, mean = (load_file(f"{folder}/model.safetensors") for folder in folders)
-        names, lasts = ({path.name for path in Path(folder).iterdir()} for folder in (folders[2], last))
-        assert names == lasts and load_policy(folders[2]) and mean.keys() == one.keys()
-        for name, weight in mean.items():
-            expected = 0.25 * one[name] + 0.75 * other[name].float()
-            assert weight.dtype == other[name].dtype and torch.equal(weight, expected.to(weight.dtype)), name
-    with pytest.raises(Problem, match="its weights have other names"):
-        models.average([tiny(), tiny(reward=True)], [0.5, 0.5], tmp_path / "mixed")
 
 # ---------------------------------------------------------------- two processes
 @pytest.mark.filterwarnings("error:.*view")  # FSDP warns about views

@@ -376,7 +376,7 @@ def change_note(path, change):
     ("round2/e1/selection.json", cut, "has changed since it was", "round2/e1/policy round2/m round2/e2"),
     ("round2/m/rm/model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"),
      "run/round2/m/rm has changed since it was written", "round2/m/rm round2/e2"),
-    ("round2/m/preferences.jsonl", make_stale, "is older than run/round2/", "round2/m/rm round2/e2"),
+    ("round2/m/preferences.jsonl", make_stale, "is not made from this run/round2/", "round2/m/rm round2/e2"),
     ("round2/m/new.jsonl", forget, "exists, but this run has not written it", "round2/m/new.jsonl"),
     ("round2/e2/policy", shutil.rmtree, "is missing; put it", "round2/e2/select round2/e2/selection.json")])
 def test_a_changed_result_is_refused_and_deleting_what_the_message_names_makes_the_same_again(

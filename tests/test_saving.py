@@ -52,7 +52,7 @@ def test_a_bf16_policy_keeps_on_a_cpu_what_it_has_learnt(bf16, call, written, pa
 def test_a_warning_says_if_the_saved_folder_has_lost_the_update(tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(models, "precision", lambda: torch.bfloat16)  # as on GPUs
     monkeypatch.setattr(models, "READ_BACK", {tiny()})
-    for size, said in ((1e-6, "; WARNING: NEXT TO NOTHING"), (1e-2, "")):
+    for size, said in ((1e-8, "; WARNING: NEXT TO NOTHING"), (1e-2, "")):
         policy = load_policy(tiny(), training=True)
         for weight in policy.parameters():
             weight.data += size
