@@ -178,19 +178,20 @@ def verdict(run):
         return ("This run is not judged yet. Policies are judged when a run ends: on the embedded task by "
                 "gold, else by the base reward model on the held-out prompts (not with --select false).")
     first, last, best = states[0], states[-1], max(states, key=lambda state: state[key])
-    judge = "gold" if key == "gold" else "the reward under the base reward model"
+    judge, by = ("gold", "") if key == "gold" else ("its reward", " by the base reward model’s account")
     start, peak, end = (f"{state[key]:.2f}" for state in (first, best, last))
     gentler = "a smaller --policy_lr" + " or --update_rm false" * bool(m_steps(run))
     if above(run, best, first) and above(run, best, last):
-        return (f"The policy got better and then worse: {judge} rose from {start} to {peak} in "
+        return (f"The policy got better and then worse{by}: {judge} rose from {start} to {peak} in "
                 f"{best['policy']} and fell to {end}. Use the policy of {best['policy']}, or try {gentler}.")
     if above(run, first, last):
-        return (f"The policy got worse: {judge} fell from {start} to {end}. Keep the base policy, and try "
-                f"{gentler}.")
+        return (f"The policy got worse{by}: {judge} fell from {start} to {end}. Keep the base policy, and "
+                f"try {gentler}.")
     if above(run, last, first):
-        return f"The policy got better: {judge} rose from {start} to {end}. More --rounds may add to that."
-    return (f"The policy hardly changed: {judge} went from {start} to {end}, within two standard errors. Try "
-            "more prompts, more --rounds or a larger --policy_lr.")
+        return (f"The policy got better{by}: {judge} rose from {start} to {end}. More --rounds may add to "
+                "that.")
+    return (f"The policy hardly changed{by}: {judge} went from {start} to {end}, within two standard errors. "
+            "Try more prompts, more --rounds or a larger --policy_lr.")
 
 def outcome(run):
     """Return a sentence that says how the run ended, or how far it is."""
