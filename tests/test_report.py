@@ -96,8 +96,9 @@ def test_the_verdict_follows_from_gold(values, said):
 
 def test_without_gold_the_base_reward_model_judges_and_cannot_say_whether_it_worked():
     run = dict(states=[STATE, STATE | dict(policy="round 1", reward_r0=0.5)], judge="reward_r0", steps=[])
-    assert figures.verdict(run) == ("The policy got better by the base reward model’s account: its reward rose "
-                                    "from 0.00 to 0.50. More --rounds may add to that.")
+    assert figures.verdict(run) == (
+        "The policy got better by the base reward model’s account: its reward rose from 0.00 to 0.50. "
+        "More --rounds may add to that.")
     assert "a benchmark or people" in figures.warnings(run)[0]
     nothing = dict(states=[], judge="reward_r0", steps=[])
     assert "This run is not judged yet" in figures.verdict(nothing) and figures.warnings(nothing) == []
