@@ -283,7 +283,7 @@ def sample(folder, prompts, path, *, samples, temperature, top_p, max_new_tokens
     encoded = share_work(len(prompts), lambda i: array("i", encode_chat(tokenizer, prompts[i])), "tokens")
     stop_ids = stop_tokens(folder, tokenizer)
     model = replicate(models.load_policy(folder))
-    check_context([row_of(ids, [ids[:1]]) for ids in encoded], model, folder)  # with room for a token
+    check_context([row_of(ids, [ids[:1]]) for ids in encoded], model, folder, "take another model")
     longest = min(model.context, max(map(len, encoded)) + max_new_tokens)
     if longest > cache_tokens(model):
         raise Problem(f"{folder}: a prompt and response of {longest} tokens don't fit into memory beside the "

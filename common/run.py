@@ -50,7 +50,7 @@ def launch(main, **arguments):
             time.sleep(3)  # most problems occur in all processes; let rank 0 alone report them
         text = str(error) if isinstance(error, Problem) else first_line(error)
         if isinstance(error, torch.cuda.OutOfMemoryError):
-            text += "; use a smaller --sample_batch, --score_batch or --micro_batch with the same command"
+            text += "; use a smaller --micro_batch (sampler.py: --sample_batch; mt.py: also --score_batch)"
         elif "o space left" in text or "quota exceeded" in text:
             text += "; free some space and run the same command again: what is finished is kept"
         print(f"{name}: {text}", file=sys.stderr, flush=True)
