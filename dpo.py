@@ -1,6 +1,5 @@
 """Train a policy on preference pairs by DPO: pairs.jsonl -> policy folder. Run alone, this is offline DPO.
 
-    python dpo.py --model MODEL --pairs pairs.jsonl --out runs/policy
     torchrun --nproc-per-node 8 dpo.py --model MODEL --pairs pairs.jsonl --out runs/policy
 
 The reference is the policy itself before the first step. Its log-probabilities are computed once, before

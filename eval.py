@@ -10,13 +10,7 @@
     python eval.py agreement --run runs/mt
     python eval.py report runs/mt                      # or several: RUN RUN --out page.html
 
-winrate           two policies answer each prompt, and a reward model judges the answers
-accuracy          how many labelled pairs a reward model orders correctly (both also at similar length)
-rewardbench       a reward model on the file of RewardBench
-alpaca-generate   a policy's answers for AlpacaEval's judge, and arena-generate for Arena-Hard v0.1's
-alpaca, arena     the scores from what these judges said
-agreement         how often the reward models of a run agree with gold, or with each other
-report            the tables, the picture and the page of one or several runs
+`python eval.py COMMAND --help` explains a command.
 """
 import sys
 from dataclasses import dataclass, replace

@@ -8,8 +8,6 @@ The response with the lowest reward is rejected.
 M-step (`margin_filter`): the new policy's response is taken to be better than the old one's. The comparison
 is dropped if the reward model clearly disagrees: if its reward is lower by at least one standard deviation of
 the old policy's rewards.
-
-A module that says `import filter` loses Python's builtin of that name.
 """
 from dataclasses import dataclass
 

@@ -1,8 +1,7 @@
 """Mutual-Taught (arXiv 2506.06292): a policy and a reward model train each other, without new labels.
 
     torchrun mt.py --rounds 3                              # the embedded task: two minutes on a CPU
-    torchrun --nproc-per-node 8 mt.py --policy meta-llama/Meta-Llama-3-8B-Instruct \\
-        --rm sfairXC/FsfairX-LLaMA3-RM-v0.1 --prompts HuggingFaceH4/ultrafeedback_binarized --out runs/llama3
+    torchrun --nproc-per-node 8 mt.py --policy POLICY --rm RM --prompts PROMPTS --out runs/mt
 
 A round is an E-step, an M-step and another E-step, each on a third of the prompts:
   E-step  sample from the policy, let the reward model (RM) rank the samples, train the policy by DPO on a
@@ -240,7 +239,6 @@ def train_reward(o, preferences, path):
                              micro_batch=o.micro_batch, max_length=o.max_length, recompute=o.recompute)
         models.save(model, o.rm, temporary)
 
-# ---------------------------------------------------------------- the command
 def main(options=Options, **defaults):
     """Run the loop. A variant may give a subclass of Options, with flags of its own, and other defaults."""
     flags = " ".join(f"--{name} {value}" for name, value in (toy.SETTINGS | defaults).items())

@@ -1,7 +1,6 @@
 """Sample responses: prompts -> samples.jsonl.
 
     python sampler.py --model MODEL --prompts prompts.jsonl --out samples.jsonl --samples 5
-    torchrun --nproc-per-node 8 sampler.py --model MODEL --prompts prompts.jsonl --out samples.jsonl
 
 Many responses are decoded together, each in a row of the key-value cache. A prompt is prefilled once, and its
 keys and values are copied into the rows of all its samples. When a response ends, the next one that waits
@@ -64,9 +63,9 @@ def draw(logits, seeds, drawn, temperature, top_p):
     list. seeds, drawn (R,) int64: the seed of each response, and how many tokens it has so far.
 
     `draw` has the distribution of `nucleus` without its sorting, which makes it 3.4 times as fast at a
-    vocabulary of 128k: draw from the whole softmax, and again until the token lies in the nucleus. It lies
-    there if all tokens that are likelier have less than top_p together. The CPU must wait for each list. Two
-    draws go into the first, so mostly no second one is needed."""
+    vocabulary of 128k: draw from the whole softmax, and again until the token lies in the nucleus, as it does
+    if all likelier tokens have less than top_p together. The first two draws are made at once, because the
+    CPU must wait for each list."""
     if temperature == 0:
         tokens = logits.argmax(-1)
         return tokens, tokens.tolist()
@@ -170,9 +169,8 @@ def fp32_product(a, b):
 
 @torch.no_grad()
 def cache_tokens(model):
-    """How many tokens the cache may hold: as many as fit into half of the memory that the weights leave. For
-    Llama-3-8B on 80 GB that is 35 GB, or 64 rows of 4,000 tokens. The device's whole memory counts and not
-    what happens to be free, because the number of rows changes rounding."""
+    """How many tokens fit into half of the memory that the weights leave, whatever is free now, since
+    the number of rows changes rounding. For Llama-3-8B on 80 GB that is 35 GB, 64 rows of 4,000 tokens."""
     verify(model)
     [(layers, _)] = prefill(model, [[0]])  # the keys and values of one token
     token = sum(keys.nbytes + values.nbytes for keys, values in layers)
@@ -264,14 +262,12 @@ def generate(model, prompts, seeds, *, stop_ids, temperature, top_p, max_new_tok
                 if token in stop_ids or len(responses[p][m]) == limits[p]:
                     jobs[row] = None
 
-# ---------------------------------------------------------------- the phase
 def block_size(prompts, filling):
     """How many prompts one block has. A block is what a process takes at a time, and what a kill can lose.
 
     filling: how many prompts fill all rows. Rows idle until the longest response of a block is done: 30% of
     the time if the block fills all rows 4 times, 6% if 28 times. So a block has 4 to 28 fillings. The number
-    of blocks is a multiple of 8, so that 2, 4 or 8 processes end together. No row goes on into the next
-    block, or rounding would depend on the number of processes."""
+    of blocks is a multiple of 8, so that 2, 4 or 8 processes end together."""
     blocks = 8 * -int(-prompts // (8 * 28 * filling))
     return max(1, int(4 * filling), -(-prompts // blocks))
 

@@ -24,9 +24,11 @@ from transformers.utils import chat_template_utils
 from common.parallel import Problem, say
 
 SIDES = ("chosen", "rejected")
+MESSAGES = re.compile(r"\s*(array\()?\[?\s*\{\s*[\"'](role|content|from|value)[\"']\s*:")  # as text
 PAIR_FIELDS = {"weight", *(f"{side}_{name}" for side in SIDES for name in ("finished", "ids", "tokenizer"))}
 WANTED = "a field `prompt` with text, or a list of messages with role and content (text, not parts)"
-UNREAD = ("history", "tools", "conversations", "instruction", "input", "images")  # they change the prompt
+UNREAD = ("history tools conversations conversation instruction input context documents image images videos "
+          "system_prompt system_message chat_template_kwargs").split()  # fields that change the prompt
 
 # ---------------------------------------------------------------- files
 def read_rows(source):
@@ -104,7 +106,7 @@ def write_text(path, text):
     os.replace(temporary, path)
 
 def write_jsonl(path, rows):
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
 
 def first_line(error):
     """The message of a library's exception, as one line without control characters."""
@@ -145,7 +147,8 @@ def as_messages(prompt):
 
 def prompt_id(prompt):
     """A text that is the same for the same conversation, whether it is given as text or as messages."""
-    return json.dumps([[m["role"], m["content"]] for m in as_messages(prompt)], ensure_ascii=False)
+    return json.dumps([[m["role"], m["content"], *sorted(str(item) for item in m.items() if item[0] not in (
+        "role", "content"))] for m in as_messages(prompt)], ensure_ascii=False)
 
 def by_prompt(rows):
     """Yield the rows of each prompt as a list. The rows of a prompt must stand next to each other."""
@@ -177,7 +180,7 @@ def check_prompt(where, prompt):
     messages = as_messages(prompt)
     if not is_chat(messages) or not any(m["content"].strip() for m in messages):
         raise Problem(f"{where}: the prompt {prompt!r:.80} can't be read; wanted is {WANTED}")
-    if isinstance(prompt, str) and re.match(r"\s*\[\s*\{\s*[\"'](role|content)[\"']\s*:", prompt):
+    if isinstance(prompt, str) and MESSAGES.match(prompt):
         raise Problem(f"{where}: the prompt is messages that are written as text; write them as JSON")
     if messages[-1]["role"] == "assistant":
         raise Problem(f"{where}: the prompt must end where the answer begins, not with an assistant turn")
@@ -201,6 +204,8 @@ def read_pairs(source):
         for name in PAIR_FIELDS & row.keys():
             check_field(where, row, name)
         answers = {side: answer_of(where, row, side, prompt) for side in SIDES}
+        if all(map(MESSAGES.match, answers.values())):
+            raise Problem(f"{where}: the answers are messages that are written as text; write them as JSON")
         pairs.append({**row, "prompt": prompt, **answers})
         equal += answers["chosen"] == answers["rejected"] or not all(map(str.strip, answers.values()))
         in_front += isinstance(prompt, str) and all(text.startswith(prompt) for text in answers.values())
@@ -218,6 +223,9 @@ def answer_of(where, row, side, prompt):
     if is_chat(value) and value[-1]["role"] == "assistant":
         if value[:-1] and turns(value[:-1]) not in (asked, asked[asked[0][0] == "system":]):
             raise Problem(f"{where}: the messages in `{side}` don't begin with those of the row's prompt")
+        more = [key for key, item in value[-1].items() if item and key not in ("role", "content", "name")]
+        if more:
+            raise Problem(f"{where}: the answer in `{side}` has {', '.join(more)}, which can't be read")
         value = value[-1]["content"]
     if not isinstance(value, str):
         raise Problem(f"{where}: `{side}` must be text, or messages (text, not parts) that end with the "
@@ -228,7 +236,7 @@ def read_samples(source, *fields):
     """Read a file of responses -> its rows. Each has a prompt and `fields`, or a Problem is raised."""
     rows = read_rows(source)
     for where, row in rows:
-        check_prompt(where, row.get("prompt"))
+        row["prompt"] = prompt_of(where, row)
         for name in fields:
             check_field(where, row, name)
     return [row for _, row in rows]
@@ -259,9 +267,9 @@ def encode_chat(tokenizer, prompt, response=None):
     """The tokens of a chat as its template writes it, with one BOS if the tokenizer uses one. A special token
     that is spelled in a message ("</s>") is text like any other: it is marked, and encoded by itself as text.
 
-    Without a response the chat ends where the answer begins. Policies sample from there, and are trained on
-    `encode_response`, which follows it. With a response it is what reward models read: the whole chat, with
-    EOS at its end if the template writes no stop token. For example, with the template of Zephyr,
+    Without a response the chat ends where the answer begins, and policies sample what follows, or are trained
+    on `encode_response`. With a response it is what reward models read: the whole chat, with EOS at its end
+    if the template writes no stop token. For example, with the template of Zephyr,
 
         encode_chat(t, "Hi")           <|user|>⏎Hi</s>⏎<|assistant|>⏎
         encode_response(t, "Hello")    Hello</s>
@@ -273,6 +281,8 @@ def encode_chat(tokenizer, prompt, response=None):
                else value for key, value in message.items()} for message in messages]
     pieces, ids = write_chat(tokenizer, marked, add_generation_prompt=not answer).split(facts.mark), []
     for number, piece in enumerate(pieces):
+        if number % 2 and not facts.spelled.fullmatch(piece) or len(pieces) % 2 == 0:
+            raise Problem(f"{tokenizer.name_or_path}: its template takes apart a special token in a message")
         ids += text_ids(tokenizer, piece) if number % 2 else tokenizer.encode(piece, add_special_tokens=False)
     ids = ids if ids[:1] == facts.bos else facts.bos + ids
     return ids + [tokenizer.eos_token_id] * (bool(answer) and not facts.writes_stop)
@@ -311,10 +321,11 @@ def sample_fields(tokenizer, ids, finished):
     return dict(response=text, tokens=len(ids), finished=finished) | kept
 
 def response_ids(tokenizer, pair, side):
-    """The tokens of a pair's answer: those that were drawn, if they are there and of this tokenizer."""
-    if pair.get(f"{side}_tokenizer") == facts_of(tokenizer).digest and f"{side}_ids" in pair:
-        return pair[f"{side}_ids"]
-    return encode_response(tokenizer, pair[side], pair.get(f"{side}_finished", True))
+    """The tokens of a pair's answer: those that were drawn, if they are of this tokenizer and this text."""
+    ids, finished = pair.get(f"{side}_ids"), pair.get(f"{side}_finished", True)
+    drawn = ids and pair.get(f"{side}_tokenizer") == facts_of(tokenizer).digest
+    return ids if drawn and sample_fields(tokenizer, ids, finished)["response"] == pair[side] else (
+        encode_response(tokenizer, pair[side], finished))
 
 def stop_tokens(folder, tokenizer):
     """The ids at which a response ends: those in generation_config.json or, if it has none, in config.json,
@@ -338,12 +349,14 @@ def facts_of(tokenizer):
     chat = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "\u241f"}]
     text = write_chat(tokenizer, chat)
     after = tokenizer(text.rpartition("\u241f")[2], add_special_tokens=False)["input_ids"]
-    stops = [i for i in after if i in tokenizer.added_tokens_decoder]
-    special = {i: token.content for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    added = tokenizer.added_tokens_decoder
+    special = {i: token.content for i, token in added.items() if token.special}
+    stops = [i for i in after if i in special] or [
+        i for i in after if i in added and added[i].content.strip()]
     return SimpleNamespace(
         bos=[i for i in tokenizer("")["input_ids"][:1] if i == tokenizer.bos_token_id],
         stop=[*stops, tokenizer.eos_token_id][0], writes_stop=bool(stops),
-        special=special.keys() - {tokenizer.pad_token_id, tokenizer.unk_token_id},
+        special={*special} - {tokenizer.pad_token_id, tokenizer.unk_token_id} | {tokenizer.eos_token_id},
         spelled=re.compile("|".join(map(re.escape, sorted(special.values(), key=len)[::-1])) or "(?!)"),
         mark=f"\ue000{os.urandom(8).hex()}\ue000",
         digest=hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16])

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.core_model_loading import revert_weight_conversion
 
 from common import packing  # noqa: F401  (it registers the attention that models get)
-from common.data import encode_chat, first_line, load_tokenizer
+from common.data import encode_chat, first_line, load_tokenizer, read_json
 from common.parallel import Problem, barrier, device, memory, on_rank0, rank, say, share_work, world
 
 FEW = 0.005  # a warning is given if fewer weights change; 160 of the paper's steps change 0.0125
@@ -38,10 +38,17 @@ def config_of(folder):
     except Exception as error:
         raise Problem(f"{folder}: not a model folder ({first_line(error)})") from None
 
+def files_of(folder):
+    """The files of weights that transformers reads. Others may lie beside them."""
+    whole, index = (Path(folder) / name for name in ("model.safetensors", "model.safetensors.index.json"))
+    if whole.exists() or not index.exists():
+        return [whole] * whole.exists()
+    return [whole.with_name(name) for name in sorted({*read_json(index)["weight_map"].values()})]
+
 def shapes_of(folder):
     """{name: shape} of the weights in a model folder, from the headers of its files."""
     shapes = {}
-    for file in Path(folder).glob("*.safetensors"):
+    for file in files_of(folder):
         try:
             with safe_open(file, "pt") as opened:
                 shapes |= {name: opened.get_slice(name).get_shape() for name in opened.keys()}
@@ -51,7 +58,7 @@ def shapes_of(folder):
 
 def weights_of(folder):
     """{name: tensor} of all weights in a model folder."""
-    return {name: w for file in Path(folder).glob("*.safetensors") for name, w in load_file(file).items()}
+    return {name: w for file in files_of(folder) for name, w in load_file(file).items()}
 
 def check_policy(folder):
     """Return the folder's config. Raise a Problem if its model is a reward model."""
@@ -67,7 +74,7 @@ def check_reward(folder, fresh_head=False):
     config, shapes = config_of(folder), shapes_of(folder)
     labels, kind = shapes.get("score.weight", [None])[0], (config.architectures or ["?"])[0]
     if labels is None and not fresh_head:
-        raise Problem(f"{folder}: {kind} has no reward head (score.weight); "
+        raise Problem(f"{folder}: {kind} has no reward head (score.weight in safetensors); "
                       f"train one: python reward.py --model {folder} --pairs …")
     if labels not in (None, 1) or "score.bias" in shapes:
         raise Problem(f"{folder}: a reward head has one label and no bias; this one has {labels} labels"
@@ -84,7 +91,6 @@ def context_of(folder, config=None):
     if not hasattr(config, "max_position_embeddings"):
         raise Problem(f"{folder}: {config.model_type} models are not supported (no max_position_embeddings)")
     rope = getattr(config, "rope_parameters", None) or {}
-    # `rope` has the parameters of all layers, or a dict of them for each kind of layer.
     ends = [kind["original_max_position_embeddings"] for kind in (rope, *rope.values())
             if isinstance(kind, dict) and kind.get("rope_type") == "longrope"]
     chunk = getattr(config, "attention_chunk_size", None) or math.inf
@@ -104,8 +110,7 @@ def prompts_that_fit(folder, prompts, answer=1):
     return map(list, zip(*fit))
 
 def check_fits(folder, training=False):
-    """Raise a Problem if the model is too large for memory. For sampling and scoring each process has a whole
-    copy. For training the processes share 16 bytes per parameter (training.kept_whole)."""
+    """Raise a Problem if a whole copy, or a process's share of a training, is too large for memory."""
     need = sum(map(math.prod, shapes_of(folder).values())) * (
         16 / world() if training else precision().itemsize)
     if need > memory():
@@ -119,8 +124,7 @@ def load_policy(folder, training=False):
     return _load(AutoModelForCausalLM, folder, check_policy(folder), training)
 
 def load_reward(folder, training=False, fresh_head=False, seed=0):
-    """Load a sequence classifier with one logit. With `fresh_head` a causal LM is taken, too, and gets a new
-    head. Only rank 0 has weights, as in `load_policy`."""
+    """Load a reward model, or with `fresh_head` a causal LM, which gets a new head. Weights: as above."""
     config = check_reward(folder, fresh_head)
     torch.manual_seed(seed)  # the fresh head's
     model = _load(AutoModelForSequenceClassification, folder, config, training)
@@ -143,6 +147,9 @@ def _load(kind, folder, config, training):
             missing = sorted(n for n in info["missing_keys"] if not (headless and n.startswith("score.")))
             if missing:
                 raise ValueError(f"weights are missing: {', '.join(missing[:3])}")
+            unused = sorted(n for n in info["unexpected_keys"] if not n.startswith("lm_head."))
+            if unused:
+                raise ValueError(f"its files have weights that it does not take: {', '.join(unused[:3])}")
             loaded, config = [model], model.config
         config.tie_word_embeddings = on_rank0(lambda: is_tied(*loaded))  # the files decide, not the config
         if rank() > 0:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv
 
-from common.data import SIDES, encode_chat, facts_of, response_ids
+from common.data import SIDES, encode_chat, response_ids
 from common.parallel import Problem, say, share_work
 
 LOGITS = 2**23  # how many logits TokenLogps holds at a time: 32 MB in fp32
@@ -58,10 +58,11 @@ def pair_rows(tokenizer, pairs, max_length, policy=False):
         if len(row.trunk) + max(map(len, row.branches)) <= max_length and all(row.branches):
             return row
 
-    rows, digest = share_work(len(pairs), encode, "tokens"), facts_of(tokenizer).digest
-    others = sum(pair.get(f"{side}_tokenizer", digest) != digest for pair in pairs for side in SIDES)
-    if policy and others:
-        say(f"{others} of {2 * len(pairs)} answers have tokens of another tokenizer; their texts are used")
+    rows = share_work(len(pairs), encode, "tokens")
+    others = sum(f"{side}_ids" in pair and response_ids(tokenizer, pair, side) != pair[f"{side}_ids"]
+                 for pair in pairs for side in SIDES) if policy else 0
+    if others:
+        say(f"{others} of {2 * len(pairs)} answers have tokens of another tokenizer or text: the text counts")
     if not any(rows):
         raise Problem(f"none of {len(pairs)} pairs is short enough for --max_length {max_length}")
     return [row for row in rows if row], [pair for pair, row in zip(pairs, rows) if row]
@@ -86,8 +87,8 @@ def collate(rows, device="cpu"):
 
     inputs: what the model gets. input_ids and position_ids are (1, T); the positions of each branch continue
     those of the trunk. For chats and places see `attention`.
-    targets, sources, owners (N,): for each of the N tokens in branches, the token, the index in the sequence
-    of the token that predicts it, and the number of the answer that it belongs to.
+    targets, sources, owners (N,): of each of the N tokens in branches, the token, the index in the sequence
+    of the token that predicts it, and the number of its answer.
     last (answers,): the index of the last token of each answer."""
     ids, positions, chats, targets, sources, owners = [], [], [], [], [], []
     for trunk, branches in rows:
@@ -116,7 +117,6 @@ def collate(rows, device="cpu"):
 # ---------------------------------------------------------------- attention
 def group_chats(chats, tokens):
     """Chats as lists of indices into a sequence of `tokens` tokens -> (groups, places), for `attention`.
-
     groups: for each group of TOGETHER chats of like length an array (C, L) of indices. Shorter chats are
     padded by repeating their last token. Attention is causal, so the padding changes nothing before it.
     places (tokens,): lay all groups end to end; then the token with index i stands at places[i]."""
@@ -137,7 +137,6 @@ def attention(module, query, key, value, attention_mask, scaling=None, sliding_w
               places=None, kept=None, attend=None, **options):
     """Causal attention within each chat of a packed sequence: query (1, heads, T, D), key and value (1,
     kv_heads, T, D) -> (1, T, heads, D). transformers calls it in each layer, as the attention "packed".
-
     chats, places: of `group_chats`, as tensors. sliding_window: how many tokens a token sees, with itself.
     kept: a list to which the keys and values are added, for the sampler's prefill. attend: a function that
     attends instead of this one, for the sampler's decoding step."""

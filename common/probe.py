@@ -2,8 +2,7 @@
 
 Packing and the sampler's cache rely on attention being the only place where tokens meet, and replace the
 model's attention by our own. A model of which this isn't true computes other hidden states and is refused in
-one line. The check runs in the processes, and on the shards, that then use the model. docs/models.md lists
-which families pass and which are refused.
+one line (docs/models.md). The check runs in the processes, and on the shards, that then use the model.
 """
 from contextlib import contextmanager
 
@@ -37,8 +36,7 @@ def probe_rows(model):
 
 @contextmanager
 def trial(model, part):
-    """Turn any error inside into a Problem that names the part of the check. Meanwhile sliding windows have 6
-    tokens, so that short chats are long enough to test them."""
+    """Turn any error inside into a Problem. Sliding windows have 6 tokens, so that short chats test them."""
     narrow = [(owner, owner.sliding_window) for owner in (model.config.get_text_config(), *model.modules())
               if isinstance(getattr(owner, "sliding_window", None), int)]
     try:

@@ -241,9 +241,9 @@ def phase(work):
     """Make work(o, *sources, path, **more) a phase. It writes the result `path` in the run folder o.out, if
     that is not there yet, and returns `path` as text.
 
-    sources: other results of the run, or models from outside, which count as settings. If the result or a
-    source has changed since the result was made, a Problem names what to delete. `work` may return a sentence
-    to print, or (sentence, tokens) to print a rate as well."""
+    sources: other results of the run, or models from outside, which count as settings. If the result or one
+    of them has changed since, a Problem names what to delete. `work` may return a sentence to print, or
+    (sentence, tokens) to print a rate as well."""
     @functools.wraps(work)
     def once(o, *arguments, path=None, **more):
         *made_from, path = map(Path, [*arguments, path] if path else arguments)

@@ -10,8 +10,7 @@ and a perfect answer greets the reader, writes that many `ADJECTIVE NOUN VERB .`
     dear sister . grey waves weep . lonely dogs sigh . broken sails fade . the end .
 
 The base policy learns from the poems of a mediocre writer. The base reward model learns from noisy labels of
-`gold`, a judge that knows the rules of the task and that no other training sees. So it can say what nobody
-knows of a real run: whether policies and reward models really get better.
+`gold`, a judge that no other training sees. So it can say whether policies and reward models get better.
 """
 import functools
 import hashlib

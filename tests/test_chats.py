@@ -1,8 +1,7 @@
 """pytest tests/test_chats.py
 
 A reward model reads what the chat template writes, a policy is trained on the tokens that it drew, and both
-know where an answer ends. The templates are written anew, and write for these chats what the models' own
-templates write. docs/models.md says where those stand.
+know where an answer ends. docs/models.md says where the models' own templates stand.
 """
 import json
 
@@ -137,20 +136,6 @@ def test_a_template_that_writes_the_date_writes_the_same_one_every_day():
     chat = encode_chat(bpe("Llama 3.2"), "a sad poem")
     assert "Today Date: 26 Jul 2024" in bpe().decode(chat)
 
-def test_prompts_have_the_ids_that_transformers_gives_them(golden):
-    tokenizer = load_tokenizer(golden / "policy")
-    for chat in json.loads((golden / "chat_template.json").read_text()):
-        assert encode_chat(tokenizer, chat["messages"]) == chat["ids"]
-
-@pytest.mark.parametrize("text, message", [
-    ("{{ raise_exception('no system turns') }}", "template fails .*no system turns"),
-    ("{# nothing #}", "template writes nothing")])
-def test_a_template_that_fails_is_refused(text, message):
-    tokenizer = toy.tokenizer()
-    tokenizer.chat_template = text
-    with pytest.raises(Problem, match=message):
-        encode_chat(tokenizer, "a sad poem", "grey waves")
-
 # ---------------------------------------------------------------- special tokens that a message spells
 def test_a_special_token_that_a_message_spells_is_text_or_refused(tokenizer):
     end = tokenizer.eos_token
@@ -207,13 +192,23 @@ def test_a_response_shows_its_special_tokens_and_keeps_its_tokens_only_if_it_mus
     other_stop = [*encode_response(tokenizer, "grey", False), one("</s>")]
     assert sample_fields(tokenizer, other_stop, True)["ids"] == other_stop
 
-def test_tokens_of_another_tokenizer_are_replaced_by_the_text_and_a_line_says_so(capsys):
+def test_tokens_of_another_tokenizer_or_of_another_text_are_not_used_and_a_line_says_so(capsys):
     tokenizer = bpe()
-    pair = dict(prompt="a sad poem", chosen="grey waves", rejected="the sea", chosen_ids=[5, 6],
-                chosen_tokenizer="0123456789abcdef")
-    [row], _ = pair_rows(tokenizer, [pair], 100, policy=True)
-    assert [*row.branches[0]] == encode_response(tokenizer, "grey waves")
-    assert "1 of 2 answers have tokens of another tokenizer; their texts are used" in capsys.readouterr().out
+    ids = [*encode_response(tokenizer, "grey"), tokenizer.eos_token_id]  # another stop
+    digest = facts_of(tokenizer).digest
+    for text, its, used in (("grey<|im_end|>", digest, True), ("grey<|im_end|>", "0", False),
+                            ("grey waves", digest, False)):
+        pair = dict(prompt="a sad poem", chosen=text, rejected="a", chosen_ids=ids, chosen_tokenizer=its)
+        [row], _ = pair_rows(tokenizer, [pair], 100, policy=True)
+        assert [*row.branches[0]] == (ids if used else encode_response(tokenizer, text))
+        assert ("1 of 2 answers have tokens of another tokenizer or text" in capsys.readouterr().out) != used
+
+def test_a_template_that_splits_a_message_at_a_special_token_is_refused():
+    tokenizer = bpe("Qwen 3")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    assert encode_chat(tokenizer, "a sad poem", "grey waves")
+    with pytest.raises(Problem, match="template takes apart a special token in a message"):
+        encode_chat(tokenizer, "a sad poem", "<think>\nit\n</think>\n\ngrey waves")
 
 @pytest.mark.parametrize("which", ["embedded", "bpe", "stories"])
 def test_dpo_starts_from_the_log_probabilities_of_the_drawn_tokens(

@@ -56,7 +56,10 @@ def test_all_ways_to_write_a_pair_are_read_as_the_same_pair(written, row):
 @pytest.mark.parametrize("row, found", [
     (dict(prompt=[user([dict(type="text", text="Hi")])]), "the prompt [{'role': 'user', 'content': [{'type'"),
     (dict(prompt=json.dumps([user("Hi")])), "the prompt is messages that are written as text"),
-    (dict(prompt=str([user("Hi")])), "the prompt is messages that are written as text"),
+    (dict(prompt=str(user("Hi"))), "the prompt is messages that are written as text"),
+    (dict(prompt="Hi", chosen=json.dumps([assistant("good")]), rejected='[{"role": 1}]'), "the answers are"),
+    (dict(prompt="Hi", chosen=[assistant("good") | {"tool_calls": [1]}]), "answer in `chosen` has tool_cal"),
+    (dict(prompt="Hi", context="Ho"), "context can't be read; the row has prompt, context, chosen, rejected"),
     (dict(prompt=dict(role=["user"], content=["Hi"])), "the prompt {'role': ['user'], 'content': ['Hi']} c"),
     (dict(messages=json.dumps([user("Hi")])), "no prompt that can be read; the row has messages, ch"),
     (dict(prompt="Hi", images=["a.png"]), "images can't be read; the row has prompt, images, chosen, reject"),
@@ -65,7 +68,8 @@ def test_all_ways_to_write_a_pair_are_read_as_the_same_pair(written, row):
     (dict(prompt="Hi", chosen_ids=[1.5]), "the chosen_ids [1.5] is not a list of token ids"),
 ])
 def test_other_forms_of_pairs_are_refused_with_what_was_found(written, row, found):
-    path = written("pairs.jsonl", [row | {"chosen": row.get("chosen", "good"), "rejected": "bad"}])
+    path = written("pairs.jsonl", [row | {"chosen": row.get("chosen", "good"),
+                                          "rejected": row.get("rejected", "bad")}])
     with pytest.raises(Problem) as refused:
         read_pairs(path)
     assert str(refused.value).startswith(f"{path}:1: ") and found in str(refused.value)

@@ -147,7 +147,7 @@ CASES = [  # the command, what it is given, and a part of the line that refuses 
     ("toy", "--samples 1", "--samples 1 gives no pairs"),
     ("toy", "--rm RM", "give --policy, --rm and --prompts together"),
     ("mt", "--policy RM", "RM: LlamaForSequenceClassification with a reward head is a reward model, but a"),
-    ("mt", "--rm PM", "PM: LlamaForCausalLM has no reward head (score.weight); train one: python rewa"),
+    ("mt", "--rm PM", "PM: LlamaForCausalLM has no reward head (score.weight in safetensors); train o"),
     ("mt", "--select_prompts 30", "need at least 33"),
     ("mt", "--max_new_tokens 90", "RM: no prompt fits into its context of 96 tokens with an answer of 90"),
     ("dpo", "--out pairs.jsonl/x/out", "pairs.jsonl/x"),

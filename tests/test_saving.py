@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import forked, with_weights
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import dpo
@@ -104,15 +104,18 @@ def test_one_row_of_score_weight_is_a_reward_model_whatever_the_config_says(
 @pytest.mark.parametrize("head, message", [
     ({"score.weight": torch.ones(3, 32)}, "a reward head has one label and no bias; this one has 3 labels"),
     ({"score.bias": torch.ones(1)}, "this one has 1 labels and a bias"),
-    ({"score.weight": None, "v_head.weight": torch.ones(1, 32)}, "has no reward head .score.weight.; train")])
+    ({"score.weight": None, "v_head.weight": torch.ones(1, 32)}, "has no reward head .score.weight in saf")])
 def test_other_heads_are_refused(tiny, tmp_path, head, message):
     folder = with_weights(tiny(reward=True), tmp_path / "rm", lambda weights: {
         name: weight for name, weight in (weights | head).items() if weight is not None})
     with pytest.raises(Problem, match=message):
         load_reward(folder)
 
-def test_a_new_head_is_announced_only_if_there_is_none(tiny, capsys):
-    load_reward(tiny(reward=True), training=True, fresh_head=True)
-    assert capsys.readouterr().out == ""
-    load_reward(tiny(), training=True, fresh_head=True)
-    assert "LlamaForCausalLM without a reward head, so training starts with" in capsys.readouterr().out
+def test_weights_that_the_model_does_not_take_are_refused_and_files_that_it_does_not_read_are_ignored(
+        tiny, tmp_path):
+    folder = with_weights(tiny(), tmp_path / "lora", lambda them: them | {"lora_A.weight": torch.ones(3)})
+    with pytest.raises(Problem, match="its files have weights that it does not take: lora_A.weight"):
+        load_policy(folder)
+    folder = with_weights(tiny(), tmp_path / "stale", dict)
+    save_file({"score.weight": torch.ones(1, 32)}, folder / "consolidated.safetensors")
+    assert load_policy(folder)
