@@ -51,21 +51,20 @@ def pair_rows(tokenizer, pairs, max_length, policy=False):
     def encode(number):
         pair = pairs[number]
         if policy:
-            row = row_of(encode_chat(tokenizer, pair["prompt"]),
-                         [response_ids(tokenizer, pair, side) for side in SIDES])
-        else:
-            row = whole_chats(tokenizer, pair["prompt"], [pair[side] for side in SIDES])
-        if len(row.trunk) + max(map(len, row.branches)) <= max_length and all(row.branches):
-            return row
+            return row_of(encode_chat(tokenizer, pair["prompt"]),
+                          [response_ids(tokenizer, pair, side) for side in SIDES])
+        return whole_chats(tokenizer, pair["prompt"], [pair[side] for side in SIDES])
 
     rows = share_work(len(pairs), encode, "tokens")
-    others = sum(f"{side}_ids" in pair and response_ids(tokenizer, pair, side) != pair[f"{side}_ids"]
-                 for pair in pairs for side in SIDES) if policy else 0
+    others = sum(f"{side}_ids" in pair and pair[f"{side}_ids"] != [*branch] for pair, row in zip(pairs, rows)
+                 for side, branch in zip(SIDES, row.branches)) if policy else 0
     if others:
         say(f"{others} of {2 * len(pairs)} answers have tokens of another tokenizer or text: the text counts")
-    if not any(rows):
+    kept = [(row, pair) for row, pair in zip(rows, pairs)
+            if all(row.branches) and len(row.trunk) + max(map(len, row.branches)) <= max_length]
+    if not kept:
         raise Problem(f"none of {len(pairs)} pairs is short enough for --max_length {max_length}")
-    return [row for row in rows if row], [pair for pair, row in zip(pairs, rows) if row]
+    return tuple(map(list, zip(*kept)))
 
 def how_many(kept, total):
     """A text that says how many of the pairs are short enough, and warns if over a tenth are not."""
