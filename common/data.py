@@ -280,9 +280,9 @@ def encode_chat(tokenizer, prompt, response=None):
     marked = [{key: facts.spelled.sub(facts.mark + r"\g<0>" + facts.mark, value) if isinstance(value, str)
                else value for key, value in message.items()} for message in messages]
     pieces, ids = write_chat(tokenizer, marked, add_generation_prompt=not answer).split(facts.mark), []
+    if len(pieces) % 2 == 0 or not all(map(facts.spelled.fullmatch, pieces[1::2])):
+        raise Problem(f"{tokenizer.name_or_path}: its template takes apart a special token in a message")
     for number, piece in enumerate(pieces):
-        if number % 2 and not facts.spelled.fullmatch(piece) or len(pieces) % 2 == 0:
-            raise Problem(f"{tokenizer.name_or_path}: its template takes apart a special token in a message")
         ids += text_ids(tokenizer, piece) if number % 2 else tokenizer.encode(piece, add_special_tokens=False)
     ids = ids if ids[:1] == facts.bos else facts.bos + ids
     return ids + [tokenizer.eos_token_id] * (bool(answer) and not facts.writes_stop)
