@@ -461,6 +461,7 @@ def test_bad_settings_prompts_and_models_are_refused_before_anything_is_done(
             (dict(select_prompts=28), "30 different prompts; --select_prompts 28 .* need at least 31"),
             (dict(prompts=long), "no prompt fits into its context"), (dict(samples=1), "gives no pairs"),
             (dict(out="run.jsonl"), "must end in .jsonl, and that of a folder must not"),
+            (dict(rm_pairs="new"), "--rm_pairs new must be both, comparisons or ranked"),
             (dict(rm=""), "--rm and --prompts together"), (dict(policy=""), "--rm and --prompts together"),
             *((dict([setting]), f"--{setting[0]} .* is out of range") for setting in dict(
                 samples=0, max_new_tokens=0, rounds=0, top_p=0, micro_batch=0, temperature=-1).items())]:
