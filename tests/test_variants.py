@@ -164,7 +164,8 @@ def test_large_margins_keeps_those_above_epsilon():
 
 GOOD, BETTER, BAD = "merry cows dance .", "merry cows dance . jolly pigs sing . the end .", "and so on ."
 FARM = dict(prompt="two happy lines about the farm", kept=True) | {
-    f"{side}_{name}": True for name in ("finished", "policy") for side in ("new", "old", "chosen", "rejected")}
+    f"{side}_{name}": True for name in ("finished", "policy")
+    for side in ("new", "old", "chosen", "rejected")}
 
 @pytest.mark.parametrize("mix, rm_pairs, expected", [
     (mt.mix, "both", [(GOOD, BAD), (GOOD, BETTER), (BAD, BAD), (BAD, GOOD)]),

@@ -1,10 +1,8 @@
-"""The paper's iterations, each an E-step and an M-step: E(S0), M(S2), E(S1), M(S2) with `--rounds 2`.
+"""The paper's iterations E(S0), M(S2), E(S1), M(S2): the best reward model comes from an M-step at the end.
 
     torchrun -m variants.iterations --rounds 2
 
-The paper's best reward model comes from an M-step after the last E-step, which mt.py's rounds E, M, E don't
-have. Two thirds of the prompts are the policy's, in as many parts as there are rounds; all M-steps use the
-last third. Iteration n makes round<n>/e1/policy and round<n>/m/rm.
+Two thirds of the prompts are the policy's, in a part for each round. One third is used by every M-step.
 """
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,22 +10,24 @@ from pathlib import Path
 import mt
 from common import run
 from common.data import read_jsonl
+from common.parallel import Problem
 
 @dataclass
 class Options(mt.Options):
     rounds: int = run.option(2, "iterations of E, M")
     parts: int = field(init=False)  # in run.json, so that more rounds, which cut other parts, are refused
+
     def __post_init__(self):
         self.parts = self.rounds
 
 @run.phase
 def cut(o, prompts, path):
-    """Cut the policy's two thirds of the prompts into equal parts: 1.jsonl, 2.jsonl, …"""
     rows = read_jsonl(prompts / "s0.jsonl") + read_jsonl(prompts / "s1.jsonl")
-    size = len(rows) // o.parts
+    if len(rows) < o.parts:
+        raise Problem(f"--rounds {o.parts} needs as many prompts for the policy, but there are {len(rows)}")
     with run.writing(path) as temporary:
         for i in range(o.parts):
-            run.write_rows(temporary / f"{i + 1}.jsonl", rows[i * size:][:size])
+            run.write_rows(temporary / f"{i + 1}.jsonl", rows[i::o.parts])
 
 def mutual_taught(o):
     policy, rm, prompts = o.policy, o.rm, Path(mt.split(o, Path(o.out) / "prompts"))
