@@ -163,7 +163,7 @@ CASES = [  # the command, what it is given, and a part of the line that refuses 
         "--new scored.jsonl")],
     ("eval", "accuracy --rm RM --pairs pairs.jsonl --json folder", "Is a directory"),
     ("eval", "accuracy --rm RM --pairs pairs.jsonl --max_length 5", "is short enough for --max_length 5"),
-    ("eval", "nothing", "name a command: winrate, accuracy, rewardbench, alpaca, arena, "),
+    ("eval", "nothing", "name a command: winrate, accuracy, rewardbench, rewardbench2, "),
     ("eval", "rewardbench --rm RM --data pairs.jsonl --prior nan", "--prior nan is out of range"),
     ("eval", "winrate --policy PM --baseline PM --rm RM --prompts prompts.jsonl --max_new_tokens 90",
      "RM: no prompt fits into its context of 96 tokens with an answer of 90"),
