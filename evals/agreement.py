@@ -20,7 +20,7 @@ from evals.stats import JSON, ordered_alike
 @dataclass
 class Agreement:
     run: str = option(help="run folder")
-    prompts: int = option(200, "without gold: how many of each E-step's first prompts are used")
+    first: int = option(200, "without gold: how many of each E-step's first prompts are used")
     score_batch: int = 8
     json: str = option("", JSON)
 
@@ -28,7 +28,7 @@ def agreement(o):
     """Print how often each reward model orders two answers of a policy to a prompt as the judge does (gold,
     or the last reward model), and how often policy and reward model disagree on the pairs for DPO."""
     run, judged = figures.load(o.run), {}
-    answers, rms = answers_of(run, o.prompts), rms_of(run)
+    answers, rms = answers_of(run, o.first), rms_of(run)
     for rm, folder in rms.items():
         model, tokenizer = reward.load(folder)
         judged[rm] = {pm: reward.score_answers(model, tokenizer, [

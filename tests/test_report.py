@@ -278,7 +278,7 @@ def test_agreement_is_how_often_a_reward_model_orders_answers_as_the_judge_does(
     first, last, by_gold = (np.reshape(some, (-1, 5)) for some in (
         *([row["score"] for row in some] for some in scores), [toy.gold_of(row) for row in rows]))
     alike = ordered_alike(first, by_gold if gold else last)  # without gold the last reward model is the judge
-    call(eval_script, "agreement", "--run", run, "--json", tmp_path / "figures.json", "--prompts", 30)
+    call(eval_script, "agreement", "--run", run, "--json", tmp_path / "figures.json", "--first", 30)
     found = json.loads((tmp_path / "figures.json").read_text())
     assert found["agreement"]["base" if gold else "PM 0"]["RM 0"] == pytest.approx(alike)
     assert found["disagreement"] == pytest.approx({f"round1/{part}": 1 - 8.5 / 20 for part in RATES})
