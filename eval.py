@@ -8,7 +8,7 @@
     python eval.py alpaca --annotations annotations.json --gamed df_gamed.csv
     python eval.py arena-generate --policy runs/mt/policy --prompts question.jsonl
     python eval.py arena --judgments MODEL.jsonl
-    python eval.py agreement --run runs/mt
+    python eval.py agreement --run runs/mt             # by an outside judge: --write and --verdicts
     python eval.py report runs/mt                      # or several: RUN RUN --out page.html
 """
 import sys
