@@ -23,16 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import models, probe, run
-from common.data import (
-    encode_chat,
-    load_tokenizer,
-    prompt_id,
-    read_prompts,
-    sample_fields,
-    seed_of,
-    stop_tokens,
-)
+from common import data, models, probe, run
+from common.data import encode_chat, load_tokenizer, prompt_id, sample_fields, seed_of, stop_tokens
 from common.packing import check_context, collate, row_of
 from common.parallel import Problem, memory, replicate, say, share_work
 from common.run import option
@@ -314,7 +306,7 @@ class Options:
 def main():
     o = run.parse(Options)
     folder = models.local_folder(o.model)
-    prompts, repeats = read_prompts(o.prompts)
+    prompts, repeats = data.read_prompts(o.prompts)
     run.claim(o.out, o, file=True)
     if not run.exists(o.out):
         prompts, _ = models.prompts_that_fit(folder, prompts)
