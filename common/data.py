@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+from contextlib import contextmanager
 from datetime import datetime
 from itertools import groupby
 from pathlib import Path
@@ -65,15 +66,14 @@ def _read_json(path):
 def _read_with_datasets(source):
     try:
         import datasets
+    except ImportError:
+        raise Problem(f"{source}: hub ids and parquet files need `pip install datasets`") from None
+    with refusing(f"{source}: could not be loaded"):
         if source.endswith(".parquet"):
             rows = datasets.load_dataset("parquet", data_files=source, split="train")
         else:
             splits = datasets.get_dataset_split_names(source)
             rows = datasets.load_dataset(source, split="train_prefs" if "train_prefs" in splits else "train")
-    except ImportError:
-        raise Problem(f"{source}: hub ids and parquet files need `pip install datasets`") from None
-    except Exception as error:  # the library raises dozens of kinds of errors
-        raise Problem(f"{source}: could not be loaded ({first_line(error)})") from None
     return [(f"{source}:row {number}", row) for number, row in enumerate(rows, 1)]
 
 def from_json(text, path, line=1):
@@ -114,6 +114,14 @@ def first_line(error):
     if "above report" in text:  # a report that transformers writes to its log, which is silenced
         return "its weights have other shapes than config.json says"
     return " ".join(text.split())[:300] or type(error).__name__
+
+@contextmanager
+def refusing(what):
+    """Raise a Problem instead of any error inside. It says `what` is wrong, and in brackets the error."""
+    try:
+        yield
+    except Exception as error:  # libraries raise dozens of kinds
+        raise Problem(f"{what} ({first_line(error)})") from None
 
 # ---------------------------------------------------------------- what fields mean
 def is_number(value):
@@ -248,10 +256,8 @@ def seed_of(*parts):
 # ---------------------------------------------------------------- chats to tokens
 def load_tokenizer(folder):
     """Load a tokenizer. Raise a Problem if it is not a fast one, or has no chat template or no EOS token."""
-    try:
+    with refusing(f"{folder}: no tokenizer could be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:
-        raise Problem(f"{folder}: no tokenizer could be loaded ({first_line(error)})") from None
     if not tokenizer.chat_template:
         raise Problem(f"{folder}: the tokenizer has no chat template (add chat_template.jinja to the folder)")
     if not tokenizer.is_fast or tokenizer.eos_token_id is None:
@@ -289,11 +295,8 @@ def encode_chat(tokenizer, prompt, response=None):
 
 def write_chat(tokenizer, messages, **options):
     """What the chat template writes. Raises a Problem if it fails, as some do at two user turns."""
-    try:
+    with refusing(f"{tokenizer.name_or_path}: its chat template fails at {str(messages)[:80]}…"):
         text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except Exception as error:
-        raise Problem(f"{tokenizer.name_or_path}: its chat template fails at {str(messages)[:80]}… "
-                      f"({first_line(error)})") from None
     if not text.strip():
         raise Problem(f"{tokenizer.name_or_path}: its chat template writes nothing")
     return text

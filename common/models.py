@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.core_model_loading import revert_weight_conversion
 
 from common import packing  # noqa: F401  (it registers the attention that models get)
-from common.data import encode_chat, first_line, load_tokenizer, read_json
+from common.data import encode_chat, load_tokenizer, read_json, refusing
 from common.parallel import Problem, barrier, device, memory, on_rank0, rank, say, share_work, world
 
 FEW = 0.005  # a warning is given if fewer weights change; 160 of the paper's steps change 0.0125
@@ -26,17 +26,13 @@ def local_folder(name):
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise Problem(f"{name}: no such folder")
     patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "*.txt"]
-    try:
+    with refusing(f"{name}: no such folder, and the hub does not give it"):
         return on_rank0(lambda: snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:
-        raise Problem(f"{name}: no such folder, and the hub does not give it ({first_line(error)})") from None
 
 # ---------------------------------------------------------------- checks
 def config_of(folder):
-    try:
+    with refusing(f"{folder}: not a model folder"):
         return AutoConfig.from_pretrained(folder)
-    except Exception as error:
-        raise Problem(f"{folder}: not a model folder ({first_line(error)})") from None
 
 def files_of(folder):
     """The files of weights that transformers reads. Others may lie beside them."""
@@ -49,11 +45,8 @@ def shapes_of(folder):
     """{name: shape} of the weights in a model folder, from the headers of its files."""
     shapes = {}
     for file in files_of(folder):
-        try:
-            with safe_open(file, "pt") as opened:
-                shapes |= {name: opened.get_slice(name).get_shape() for name in opened.keys()}
-        except Exception as error:
-            raise Problem(f"{file}: not a file of weights ({first_line(error)})") from None
+        with refusing(f"{file}: not a file of weights"), safe_open(file, "pt") as opened:
+            shapes |= {name: opened.get_slice(name).get_shape() for name in opened.keys()}
     return shapes
 
 def weights_of(folder):
@@ -139,7 +132,7 @@ def _load(kind, folder, config, training):
         gc.collect()
         torch.cuda.empty_cache()  # does nothing without a GPU
     dtype = torch.float32 if training else precision()
-    try:
+    with refusing(f"{folder}: can't be loaded as a model"):
         if rank() == 0:
             model, info = kind.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="sdpa",
                                                use_safetensors=True, output_loading_info=True)
@@ -155,8 +148,6 @@ def _load(kind, folder, config, training):
         if rank() > 0:
             with torch.device("meta"):
                 model = kind.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    except Exception as error:
-        raise Problem(f"{folder}: can't be loaded as a model ({first_line(error)})") from None
     model.set_attn_implementation("packed")  # after loading, so that models without SDPA fail there
     model.context = context_of(folder, config)
     return model.eval()  # also in training: with dropout the policy would differ from its own reference
@@ -181,12 +172,10 @@ def save(root, source, folder):
     weights = get_model_state_dict(root, options=options) if dist.is_initialized() else root.state_dict()
     if rank() == 0:
         weights = {name.removeprefix("model."): w.to(precision()) for name, w in weights.items()}
-        try:
+        with refusing(f"{folder}: could not be saved"):  # for a full disk tokenizers raises a bare Exception
             _write(root.model, weights, source, Path(folder))
             if source not in READ_BACK:
                 _read_back(type(root.model), weights, folder)
-        except Exception as error:  # for a full disk tokenizers raises a bare Exception
-            raise Problem(f"{folder}: could not be saved: {first_line(error)}") from None
         READ_BACK.add(source)
     barrier()
 
