@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, asdict, field, fields
 from pathlib import Path
 
@@ -335,10 +335,8 @@ def log_lines(path):
     """The lines of a log as dicts, without a line that a kill or a full disk has cut off."""
     found = []
     for line in Path(path).read_text(errors="replace").splitlines() if Path(path).exists() else []:
-        try:
+        with suppress(ValueError, TypeError):
             found.append({"phase": "", **json.loads(line)})
-        except (ValueError, TypeError):
-            pass
     return found
 
 def parts_of(out):
