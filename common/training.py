@@ -165,9 +165,8 @@ def wrap(root, recompute, mesh=None, precision=None):
         for layer in layers:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
     if mesh:
-        for layer in layers:
-            fully_shard(layer, mesh=mesh, mp_policy=precision)
-        fully_shard(root, mesh=mesh, mp_policy=precision)  # embedding, norm and head, which may be tied
+        for module in (*layers, root):  # root: embedding, norm and head, which may be tied
+            fully_shard(module, mesh=mesh, mp_policy=precision)
 
 def kept_whole(parameters, memory, processes, width):
     """Decide whether each process keeps the full gradient, and the full weights, between the micro-batches of
