@@ -86,8 +86,6 @@ def start():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     else:
         keep_freed_memory()
-        if "OMP_NUM_THREADS" not in os.environ:  # more threads than cores would be far slower
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # who has no work left waits for the others
         dist.init_process_group(backend, timeout=timedelta(hours=6))
