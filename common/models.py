@@ -209,6 +209,5 @@ def _write(model, weights, source, folder):
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     for generation in Path(source).glob("generation_config.json") if model.can_generate() else ():
         shutil.copy(generation, folder)
-    model.config.architectures = [type(model).__name__]
-    config = model.config.to_dict() | {"dtype": str(precision()).removeprefix("torch.")}
-    type(model.config).from_dict(config).save_pretrained(folder)
+    model.config.architectures, model.config.dtype = [type(model).__name__], precision()
+    model.config.save_pretrained(folder)
