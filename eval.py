@@ -57,23 +57,20 @@ def winrate(o):
         check_policy(policy)
         prompts, _ = prompts_that_fit(policy, prompts)
     claim(out, replace(o, json=""))
-    rows = {}
+    rewards, characters, found = [], [], {}  # lengths in characters, since tokenizers may differ
     for side, folder in sides.items():
         path = out / f"{side}.jsonl"
         if not exists(path):
             sample_and_score(o, folder, judge, prompts, 1, f"{o.seed}/{side}", path)
-        rows[side] = [row | {"reward": row["score"], "characters": len(row["response"])}
-                      for row in read_jsonl(path)]
-    # Two policies may have different tokenizers, so their lengths are compared in characters.
-    column = {name: [np.array([row[name] for row in some]) for some in rows.values()]
-              for name in ("reward", "characters")}
-    won = wins(*column["reward"])
+        rows = [row | {"reward": row["score"], "characters": len(row["response"])}
+                for row in read_jsonl(path)]
+        rewards.append(np.array([row["reward"] for row in rows]))
+        characters.append(np.array([row["characters"] for row in rows]))
+        found[side] = means(rows, "reward", "tokens", "characters", "finished")
+        say(f"{side:9} reward {rewards[-1].mean():8.4f} ± {standard_error(rewards[-1]):.4f}")
+    won = wins(*rewards)
     say(f"{len(prompts)} prompts, win rate {won.mean():.4f}")
-    found = shares(won, "win_rate", *column["characters"])
-    for (side, some), rewards in zip(rows.items(), column["reward"]):
-        found[side] = means(some, "reward", "tokens", "characters", "finished")
-        say(f"{side:9} reward {rewards.mean():8.4f} ± {standard_error(rewards):.4f}")
-    publish(found, o.json)
+    publish(shares(won, "win_rate", *characters) | found, o.json)
 
 @dataclass
 class Accuracy:
