@@ -3,11 +3,7 @@
     python filter.py --samples scored.jsonl --out pairs.jsonl
     python filter.py --new new.jsonl --old old.jsonl --out comparisons.jsonl
 
-E-step (`choose_pair`): of the responses with a reward above the mean of their prompt, the shortest is chosen.
-The response with the lowest reward is rejected.
-M-step (`margin_filter`): the new policy's response is taken to be better than the old one's. The comparison
-is dropped if the reward model clearly disagrees: if its reward is lower by at least one standard deviation of
-the old policy's rewards.
+The rule of the E-step is `choose_pair`, and that of the M-step is `margin_filter`.
 """
 from dataclasses import dataclass
 
@@ -64,7 +60,8 @@ def fields_of(side, row):
 
 # ---------------------------------------------------------------- M-step
 def margin_filter(new_scores, old_scores):
-    """(N,), (N,) rewards -> (kept (N,) bool, margins (N,), ε). Kept is r(new) − r(old) > −ε.
+    """(N,), (N,) rewards -> (kept (N,) bool, margins (N,), ε). The new response is taken to be better, unless
+    the reward model clearly disagrees: kept is r(new) − r(old) > −ε.
 
     ε is the population standard deviation of the old rewards. For a single prompt, or equal rewards, it is 0,
     and a margin of exactly 0 is dropped. Raises ValueError if a reward is not finite."""
