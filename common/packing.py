@@ -139,11 +139,9 @@ def attention(module, query, key, value, attention_mask, scaling=None, sliding_w
     chats, places: of `group_chats`, as tensors. sliding_window: how many tokens a token sees, with itself.
     kept: a list to which the keys and values are added, for the sampler's prefill. attend: a function that
     attends instead of this one, for the sampler's decoding step."""
-    for name, option in options.items():
+    for name, option in {"attention_mask": attention_mask, **options}.items():
         if name not in HARMLESS and option is not None:
             raise Problem(f"its attention uses {name}")
-    if attention_mask is not None:
-        raise Problem("its attention has a mask of its own")
     if attend is not None:
         return attend(query, key, value, scaling, sliding_window), None
     if chats is None:
