@@ -136,8 +136,7 @@ def _load(kind, folder, config, training):
         if rank() == 0:
             model, info = kind.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="sdpa",
                                                use_safetensors=True, output_loading_info=True)
-            headless = "score.weight" not in shapes_of(folder)
-            missing = sorted(n for n in info["missing_keys"] if not (headless and n.startswith("score.")))
+            missing = sorted(n for n in info["missing_keys"] if not n.startswith("score."))  # a fresh head
             if missing:
                 raise ValueError(f"weights are missing: {', '.join(missing[:3])}")
             unused = sorted(n for n in info["unexpected_keys"] if not n.startswith("lm_head."))
