@@ -62,9 +62,8 @@ def train(folder, pairs, *, lr, batch, micro_batch, max_length, epochs=1, seed=0
             "accuracy": (chosen > rejected).float(), "margin": chosen - rejected,
             "mean_reward": (chosen + rejected) / 2}
 
-    for _ in training.optimise(model, steps, loss, lr=lr, log=log,
-                               shown="margin {margin:+.4f}  accuracy {accuracy:.3f}  "):
-        pass  # no checkpoints are saved on the way
+    list(training.optimise(model, steps, loss, lr=lr, log=log,  # all steps, without a checkpoint on the way
+                           shown="margin {margin:+.4f}  accuracy {accuracy:.3f}  "))
     return model
 
 @torch.inference_mode()

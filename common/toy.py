@@ -229,8 +229,7 @@ def write_demonstrator(prompts, seed, folder, log, more=(), more_words=()):
     def loss(numbers):
         return -model(collate([rows[i] for i in numbers], device())), {}
 
-    for _ in training.optimise(model, steps, loss, lr=SFT["lr"], log=log):
-        pass
+    list(training.optimise(model, steps, loss, lr=SFT["lr"], log=log))  # all steps
     models.save(model, folder, folder)
 
 def write_preferences(policy, prompts, seed, path):
