@@ -27,6 +27,7 @@ import torch.distributed as dist
 import transformers
 from safetensors import SafetensorError
 from tqdm import tqdm
+from transformers.hf_argparser import string_to_bool
 
 from common.data import first_line, write_jsonl, write_text
 from common.parallel import Problem, barrier, device, on_rank0, quiet, rank, say, start, world
@@ -90,10 +91,7 @@ def parse(options, words=None, about=None, **defaults):
         check_number(name, value)
     return chosen
 
-def true_or_false(word):
-    return ("false", "true").index(word.lower()) == 1
-
-KINDS = {bool: dict(type=true_or_false, nargs="?", const=True), list[str]: dict(type=str, nargs="+"),
+KINDS = {bool: dict(type=string_to_bool, nargs="?", const=True), list[str]: dict(type=str, nargs="+"),
          float | None: dict(type=float)}  # how argparse reads a field of this type
 
 def check_number(name, value):

@@ -138,7 +138,7 @@ CASES = [  # the command, what it is given, and a part of the line that refuses 
         ("sample", "--max_new_tokens 1000000000000", "1e+12"), ("mt", "--tau nan", "nan"),
         ("mt", "--rounds -1", "-1"), ("mt", "--policy_lr inf", "inf"), ("mt", "--select_prompts -1", "-1"))],
     ("dpo", "--lr many", "--lr: invalid float value: 'many'"), ("mt", "--rounds 1.5", "--rounds: invalid"),
-    ("mt", "--select maybe", "--select: invalid true_or_false value: 'maybe'"),
+    ("mt", "--select maybe", "--select: Truthy value expected: got maybe but"),
     ("toy", "--seed", "--seed: expected one argument"), ("dpo", "--model", "--model: expected one argument"),
     ("mt", "--beeta 1", "unrecognized arguments: --beeta 1 (see --help)"),
     *[("mt", f"--{gone} 1", f"unrecognized arguments: --{gone} 1") for gone in (
