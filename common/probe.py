@@ -67,8 +67,7 @@ def compare(ours, theirs, size=None):
 
 @torch.no_grad()
 def verify(model):
-    """At the first use of a model, compare packed attention and the head with plain forward passes, and raise
-    a Problem if they differ. Sets model.plain_head: whether logits are just hidden states times a matrix."""
+    """Check a model, once. Sets model.plain_head: whether logits are just hidden states times a matrix."""
     if hasattr(model, "plain_head"):
         return
     for name, weight in model.named_parameters():

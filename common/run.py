@@ -1,9 +1,8 @@
 """What every script needs: the command line, errors in one line, files that are never half written, phases,
 run.json, a log, and work in blocks.
 
-A phase makes one file or folder of a run folder from others. run.json has the digests of each result and of
-what it was made from. So the same command continues a run that was interrupted, and nothing is built on a
-result that is damaged or out of date.
+run.json has the digests of each result and of what it was made from, so that nothing is built on a result
+that is damaged or out of date.
 """
 import argparse
 import ast

@@ -173,9 +173,7 @@ def kept_whole(parameters, memory, processes, width):
     one step. Keeping them saves communication and costs memory. Returns (keep_gradient, keep_weights).
 
     Sharded, a parameter takes 16 bytes (weight, gradient, Adam's two moments in fp32) over the number of
-    processes. Its full gradient takes 4 more, its full weight `width`. All may take two thirds of the memory.
-    8 B on eight GPUs of 80 GB keeps the gradients (48 GB).
-    """
+    processes. Its full gradient takes 4 more, its full weight `width`. Two thirds of memory may be taken."""
     room = memory * 2 / 3 / parameters - 16 / processes
     return 4 <= room, 4 + width <= room
 
