@@ -319,8 +319,7 @@ def log_of(o, path):
 def open_log(path, phase):
     """Return log(**values), which adds a line to the JSONL file `path`. An earlier attempt's are removed."""
     if rank() == 0 and Path(path).exists():
-        kept = [line for line in log_lines(path) if line["phase"] != phase]
-        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_jsonl(path, [line for line in log_lines(path) if line["phase"] != phase])
 
     def log(**values):
         if rank() == 0:
