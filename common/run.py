@@ -287,10 +287,8 @@ def _end(o, path, facts, seconds, begun):
     delete(*leftovers(path))
     with results_of(out) as results:
         results[os.path.relpath(path, out)]["sha256"] = digest(path)
-    if not isinstance(facts, tuple):  # trainings log their tokens
-        rows = [row for row in log_lines(out / "metrics.jsonl") if row["phase"] == name]
-        facts = facts, max((row.get("num_tokens", 0) for row in rows), default=0)
-    facts, tokens = facts
+    logged = [row.get("num_tokens", 0) for row in log_lines(out / "metrics.jsonl") if row["phase"] == name]
+    facts, tokens = facts if isinstance(facts, tuple) else (facts, max(logged, default=0))  # of a training
     if tokens and begun == "now":  # otherwise an earlier attempt has made some of the tokens
         line |= dict(tokens=tokens, tokens_per_second=round(tokens / seconds, 1))
     with open(out / "timings.jsonl", "a") as file:
