@@ -67,7 +67,8 @@ def compare(ours, theirs, size=None):
 
 @torch.no_grad()
 def verify(model):
-    """Check a model, once. Sets model.plain_head: whether logits are just hidden states times a matrix."""
+    """Compare packed attention and the head with plain forward passes at a model's first use. Raise a Problem
+    if they differ. Sets model.plain_head: whether logits are just hidden states times a matrix."""
     if hasattr(model, "plain_head"):
         return
     for name, weight in model.named_parameters():
