@@ -1,16 +1,15 @@
-"""Measure models and look at runs.
+"""Measure models and look at runs. `python eval.py COMMAND --help` explains a command.
 
     python eval.py winrate --policy runs/mt/policy --baseline MODEL --rm RM --prompts prompts.jsonl
     python eval.py accuracy --rm RM --pairs pairs.jsonl
     python eval.py rewardbench --rm runs/mt/rm --data filtered.parquet --json rewardbench.json
+    python eval.py rewardbench2 --rm runs/mt/rm --data test.parquet --json rewardbench2.json
     python eval.py alpaca-generate --policy runs/mt/policy --prompts alpaca_eval.json
     python eval.py alpaca --annotations annotations.json --gamed df_gamed.csv
     python eval.py arena-generate --policy runs/mt/policy --prompts question.jsonl
     python eval.py arena --judgments MODEL.jsonl
-    python eval.py agreement --run runs/mt
+    python eval.py agreement --run runs/mt             # by an outside judge: --write and --verdicts
     python eval.py report runs/mt                      # or several: RUN RUN --out page.html
-
-`python eval.py COMMAND --help` explains a command.
 """
 import sys
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from evals.arena import Arena, ArenaGenerate, arena, arena_generate
 from evals.plots import can_plot, draw_picture
 from evals.report import SHOWN, write_page
 from evals.rewardbench import RewardBench, judge_pairs, rewardbench
+from evals.rewardbench2 import RewardBench2, rewardbench2
 from evals.stats import JSON, means, publish, shares, standard_error
 from filter import wins
 from reward import sample_and_score
@@ -108,10 +108,10 @@ def report(*folders, out=""):
     say(f"page: {path}")
 
 COMMANDS = {"winrate": (WinRate, winrate), "accuracy": (Accuracy, pair_accuracy),
-            "rewardbench": (RewardBench, rewardbench), "alpaca": (Alpaca, alpaca), "arena": (Arena, arena),
-            "alpaca-generate": (AlpacaGenerate, alpaca_generate),
-            "arena-generate": (ArenaGenerate, arena_generate), "agreement": (Agreement, agreement),
-            "report": (Report, lambda o: report(*o.runs, out=o.out))}
+            "rewardbench": (RewardBench, rewardbench), "rewardbench2": (RewardBench2, rewardbench2),
+            "alpaca": (Alpaca, alpaca), "alpaca-generate": (AlpacaGenerate, alpaca_generate),
+            "arena": (Arena, arena), "arena-generate": (ArenaGenerate, arena_generate),
+            "agreement": (Agreement, agreement), "report": (Report, lambda o: report(*o.runs, out=o.out))}
 
 def main():
     command, words = sys.argv[1] if len(sys.argv) > 1 else "", sys.argv[2:]

@@ -84,7 +84,7 @@ def compare(new, old, use_filter=True):
     rows = []
     for after, before, ok, margin in zip(new, old, passed, margins):
         same = after["response"] == before["response"]
-        reason = "identical text" if same else f"margin {'above' if ok else 'at or below'} -epsilon"
+        reason = "identical text" if same else f"{'passes' if ok else 'fails'} the margin filter"
         rows.append(dict(
             prompt=after["prompt"], **fields_of("new", after), **fields_of("old", before),
             margin=float(margin), epsilon=epsilon, kept=bool((ok or not use_filter) and not same),

@@ -62,6 +62,7 @@ class Options:
     update_rm: bool = option(True, "false: no M-step, so iterative DPO", group="the paper's ablations")
     select: bool = option(True, "false: keep the last checkpoint, never stop")
     filter: bool = option(True, "false: the RM trains on all comparisons")
+    rm_pairs: str = option("both", "what the RM trains on: both, comparisons, or ranked (the E-step's pairs)")
     sample_batch: int = option(64, "responses decoded together in each process", "how much fits into memory")
     score_batch: int = option(8, "prompts scored at a time in each process")
     micro_batch: int = option(2, "pairs per forward pass and process in training")
@@ -221,10 +222,10 @@ def mix(o, comparisons, ranked, old_policy, path):
         return {name: row[name] for name in ("prompt", "weight") if name in row}
     rows = [dict(shared(row), chosen=row["new"], rejected=row["old"], source=str(comparisons),
                  chosen_policy=row["new_policy"], rejected_policy=row["old_policy"])
-            for row in read_jsonl(comparisons) if row["kept"]]
+            for row in read_jsonl(comparisons) if row["kept"] and o.rm_pairs != "ranked"]
     rows += [dict(shared(row), chosen=row["chosen"], rejected=row["rejected"], source=str(ranked),
                   chosen_policy=str(old_policy), rejected_policy=str(old_policy))
-             for row in read_jsonl(ranked)]
+             for row in read_jsonl(ranked) if o.rm_pairs != "comparisons"]
     run.write_rows(path, rows)
     return f"{len(rows)} pairs"
 
@@ -233,7 +234,7 @@ def train_reward(o, preferences, path):
     """Train by Bradley-Terry. Each M-step starts from the base reward model, as in the paper."""
     pairs = read_jsonl(preferences)
     if not pairs:
-        raise Problem(f"{preferences}: every comparison was dropped and there are no ranked pairs")
+        raise Problem(f"{preferences}: there are no pairs; was every comparison dropped?")
     with run.writing(path) as temporary:
         model = reward.train(o.rm, pairs, lr=o.rm_lr, batch=o.rm_batch, seed=o.seed, log=run.log_of(o, path),
                              micro_batch=o.micro_batch, max_length=o.max_length, recompute=o.recompute)
@@ -254,6 +255,8 @@ def main(options=Options, **defaults):
         raise Problem("--samples 1 gives no pairs; it must be at least 2")
     if o.select and not o.select_prompts:
         raise Problem("--select_prompts 0 needs --select false")
+    if o.rm_pairs not in ("both", "comparisons", "ranked"):
+        raise Problem(f"--rm_pairs {o.rm_pairs} must be both, comparisons or ranked")
     script = Path(sys.argv[0]).stem
     o = replace(o, out=o.out or f"runs/{'toy' if embedded and script == 'mt' else script}",
                 **(toy.build(o.seed) if embedded else {}))

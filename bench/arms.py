@@ -35,6 +35,8 @@ ARMS = {
     "fixed RM, no selection, no stop": ["--update_rm", "false", "--select", "false"],
     "no selection": ["--select", "false"],
     "no filter": ["--filter", "false"],
+    "comparisons alone": ["--rm_pairs", "comparisons"],
+    "ranked pairs alone": ["--rm_pairs", "ranked"],
     "offline DPO": None,  # see `offline_dpo`
     **dict.fromkeys(["online_dpo", "dpo_fixed_reference", "ipo", "simpo"], ["--update_rm", "false"]),
 }
@@ -42,7 +44,8 @@ VARIANTS = sorted(path.stem for path in HOME.glob("variants/*.py") if "launch(mt
 ARMS |= {name: [] for name in VARIANTS if name not in ARMS}
 COMPARED_WITH = {"fixed RM": range(1, ROUNDS + 1), "offline DPO": [ROUNDS]}  # arm -> after which rounds
 LAST_ROUND = {"win rate against base": "win_rate", "tokens": "tokens",  # column -> field of gold.jsonl
-              "RM accuracy, own answers": "accuracy_current", "seconds": "seconds"}
+              "RM accuracy, own answers": "accuracy_current", "comparisons right": "comparisons_right",
+              "seconds": "seconds"}
 
 def command(script, *words, cwd=None, **more):
     """Run a script or module of the project with `words` as its command line, in the folder `cwd`. more:
@@ -126,7 +129,8 @@ def table(runs):
         cells += [[line[n]["gold"] - beside[min(n, len(beside) - 1)]["gold"]
                    for line, beside in zip(lines, runs[other]) if n < len(line) and arm != other]
                   for other, n in others]
-        cells += [[line[-1][key] for line in lines if key in line[-1]] for key in LAST_ROUND.values()]
+        cells += [[line[-1][key] for line in lines if line[-1].get(key) is not None]
+                  for key in LAST_ROUND.values()]
         print(f"| {arm} | {' | '.join(map(mean_and_error, cells))} |")
 
 def mean_and_error(values):

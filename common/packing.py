@@ -66,10 +66,10 @@ def pair_rows(tokenizer, pairs, max_length, policy=False):
         raise Problem(f"none of {len(pairs)} pairs is short enough for --max_length {max_length}")
     return tuple(map(list, zip(*kept)))
 
-def how_many(kept, total):
+def how_many(kept, total, what="pairs"):
     """A text that says how many of the pairs are short enough, and warns if over a tenth are not."""
-    return f"{kept} pairs ({total - kept} too long)" if total - kept <= total / 10 else (
-        f"{kept} pairs; WARNING: {total - kept} OF {total} ARE TOO LONG AND LEFT OUT")
+    return f"{kept} {what} ({total - kept} too long)" if total - kept <= total / 10 else (
+        f"{kept} {what}; WARNING: {total - kept} OF {total} ARE TOO LONG AND LEFT OUT")
 
 def check_context(rows, model, folder, mend="set a smaller --max_length"):
     """Raise a Problem if a chat is longer than the model's context or has a token that it does not know."""

@@ -75,7 +75,7 @@ def parse(options, words=None, about=None, **defaults):
         description=about or sys.modules[options.__module__].__doc__, usage="%(prog)s [--flag VALUE …]",
         allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error, group = complain, parser
-    for f in fields(options):
+    for f in filter(lambda f: f.init, fields(options)):
         if f.metadata.get("group"):
             group = parser.add_argument_group(f.metadata["group"])
         default = defaults.get(f.name, f.default)

@@ -1,7 +1,10 @@
-"""Measures how often a run's reward models agree with gold on the answers of its policies. Without gold, the
-run's last reward model takes its place.
+"""Measures how often a run's reward models agree with a judge on the answers of its policies. The judge is
+gold or, without gold, the run's last reward model. Or it is an outside one, a model or people. It gets a
+file with two answers of the last policy to each prompt, and sets `chosen` to 0 or 1, the better one's place.
 
     python eval.py agreement --run runs/mt
+    python eval.py agreement --run runs/mt --prompts prompts.jsonl --write verdicts.jsonl
+    python eval.py agreement --run runs/mt --verdicts verdicts.jsonl
 """
 from dataclasses import dataclass
 from itertools import islice
@@ -9,26 +12,36 @@ from itertools import islice
 import numpy as np
 
 import reward
-from common.data import by_prompt
-from common.models import local_folder
+from common.data import by_prompt, check_prompt, prompt_id, read_jsonl, read_prompts, read_rows, seed_of
+from common.models import local_folder, prompts_that_fit
 from common.parallel import Problem, say
-from common.run import option, write_json
+from common.run import claim, exists, option, parts_of, remove, write_json, write_rows
 from common.toy import gold_of
 from evals import figures
-from evals.stats import JSON, ordered_alike
+from evals.alpaca import AlpacaGenerate  # the options on which answers for a judge depend
+from evals.rewardbench import judge_pairs
+from evals.stats import JSON, ordered_alike, publish, share, standard_error
+from sampler import sample
 
 @dataclass
 class Agreement:
     run: str = option(help="run folder")
-    prompts: int = option(200, "without gold: how many of each E-step's first prompts are used")
+    first: int = option(200, "without gold: how many of each E-step's first prompts are used")
+    prompts: str = option("", "with --write: JSONL, JSON, parquet or hub id with a field `prompt`")
+    write: str = option("", "new JSONL file for an outside judge, with two answers to each prompt")
+    verdicts: str = option("", "that file, after the judge has set `chosen` in each row")
     score_batch: int = 8
     json: str = option("", JSON)
 
 def agreement(o):
-    """Print how often each reward model orders two answers of a policy to a prompt as the judge does (gold,
-    or the last reward model), and how often policy and reward model disagree on the pairs for DPO."""
+    """The command. Without an outside judge it prints how often each reward model orders two answers as gold
+    or the last reward model does, and how often policy and reward model disagree on the pairs for DPO."""
+    if bool(o.write) != bool(o.prompts) or o.write and o.verdicts:
+        raise Problem("--prompts and --write belong together, and --verdicts is given without them")
+    if o.write or o.verdicts:
+        return (write_answers if o.write else compare_with_verdicts)(o)
     run, judged = figures.load(o.run), {}
-    answers, rms = answers_of(run, o.prompts), rms_of(run)
+    answers, rms = answers_of(run, o.first), rms_of(run)
     for rm, folder in rms.items():
         model, tokenizer = reward.load(folder)
         judged[rm] = {pm: reward.score_answers(model, tokenizer, [
@@ -45,8 +58,8 @@ def agreement(o):
         say(f"{pm:12}" + "".join(f"{share:8.3f}" for share in row.values()))
     say("PM-RM disagreement: share of the DPO pairs that the policy orders against the reward model")
     apart = disagreement(run)
-    for phase, share in apart.items():
-        say(f"{phase:12}{share:8.3f}")
+    for phase, part in apart.items():
+        say(f"{phase:12}{part:8.3f}")
     if o.json:
         write_json(o.json, dict(agreement=alike, disagreement=apart))
 
@@ -59,10 +72,12 @@ def disagreement(run):
 def rms_of(run):
     """Return {name: folder} of the run's reward models, with the base first."""
     made = [run["folder"] / s["phase"] / "rm" for s in figures.m_steps(run)]
-    base = run["settings"].get("rm")
-    if not base:
-        raise Problem(f"{run['folder']}: run.json does not name the base reward model")
-    return {f"RM {i}": local_folder(str(folder)) for i, folder in enumerate([base, *made])}
+    return {f"RM {i}": local_folder(str(folder)) for i, folder in enumerate([setting(run, "rm"), *made])}
+
+def setting(run, name):
+    if run["settings"].get(name) in (None, ""):
+        raise Problem(f"{run['folder']}: run.json has no setting {name!r}; is it the one that mt.py wrote?")
+    return run["settings"][name]
 
 def answers_of(run, prompts):
     """Return {policy: a list of each prompt's rows}. With gold, these are the answers to the test prompts
@@ -77,3 +92,49 @@ def answers_of(run, prompts):
         rows = {f"PM {s['pm']}": figures.stream(run["folder"] / s["phase"] / "samples.jsonl")
                 for s in figures.e_steps(run)}
     return {pm: list(islice(by_prompt(some), None if run["gold"] else prompts)) for pm, some in rows.items()}
+
+def write_answers(o):
+    """Sample two answers of the run's last policy to each prompt, and write them for the judge in an order
+    that is drawn. A file that is complete is left alone, because it may have verdicts already."""
+    run = figures.load(o.run)
+    made = [run["folder"] / s["phase"] / "policy" for s in figures.e_steps(run) if s["chosen"]]
+    policy = local_folder(str([setting(run, "policy"), *made][-1]))  # a copied run may lack RUN/policy
+    how = {name: setting(run, name) for name in ("temperature", "top_p", "max_new_tokens")}
+    seed, batch = setting(run, "seed"), setting(run, "sample_batch")
+    prompts, _ = prompts_that_fit(rms_of(run)["RM 0"], read_prompts(o.prompts)[0], how["max_new_tokens"])
+    prompts, _ = prompts_that_fit(policy, prompts)
+    try:
+        claim(o.write, AlpacaGenerate(policy, o.prompts, **how, seed=seed, sample_batch=batch), file=True)
+    except Problem as problem:  # other commands call this flag --out
+        raise Problem(str(problem).replace("--out", "--write")) from None
+    if not exists(o.write):
+        raw = parts_of(o.write) / "samples.jsonl"  # in the folder where `claim` looks for unfinished work
+        sample(policy, prompts, raw, samples=2, **how, seed=f"{seed}/judge", rows=batch)
+        rows = [dict(prompt=a["prompt"], answers=sorted(  # by a hash, so that the place says nothing
+            [a["response"], b["response"]], key=lambda text: seed_of(seed, prompt_id(a["prompt"]), text)),
+            chosen=None) for a, b in by_prompt(read_jsonl(raw)) if a["response"] != b["response"]]
+        write_rows(o.write, rows)
+        remove(parts_of(o.write))
+        say(f"{len(rows)} pairs; {len(prompts) - len(rows)} prompts got the same answer twice: left out")
+    say(f"{o.write} is complete; set `chosen` in each row to 0 or 1, the place of the better answer")
+
+def compare_with_verdicts(o):
+    """Print how often each reward model gives the answer that the judge prefers the higher reward. `gain` is
+    the mean difference from the base reward model, pair by pair, so its interval is that of paired data."""
+    pairs = []
+    for where, row in read_rows(o.verdicts):
+        answers, place = row.get("answers"), repr(row.get("chosen"))  # 1.0 and true are not 1
+        if place not in ("0", "1") or not isinstance(answers, list) or [*map(type, answers)] != [str, str]:
+            raise Problem(f"{where}: set `chosen` to 0 or 1, the place of the better one of two texts in "
+                          "`answers`; delete the row if neither is better")
+        pairs.append(dict(prompt=check_prompt(where, row.get("prompt")), chosen=answers[int(place)],
+                          rejected=answers[1 - int(place)]))
+    # All reward models have the tokenizer and the context of the base, so the same pairs fit into each.
+    right = {rm: 1.0 * judge_pairs(folder, pairs, o.score_batch, 10**6)[1]
+             for rm, folder in rms_of(figures.load(o.run)).items()}
+    found = {rm: share(hits, "accuracy") for rm, hits in right.items()}
+    for rm in [*right][1:]:
+        change = right[rm] - right["RM 0"]
+        gain, half = float(change.mean()), 1.959964 * standard_error(change)
+        found[rm] |= dict(gain=gain, gain_ci_low=gain - half, gain_ci_high=gain + half)
+    publish(found, o.json)

@@ -20,7 +20,7 @@ NUMBERS = ("score", "tokens", "margin", "epsilon", "index", "gold", "r0", "se", 
 BASE = ("policy", "n", "win_rate", "reward_r0", "reward_r0_se", "tokens", "finished")
 GOLD = (*BASE, "rm", "gold", "gold_se", "accuracy_base", "accuracy_current", "length_slope")
 STATE = ("gold", "gold_se", "win_rate", "tokens", "reward_r0", "accuracy_base", "accuracy_current",
-         "length_slope")  # the columns of a policy in the terminal's table
+         "length_slope", "comparisons_right")  # the columns of a policy in the terminal's table
 RESULTS = {"e1": "selection.json", "m": "rm", "e2": "selection.json"}  # the last result of each step
 PARTS = ("sampling and scoring", "training", "model selection")        # the parts of a step's time
 
@@ -55,7 +55,8 @@ def load(folder, shown=0):
         settings, versions = ({**note.get(key, {})} for key in ("settings", "versions"))
         run = dict(folder=folder, name=folder.resolve().name, settings=settings, versions=versions,
                    arm=arm(settings, note.get("script", "mt")), steps=steps_of(folder, shown),
-                   seconds=seconds_of(folder))
+                   seconds=seconds_of(folder),
+                   open=any("sha256" not in entry for entry in note.get("results", {}).values()))
         for key, fields in (("metrics", ["phase"]), ("gold", GOLD), ("base", BASE)):
             path = folder / f"{key}.jsonl"
             run[key] = list(stream(path, *fields)) if path.exists() else []
@@ -81,11 +82,13 @@ def seconds_of(folder):
 
 def arm(settings, script):
     """Return the name of the variant that a run is, and the paper's names of its ablations."""
-    off = [key for key in ("update_rm", "select", "filter") if settings.get(key) is False]
-    if "update_rm" in off and "filter" in off:
-        off.remove("filter")  # there is nothing to filter without an M-step
     names = {"update_rm": "fixed RM (iterative DPO)", "select": "no selection", "filter": "no filter"}
-    return ", ".join([script] * (script != "mt") + [names[key] for key in off]) or "full method"
+    if settings.get("update_rm") is False:
+        del names["filter"]  # there is nothing to filter without an M-step
+    off = [names[key] for key in names if settings.get(key) is False]
+    pairs = settings.get("rm_pairs", "both")
+    return ", ".join([script] * (script != "mt") + off + [f"M-step on {pairs}"] * (pairs != "both")
+                     ) or "full method"
 
 def steps_of(run, shown=0):
     """Return the finished E- and M-steps of a run folder as dicts, in order. `pm` and `rm` are the numbers of
@@ -201,9 +204,9 @@ def outcome(run):
         inside = " That may be chance, since τ lies in the interval." * (low < last["tau"] < high)
         return (f"The run stopped in {title(last)}, because the best win rate, "
                 f"{with_interval(last['win_rate'], last['judged'])}, is below τ = {last['tau']}.{inside}")
-    rounds, of_a_round = run["settings"].get("rounds", 0), 2 + (run["settings"].get("update_rm") is not False)
-    if len(run["steps"]) < rounds * of_a_round:
-        return f"The run is not finished: {len(run['steps'])} of {rounds * of_a_round} steps are done."
+    rounds = run["settings"].get("rounds", 0)
+    if run["open"] or not last.get("phase", "").startswith(f"round{rounds}/"):
+        return f"The run is not finished: {len(run['steps'])} steps of {rounds} rounds are done."
     return f"All {rounds} rounds are done." if rounds > 1 else "The round is done."
 
 def warnings(run):
@@ -246,7 +249,8 @@ def tables(run):
             steps.append([s["phase"], "", f"{s['tokens']:.1f}", "", f"{s['kept']}/{s['comparisons']}", "",
                           f"reward model; margin {s['margin']:+.3f}, epsilon {s['epsilon']:.3f}"])
     states = [["policy", "RM", *(key.replace("_", " ") for key in STATE)], *(
-        [s["policy"], s["rm"], *(f"{s[key]:.3f}" for key in STATE)] for s in run["states"] if run["gold"])]
+        [s["policy"], s["rm"], *("-" if s.get(key) is None else f"{s[key]:.3f}" for key in STATE)]
+        for s in run["states"] if run["gold"])]
     lines = [f"\n{run['name']}: {run['arm']}"]
     for rows in [steps, states] if run["gold"] else [steps]:
         widths = [max(map(len, column)) for column in zip(*rows)]

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import reward
-from common import run
+from common import run, toy
 from common.data import read_json, read_jsonl
 from common.run import phase
 from common.toy import gold_of, parts
@@ -76,7 +76,8 @@ def measure(o):
             policy=label, rm=Path(rm).parts[-3] if rm != o.rm else "r0", gold=float(values.mean()),
             gold_se=standard_error(values.mean(1)), n=len(values), win_rate=win_rate(values, base_values),
             **average(rows, 2), accuracy_base=agreement_with_gold(on_base),
-            accuracy_current=agreement_with_gold(on_own), length_slope=length_slope(on_base)))
+            accuracy_current=agreement_with_gold(on_own), length_slope=length_slope(on_base),
+            comparisons_right=right_comparisons(out / label.replace(" ", "") / "m" / "comparisons.jsonl")))
     run.write_rows(out / "gold.jsonl", lines)
 
 def states_of(out, o):
@@ -96,6 +97,15 @@ def agreement_with_gold(rows):
     pairs = list(zip(rows[::2], rows[1::2]))
     return ordered_alike([[row["score"] for row in pair] for pair in pairs],
                          [[gold_of(row) for row in pair] for pair in pairs])
+
+def right_comparisons(path):
+    """Return how often gold prefers the new answer in an M-step's kept comparisons, where it has a
+    preference. None if there was no M-step, or there is nothing to count."""
+    rows = [row for row in read_jsonl(path) if row["kept"]] if path.exists() else []
+    new, old = ([toy.gold(row["prompt"], row[side], row[f"{side}_finished"]) for row in rows]
+                for side in ("new", "old"))
+    better = [a > b for a, b in zip(new, old) if a != b]
+    return float(np.mean(better)) if better else None
 
 def length_slope(rows):
     """Return the slope of reward over length between the two answers to a prompt, in standard deviations of

@@ -10,8 +10,8 @@ from tqdm import tqdm
 import reward
 from common.data import load_tokenizer, read_pairs
 from common.models import context_of, local_folder
-from common.packing import how_many, pair_rows
-from common.parallel import Problem, quiet, say
+from common.packing import how_many, whole_chats
+from common.parallel import Problem, quiet, say, share_work
 from common.run import option
 from evals.stats import JSON, existing, publish
 
@@ -63,6 +63,31 @@ class RewardBench:
     score_batch: int = 8
     max_length: int = option(10**6, "pairs with more tokens, or too long for the RM's context, are left out")
 
+def score_chats(folder, chats, score_batch, max_length, what="pairs"):
+    """Score chats, [(prompt, [answer, …])], with the reward model in `folder` -> for each the rewards of its
+    answers, or None if one of these doesn't fit into `max_length` tokens or into the model's context.
+
+    A line says how many chats, or `what` they are, are left out. A Problem is raised if all are."""
+    tokenizer, limit = load_tokenizer(folder), min(max_length, context_of(folder))
+
+    def fits(number):
+        row = whole_chats(tokenizer, *chats[number])
+        return all(row.branches) and len(row.trunk) + max(map(len, row.branches)) <= limit
+
+    kept = [number for number, fit in enumerate(share_work(len(chats), fits, "tokens")) if fit]
+    if not kept:
+        raise Problem(f"none of {len(chats)} {what} is short enough for --max_length {limit}")
+    if len(kept) < len(chats):
+        say(how_many(len(kept), len(chats), what))
+    model, tokenizer = reward.load(folder)
+    rewards, size = [None] * len(chats), 32 * score_batch
+    for at in tqdm(range(0, len(kept), size), desc=f"scoring {what}", leave=False, disable=quiet()):
+        some = kept[at:at + size]
+        scores = reward.score_answers(model, tokenizer, [chats[i] for i in some], score_batch)
+        for number, values in zip(some, scores):
+            rewards[number] = values
+    return rewards
+
 def judge_pairs(folder, pairs, score_batch, max_length):
     """Return (pairs, right): the pairs that fit into `max_length` tokens and into the context of the reward
     model in `folder`, and (N,) bool, whether the model gives their chosen answers the higher reward.
@@ -70,17 +95,10 @@ def judge_pairs(folder, pairs, score_batch, max_length):
     Equal rewards count as wrong, which is RewardBench's rule (arXiv 2403.13787). A line says how many pairs
     are left out.
     """
-    count, limit = len(pairs), min(max_length, context_of(folder))
-    _, pairs = pair_rows(load_tokenizer(folder), pairs, limit)
-    if len(pairs) < count:
-        say(how_many(len(pairs), count))
-    model, tokenizer = reward.load(folder)
-    right, size = [], 32 * score_batch
-    for at in tqdm(range(0, len(pairs), size), desc="scoring pairs", leave=False, disable=quiet()):
-        some = [(pair["prompt"], [pair["chosen"], pair["rejected"]]) for pair in pairs[at:at + size]]
-        right += [chosen > rejected for chosen, rejected in
-                  reward.score_answers(model, tokenizer, some, score_batch)]
-    return pairs, np.array(right)
+    chats = [(pair["prompt"], [pair["chosen"], pair["rejected"]]) for pair in pairs]
+    rewards = score_chats(folder, chats, score_batch, max_length)
+    return ([pair for pair, values in zip(pairs, rewards) if values],
+            np.array([values[0] > values[1] for values in rewards if values]))
 
 def rewardbench(o):
     pairs = read_pairs(existing(o.data, FILTERED))

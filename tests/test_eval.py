@@ -97,8 +97,9 @@ def test_accuracy_is_given_by_subset_and_written_as_valid_json_even_without_simi
     assert (figures["ci_low"], figures["ci_high"]) == wilson(figures["accuracy"], figures["n"])
 
 @pytest.mark.parametrize("words, message", [
-    ([], "name a command"), (["judge"], "name a command"),
-    (["report", "nowhere"], "not a run folder"), (["agreement", "--run", "nowhere"], "not a run folder"),
+    ([], "name a command"), (["judge"], "name a command"), (["report", "nowhere"], "not a run folder"),
+    (["agreement", "--run", "nowhere"], "not a run folder"), *((["agreement", *w.split()], "together")
+     for w in ("--run x --prompts p", "--run x --write w", "--run x --prompts p --write w --verdicts v")),
     (["alpaca", "--annotations", "nowhere.json", "--gamed", "HERE"], "github.com/tatsu-lab/alpaca_eval"),
     (["alpaca", "--annotations", "HERE", "--gamed", "nowhere.json"], "huggingface.co/datasets/tatsu-lab"),
     (["alpaca-generate", "--policy", "x", "--prompts", "nowhere.json"], "alpaca_eval.json"),

@@ -71,7 +71,7 @@ def test_dropped_comparisons_stay_on_record_and_identical_texts_are_always_dropp
     assert [row["kept"] for row in rows] == kept
     assert [row["margin"] for row in rows] == [3.0, -5.0, 1.0]
     assert [row["reason"] for row in rows] == [
-        "margin above -epsilon", "margin at or below -epsilon", "identical text"]
+        "passes the margin filter", "fails the margin filter", "identical text"]
     assert [row["epsilon"] for row in rows] == pytest.approx([(2 / 3)**0.5] * 3)
     assert rows[1].items() >= dict(prompt="y", new="worse", old="old", new_score=-3.0, old_score=2.0).items()
     with pytest.raises(Problem, match="must answer the same prompts"):

@@ -13,17 +13,19 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from conftest import with_weights
 
 import eval as eval_script
 import reward
 from common import toy
-from common.data import read_jsonl, write_jsonl
+from common.data import by_prompt, read_jsonl, write_jsonl
 from common.parallel import Problem
 from eval import report
 from evals import figures
 from evals.report import TEXT_BYTES
-from evals.stats import ordered_alike
+from evals.stats import ordered_alike, share
 from filter import compare, preference_pairs
+from sampler import sample
 
 RATES = {"e1": {"step-1": 0.5, "step-2": 0.75}, "e2": {"step-1": 0.25}}
 HOSTILE = ['<script>window.pwned=1</script>', '</script><img src=x onerror="window.pwned=1">', '"\'>&amp;<b>',
@@ -254,7 +256,7 @@ def test_a_missing_or_damaged_file_is_a_problem_of_one_line(run, name, text):
 
 def test_a_run_that_has_just_begun_has_a_page(run):
     shutil.rmtree(run / "round1")
-    assert "The run is not finished: 0 of 3 steps are done." in written_page(run)
+    assert "The run is not finished: 0 steps of 1 rounds are done." in written_page(run)
 
 def test_long_texts_are_cut_and_the_size_of_the_page_is_limited(tmp_path, prompts):
     run = make_run(tmp_path / "run", prompts, lambda prompt, rng: f"{rng.random()}" + '"' * 60_000)
@@ -278,7 +280,49 @@ def test_agreement_is_how_often_a_reward_model_orders_answers_as_the_judge_does(
     first, last, by_gold = (np.reshape(some, (-1, 5)) for some in (
         *([row["score"] for row in some] for some in scores), [toy.gold_of(row) for row in rows]))
     alike = ordered_alike(first, by_gold if gold else last)  # without gold the last reward model is the judge
-    call(eval_script, "agreement", "--run", run, "--json", tmp_path / "figures.json", "--prompts", 30)
+    call(eval_script, "agreement", "--run", run, "--json", tmp_path / "figures.json", "--first", 30)
     found = json.loads((tmp_path / "figures.json").read_text())
     assert found["agreement"]["base" if gold else "PM 0"]["RM 0"] == pytest.approx(alike)
     assert found["disagreement"] == pytest.approx({f"round1/{part}": 1 - 8.5 / 20 for part in RATES})
+
+def test_a_judge_gets_the_last_policys_answers_in_drawn_order_and_all_reward_models_are_held_to_its_verdicts(
+        tmp_path, tiny, prompts, call, written, capsys):
+    rms = [tiny(reward=True), tiny(reward=True, seed=3), with_weights(  # the last one rewards all alike
+        tiny(reward=True), tmp_path / "alike", lambda w: w | {"score.weight": 0 * w["score.weight"]})]
+    how = dict(temperature=0.5, top_p=0.5, max_new_tokens=1)
+    run = make_run(tmp_path / "run", prompts, rm=rms[0], policy=tiny(), seed=5, sample_batch=8, **how)
+    shutil.copytree(run / "round1", run / "round2")
+    for name, model in (("1/m/rm", rms[1]), ("2/m/rm", rms[2]), ("2/e1/policy", tiny(seed=2))):
+        shutil.rmtree(run / f"round{name}", ignore_errors=True)
+        (run / f"round{name}").symlink_to(model)
+    command, file, again = ["agreement", "--run", run], tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    ask = [*command, "--prompts", written("p.jsonl", [{"prompt": p} for p in prompts]), "--write"]
+    call(eval_script, *ask, file)
+    call(eval_script, *ask, again)
+    rows, same = read_jsonl(file), file.read_bytes() == again.read_bytes()
+    sample(tiny(seed=2), prompts, again, samples=2, **how, seed="5/judge", rows=3)
+    drawn = {a["prompt"]: [a["response"], b["response"]] for a, b in by_prompt(read_jsonl(again))}
+    assert same and [row["prompt"] for row in rows] == [p for p in prompts if len({*drawn[p]}) == 2]
+    assert all({*row["answers"]} == {*drawn[row["prompt"]]} and row["chosen"] is None for row in rows)
+    assert 0.2 < np.mean([row["answers"] == drawn[row["prompt"]] for row in rows]) < 0.8
+    assert len(rows) < 30 and f"; {30 - len(rows)} prompts got" in capsys.readouterr().out
+    write_jsonl(file, rows := [row | {"chosen": int(row["answers"][1] > row["answers"][0])} for row in rows])
+    call(eval_script, *ask, file)
+    with pytest.raises(Problem, match="choose another --write"):
+        call(eval_script, *ask, file, "--prompts", written("q.jsonl", [{"prompt": prompts[0]}]))
+    assert read_jsonl(file) == rows  # the verdicts are still there
+    call(eval_script, *command, "--verdicts", file, "--json", again)
+    found, right = json.loads(again.read_text()), []
+    for number, rm in enumerate(rms):
+        rewards = reward.score_answers(*reward.load(rm), [(row["prompt"], row["answers"]) for row in rows], 1)
+        right.append([two[row["chosen"]] > two[1 - row["chosen"]] for row, two in zip(rows, rewards)])
+        gains = np.subtract(right[-1], right[0], dtype=float)
+        gain = gains.mean() + 1.959964 * gains.std(ddof=1) / len(rows)**0.5 * np.array([0, -1, 1])
+        assert [*found[f"RM {number}"].values()] == pytest.approx(
+            [*share(right[-1], "accuracy").values(), *gain[:3 * number]])  # RM 0 has no gain
+
+@pytest.mark.parametrize("row", [{"chosen": None}, {"chosen": "1"}, {"chosen": True}, {"answers": ["a"]}])
+def test_a_row_without_a_verdict_is_refused_and_named(call, written, row):
+    good = dict(prompt="p", answers=["a", "b"], chosen=0)
+    with pytest.raises(Problem, match="v.jsonl:2: "):
+        call(eval_script, "agreement", "--run", "x", "--verdicts", written("v.jsonl", [good, good | row]))

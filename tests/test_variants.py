@@ -18,9 +18,9 @@ from common.models import load_policy
 from common.packing import collate, row_of
 from common.parallel import Problem
 from dpo import ResponseLogps
-from evals import figures
+from evals import figures, gold
 from filter import win_rate
-from variants import gold_labels, ipo, online_dpo, rest_em, simpo, sppo
+from variants import gold_labels, ipo, large_margins, online_dpo, rest_em, simpo, sppo
 from variants.ema_reference import average
 
 # What `python tests/peers.py` prints with trl 1.16.0, pair by pair: log-probabilities of chosen and rejected
@@ -131,19 +131,57 @@ def test_rest_em_runs_from_the_base_and_against_it_and_two_processes_give_its_lo
     expected = -logps.sum().item() / sum(len(chat.branches[0]) for chat in first)
     assert losses(out, "round1/e2")[0] == pytest.approx(expected, rel=1e-5)
 
+def test_iterations_are_the_papers_e_and_m_steps_by_the_files_that_they_leave(variant, capfd):
+    def prompts_of(name):
+        return sorted({row["prompt"] for row in read_jsonl(out / f"{name}.jsonl")})
+
+    out = variant("iterations", "--rounds", 2)
+    settings, parts = read_json(out / "run.json")["settings"], [prompts_of("parts/1"), prompts_of("parts/2")]
+    assert len(parts[0]) == len(parts[1])
+    assert sorted(sum(parts, [])) == sorted(prompts_of("prompts/s0") + prompts_of("prompts/s1"))
+    policy, rm = settings["policy"], settings["rm"]
+    for name, part in zip(("round1", "round2"), parts):
+        assert prompts_of(f"{name}/e1/samples") == part
+        assert prompts_of(f"{name}/m/new") == prompts_of("prompts/s2")
+        first, compared = (read_jsonl(out / name / f"{file}.jsonl")[0]
+                           for file in ("e1/samples", "m/comparisons"))
+        assert (first["policy"], first["rm"]) == (compared["old_policy"], compared["rm"]) == (policy, rm)
+        policy, rm = f"{out}/{name}/e1/policy", f"{out}/{name}/m/rm"
+        assert compared["new_policy"] == policy
+        assert {row["source"] for row in read_jsonl(out / name / "m/preferences.jsonl")} == {
+            f"{out}/{name}/m/comparisons.jsonl", f"{out}/{name}/e1/pairs.jsonl"}
+        made_from = read_json(out / "run.json")["results"][f"{name}/m/rm"]["made_from"]
+        assert [*made_from] == [f"{name}/m/preferences.jsonl"]  # and from the base reward model
+    assert [(out / kind).resolve() for kind in ("policy", "rm")] == [Path(policy), Path(rm)]
+    assert figures.outcome(figures.load(out)) == "All 2 rounds are done."
+    with pytest.raises(AssertionError):
+        variant("iterations", "--rounds", 3)
+    assert "parts: 2 there, 3 now" in capfd.readouterr().err
+
+def test_large_margins_keeps_those_above_epsilon():
+    kept, margins, epsilon = large_margins.large_margins([5.0, 2.0, 1.0, 0.0], [0.0, 2.0, 0.0, 2.0])
+    assert (kept.tolist(), margins.tolist(), epsilon) == ([True, False, False, False], [5, 0, 1, -2], 1.0)
+
 GOOD, BETTER, BAD = "merry cows dance .", "merry cows dance . jolly pigs sing . the end .", "and so on ."
 FARM = dict(prompt="two happy lines about the farm", kept=True) | {
-    f"{side}_finished": True for side in ("new", "old", "chosen", "rejected")}
+    f"{side}_{name}": True for name in ("finished", "policy")
+    for side in ("new", "old", "chosen", "rejected")}
 
-def test_gold_labels_orders_the_pairs_of_the_reward_model_by_gold(tmp_path, written):
-    o = mt.Options(out=str(tmp_path / "run"))
+@pytest.mark.parametrize("mix, rm_pairs, expected", [
+    (mt.mix, "both", [(GOOD, BAD), (GOOD, BETTER), (BAD, BAD), (BAD, GOOD)]),
+    (mt.mix, "comparisons", [(GOOD, BAD), (GOOD, BETTER), (BAD, BAD)]), (mt.mix, "ranked", [(BAD, GOOD)]),
+    (gold_labels.mix, "both", [(GOOD, BAD), (BETTER, GOOD), (GOOD, BAD)])])
+def test_the_reward_model_trains_on_kept_comparisons_and_ranked_pairs_which_gold_can_label(
+        tmp_path, written, mix, rm_pairs, expected):
+    o = mt.Options(out=str(tmp_path / "run"), rm_pairs=rm_pairs)
     run.claim(o.out, o)
     comparisons = written("comparisons.jsonl", [FARM | {"new": new, "old": old} | more for new, old, more in (
         (GOOD, BAD, {}), (GOOD, BETTER, {}), (BETTER, BAD, {"kept": False}), (BAD, BAD, {}))])
     ranked = written("pairs.jsonl", [FARM | {"chosen": BAD, "rejected": GOOD}])
-    mixed = gold_labels.mix(o, comparisons, ranked, "policy", tmp_path / "run" / "preferences.jsonl")
-    pairs = [(row["chosen"], row["rejected"]) for row in read_jsonl(mixed)]
-    assert pairs == [(GOOD, BAD), (BETTER, GOOD), (GOOD, BAD)]
+    mixed = mix(o, comparisons, ranked, "policy", tmp_path / "run" / "preferences.jsonl")
+    assert [(row["chosen"], row["rejected"]) for row in read_jsonl(mixed)] == expected
+    assert gold.right_comparisons(comparisons) == 1 / 2  # two of the kept ones differ in gold
+    assert gold.right_comparisons(tmp_path / "nothing.jsonl") is None
 
 def test_an_average_has_the_shares_of_all_weights_and_all_else_of_the_last_model(tiny, tmp_path):
     AutoModelForCausalLM.from_pretrained(tiny(), dtype=torch.bfloat16).save_pretrained(tmp_path / "bf16")
