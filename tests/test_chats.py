@@ -5,7 +5,6 @@ know where an answer ends. docs/models.md says where the models' own templates s
 """
 import json
 
-import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
@@ -27,7 +26,6 @@ from common.data import (
     response_ids,
     sample_fields,
     stop_tokens,
-    write_jsonl,
 )
 from common.models import load_policy
 from common.packing import pair_rows
@@ -210,39 +208,30 @@ def test_a_template_that_splits_a_message_at_a_special_token_is_refused():
     with pytest.raises(Problem, match="template takes apart a special token in a message"):
         encode_chat(tokenizer, "a sad poem", "<think>\nit\n</think>\n\ngrey waves")
 
-@pytest.mark.parametrize("which", ["embedded", "bpe", "stories"])
+@pytest.mark.parametrize("make_tokenizer", [toy.tokenizer, bpe])
 def test_dpo_starts_from_the_log_probabilities_of_the_drawn_tokens(
-        which, tiny, call, written, tmp_path, request, monkeypatch):
+        make_tokenizer, tiny, call, written, tmp_path, monkeypatch):
     # A random model draws any token, so that most responses are none that their text gives back.
-    if which == "stories":
-        folder = str(request.getfixturevalue("shared") / "models" / "stories3M")
-    else:
-        folder = tiny() if which == "embedded" else tiny(tokenizer=bpe(), pad_token_id=0)
-    drawn, keep = {}, sampler.sample_fields
-    monkeypatch.setattr(sampler, "sample_fields", lambda tokenizer, ids, finished: drawn.setdefault(
-        tuple(ids), keep(tokenizer, ids, finished)))
-    prompts = ["a sad poem about the sea", "two happy lines"]
-    samples, scored, chosen, policy = (tmp_path / name for name in (
-        "samples.jsonl", "scored.jsonl", "pairs.jsonl", "policy"))
-    call(sampler, "--model", folder, "--prompts", written("prompts.jsonl", [{"prompt": p} for p in prompts]),
+    folder = tiny(tokenizer=make_tokenizer(), pad_token_id=0)
+    drawn, keep = [], sampler.sample_fields
+    monkeypatch.setattr(sampler, "sample_fields", lambda tokenizer, ids, finished: drawn.append(ids) or keep(
+        tokenizer, ids, finished))
+    samples, pairs, policy = (tmp_path / name for name in ("samples.jsonl", "pairs.jsonl", "policy"))
+    call(sampler, "--model", folder, "--prompts", written("prompts.jsonl", [{"prompt": "a sad poem"}]),
          "--out", samples, "--samples", 2, "--max_new_tokens", 12, "--temperature", 1, "--top_p", 1)
-    rows = [row | {"score": float(number)} for number, row in enumerate(read_jsonl(samples))]
-    write_jsonl(scored, rows)
-    call(filter, "--samples", scored, "--out", chosen)
-    call(dpo, "--model", folder, "--pairs", chosen, "--out", policy, "--lr", 1e-9)
-    step = next(row for row in read_jsonl(policy / "metrics.jsonl") if row.get("step") == 1)
+    rejected, chosen = read_jsonl(samples)
+    scored = written("scored.jsonl", [rejected | {"score": 0.0}, chosen | {"score": 1.0}])
+    call(filter, "--samples", scored, "--out", pairs)
+    call(dpo, "--model", folder, "--pairs", pairs, "--out", policy, "--lr", 1e-9)
+    [step] = [row for row in read_jsonl(policy / "metrics.jsonl") if "loss" in row]
     tokenizer, model = load_tokenizer(folder), load_policy(folder)
     model.set_attn_implementation("sdpa")
-    expected = {}
-    for ids, row in zip(drawn, rows, strict=True):
-        chat = encode_chat(tokenizer, row["prompt"]) + [*ids]
+    for side, ids in zip(("rejected", "chosen"), drawn, strict=True):
+        chat = encode_chat(tokenizer, "a sad poem") + ids
         with torch.no_grad():
             logps = model(torch.tensor([chat])).logits[0, :-1].log_softmax(-1)
-        expected[row["score"]] = logps[range(len(chat) - 1), chat[1:]][-len(ids):].sum().item()
-    pairs = read_jsonl(chosen)
-    for side in SIDES:
-        assert step[f"logps/{side}"] == pytest.approx(
-            np.mean([expected[pair[f"{side}_score"]] for pair in pairs]), abs=1e-3)
+        expected = logps[range(len(chat) - 1), chat[1:]][-len(ids):].sum().item()
+        assert step[f"logps/{side}"] == pytest.approx(expected, abs=1e-3)
 
 # ---------------------------------------------------------------- where a response ends
 @pytest.mark.parametrize("generation, config, stops, said", [

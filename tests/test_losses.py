@@ -24,19 +24,15 @@ from reward import Rewards, bradley_terry_loss
     ((-30.0, -20.0, -20.0, -30.0), 0.01, (-0.1, 0.1)),
     ((-5.0, -9.0, -5.0, -9.0), 0.5, (0.0, 0.0)),  # the policy is its own reference: ln 2
 ])
-def test_dpo_is_minus_log_sigmoid_of_the_margin_between_rewards(logps, beta, rewards):
-    losses, chosen, rejected = dpo_loss(*(torch.tensor([x]) for x in logps), beta)
+def test_dpo_is_minus_log_sigmoid_of_the_margin_in_value_and_in_gradient(logps, beta, rewards):
+    logps = [torch.tensor([x], requires_grad=True) for x in logps]
+    losses, chosen, rejected = dpo_loss(*logps, beta)
     assert losses.item() == pytest.approx(math.log(1 + math.exp(rewards[1] - rewards[0])), rel=1e-5)
     assert (chosen.item(), rejected.item()) == pytest.approx(rewards, abs=1e-6)
-
-def test_dpo_rewards_are_detached_and_the_gradient_is_beta_times_sigmoid_of_minus_the_margin():
-    chosen, rejected = (torch.tensor([x], requires_grad=True) for x in (-1.0, -2.0))
-    losses, *rewards = dpo_loss(chosen, rejected, torch.tensor([-1.5]), torch.tensor([-1.0]), 0.1)
-    assert not any(r.requires_grad for r in rewards)
-    losses.sum().backward()
-    factor = 1 / (1 + math.exp(0.15))  # σ(−margin)
-    assert chosen.grad.item() == pytest.approx(-0.1 * factor, rel=1e-5)
-    assert rejected.grad.item() == pytest.approx(0.1 * factor, rel=1e-5)
+    assert not chosen.requires_grad and not rejected.requires_grad
+    losses.backward()
+    slope = beta / (1 + math.exp(rewards[0] - rewards[1]))  # β · σ(−margin)
+    assert [x.grad.item() for x in logps[:2]] == pytest.approx([-slope, slope], rel=1e-5)
 
 @pytest.mark.parametrize("chosen, rejected, loss", [
     (0.0, 0.0, math.log(2)), (2.0, -1.0, math.log(1 + math.exp(-3))), (-1.0, 2.0, math.log(1 + math.exp(3))),
@@ -47,25 +43,6 @@ def test_bradley_terry_is_minus_log_sigmoid_of_the_difference(chosen, rejected, 
     assert losses.item() == pytest.approx(loss, rel=1e-5)
 
 # ---------------------------------------------------------------- log-probabilities of responses
-@pytest.fixture
-def hidden_head_targets():
-    torch.manual_seed(0)
-    hidden, head = torch.randn(11, 8, requires_grad=True), torch.randn(400, 8, requires_grad=True)
-    return hidden, head, torch.randint(400, (11,))
-
-@pytest.mark.parametrize("width", [400, 1000, 150, 133, 1])
-def test_token_logps_and_their_gradients_are_those_of_log_softmax(monkeypatch, hidden_head_targets, width):
-    hidden, head, targets = hidden_head_targets
-    monkeypatch.setattr(packing, "LOGITS", width * len(hidden))  # so a tile has `width` of the 400 tokens
-    expected = (hidden @ head.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
-    logps = TokenLogps.apply(hidden, head, targets)
-    torch.testing.assert_close(logps, expected)
-    loss = torch.linspace(-1, 2, 11)
-    gradients = torch.autograd.grad(expected @ loss, (hidden, head))
-    for _ in range(2):  # a backward pass must not overwrite what the next one needs
-        ours = torch.autograd.grad(logps @ loss, (hidden, head), retain_graph=True)
-        torch.testing.assert_close(ours, gradients, rtol=1e-4, atol=1e-4)
-
 class Largest(TorchDispatchMode):
     """The largest tensor that any operation returns, in elements."""
     elements = 0
@@ -75,12 +52,21 @@ class Largest(TorchDispatchMode):
         self.elements = max([self.elements, *(x.numel() for x in tree_leaves(result) if torch.is_tensor(x))])
         return result
 
-def test_the_logits_of_all_tokens_never_exist_at_once(monkeypatch, hidden_head_targets):
-    hidden, head, targets = hidden_head_targets
-    monkeypatch.setattr(packing, "LOGITS", 500)
+@pytest.mark.parametrize("width", [400, 1000, 150, 133, 1])
+def test_token_logps_are_those_of_log_softmax_without_the_logits_of_all_tokens_at_once(monkeypatch, width):
+    torch.manual_seed(0)
+    hidden, head = torch.randn(11, 8, requires_grad=True), torch.randn(400, 8, requires_grad=True)
+    targets, loss = torch.randint(400, (11,)), torch.linspace(-1, 2, 11)
+    monkeypatch.setattr(packing, "LOGITS", width * len(hidden))  # so a tile has `width` of the 400 tokens
+    expected = (hidden @ head.T).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    gradients = torch.autograd.grad(expected @ loss, (hidden, head))
     with Largest() as largest:
-        TokenLogps.apply(hidden, head, targets).sum().backward()
-    assert largest.elements == head.numel() < hidden.shape[0] * head.shape[0]
+        logps = TokenLogps.apply(hidden, head, targets)
+        for _ in range(2):  # a backward pass must not overwrite what the next one needs
+            ours = torch.autograd.grad(logps @ loss, (hidden, head), retain_graph=True)
+    torch.testing.assert_close(logps, expected)
+    torch.testing.assert_close(ours, gradients, rtol=1e-4, atol=1e-4)
+    assert largest.elements == max(min(width, 400) * len(hidden), head.numel())
 
 # ---------------------------------------------------------------- TRL's numbers
 @pytest.fixture

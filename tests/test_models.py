@@ -203,10 +203,8 @@ def with_another_scale(query, options):
     return 1.1 * query
 
 @pytest.mark.parametrize("mistake, part, deviation", [
-    (without_chats, "packed attention", 0.02), (without_chats, "packed attention", 0.002),
-    (without_window, "packed attention", 0.02), (without_window, "packed attention", 0.002),
-    (without_window, "the sampler's cache", 0.02), (without_window, "the sampler's cache", 0.002),
-    (with_another_scale, "the sampler's cache", 0.1)])
+    (without_chats, "packed attention", 0.002), (without_window, "packed attention", 0.002),
+    (without_window, "the sampler's cache", 0.002), (with_another_scale, "the sampler's cache", 0.1)])
 def test_a_mistake_in_attention_is_noticed_even_if_weights_are_small_and_windows_long(
         monkeypatch, tmp_path, mistake, part, deviation):
     def mistaken(module, query, key, value, mask, **options):
@@ -254,14 +252,6 @@ def test_two_processes_train_a_scaled_head_or_experts_as_one_process_does(
     names, expected = (load_file(tmp_path / name / "model.safetensors").keys() for name in ("two", "model"))
     assert names == expected  # they are named as on the hub
     assert kind == "granite" or "model.layers.0.mlp.experts.3.up_proj.weight" in names
-
-def test_two_processes_refuse_a_model_in_one_line(written, pairs, tmp_path, capfd):
-    folder = build("stablelm", {}, tmp_path / "policy")
-    forked("dpo", ["--model", folder, "--pairs", str(written("pairs.jsonl", pairs[:8])), "--batch", "4",
-                   "--out", str(tmp_path / "out")], 2, code=2)
-    assert {line for line in capfd.readouterr().err.splitlines() if "stablelm" in line} == {
-        f"dpo.py: {folder}: stablelm models are not supported: packed attention: "
-        "its attention does not get the chats that share a sequence"}
 
 def test_docs_models_md_lists_the_families_that_are_tested_here():
     text = (Path(__file__).parents[1] / "docs" / "models.md").read_text()

@@ -4,7 +4,6 @@ The loop, run tiny with real models: which prompts and models go where, when it 
 it goes on after an interruption, and what it refuses to build on.
 """
 import contextlib
-import gc
 import io
 import json
 import os
@@ -26,21 +25,19 @@ import sampler
 from common import run
 from common.data import read_jsonl, write_jsonl
 from common.parallel import Problem
-from evals import figures
 from filter import win_rate
 
-WORDS = dict(rounds=1, samples=3, max_new_tokens=12, max_length=64, policy_batch=4, rm_batch=4, beta=0.1,
-             policy_lr=1e-3, rm_lr=1e-3, save_every=1, select_prompts=6, tau=0.0, sample_batch=16)
+WORDS = dict(rounds=1, samples=3, max_new_tokens=12, max_length=64, policy_batch=2, rm_batch=4, beta=0.1,
+             policy_lr=1e-3, rm_lr=1e-3, save_every=3, select_prompts=6, tau=0.0, sample_batch=16)
 E_STEPS = ("round1/e1", "round1/e2", "round2/e1", "round2/e2")
 TRAINED_FROM = []  # the folders that reward.train started from in the fixture `undisturbed`
-gc.freeze()  # loading a model collects garbage, and need not search all that was imported
 
 @pytest.fixture(scope="module")
 def words(tiny, prompts, tmp_path_factory):
     """words(rounds=2, …) -> the command line of a run in ./run, with 6 prompts for model selection and three
-    subsets of 8."""
+    subsets of 8. Two more prompts are left out: one is repeated, and one too long for an answer of 12."""
     path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    write_jsonl(path, [{"prompt": p} for p in [*prompts, prompts[3]]])
+    write_jsonl(path, [{"prompt": p} for p in [*prompts, prompts[3], "sad " * 85]])
     fixed = dict(policy=tiny(), rm=tiny(reward=True), prompts=path, out="run")
 
     def line(**changes):
@@ -94,9 +91,6 @@ def contents(folder):
             found[str(path.relative_to(folder))] = path.read_bytes()
     return found | {"metrics.jsonl": sorted(found["metrics.jsonl"].splitlines())}
 
-def same(one, other):
-    return contents(one) == contents(other)
-
 # ---------------------------------------------------------------- which prompts and models go where
 def test_selection_prompts_and_subsets_are_disjoint_and_complete_and_depend_on_the_seed(
         undisturbed, prompts, words, here):
@@ -143,7 +137,7 @@ def test_a_best_win_rate_below_tau_keeps_the_old_policy_and_ends_the_run(
         yield from ((step, 2, policy) for step in (1, 2))
     monkeypatch.setattr(mt.dpo, "train", two_steps)
     monkeypatch.setattr(filter_script, "win_rate", lambda *_: next(given))
-    call(mt, *words(rounds=3, tau=0.7, update_rm=update_rm, policy_batch=32))
+    call(mt, *words(rounds=3, tau=0.7, update_rm=update_rm, policy_batch=32, save_every=1))
     assert sorted(path.name for path in here.glob("round*/*")) == made.split()
     assert [selection(here / "round1" / part)["chosen"] for part in ("e1", "e2")[:len(kept)]] == kept
     assert len(list(here.glob("round*/e?/policy"))) == len(kept) - 1
@@ -156,21 +150,23 @@ def test_the_checkpoint_with_the_highest_win_rate_is_kept_and_the_others_are_del
     for folder in (undisturbed / step for step in E_STEPS):
         choice, scores = selection(folder), {
             file.stem: [row["score"] for row in read_jsonl(file)] for file in folder.glob("select/*.jsonl")}
-        before, steps = scores.pop("before"), -(-len(read_jsonl(folder / "pairs.jsonl")) // 4)
+        before, steps = scores.pop("before"), -(-len(read_jsonl(folder / "pairs.jsonl")) // 2)
         assert choice["win_rates"] == {step: win_rate(scores[step], before) for step in scores}
-        assert scores.keys() == {f"step-{i + 1}" for i in range(steps)} and steps > 1  # a checkpoint per step
+        assert scores.keys() == {"step-3", f"step-{steps}"} and steps == 4  # every 3 steps, and at the end
         assert choice["win_rates"][choice["chosen"]] == max(choice["win_rates"].values())
         assert not (folder / "checkpoints").exists()
 
 def test_without_selection_the_last_checkpoint_is_kept_and_without_rm_updates_the_base_rm_judges(
-        call, words, here, tiny):
+        call, words, here, tiny, monkeypatch):
+    saved, save = [], mt.models.save
+    monkeypatch.setattr(mt.models, "save", lambda *a: saved.append(a[-1].name) or save(*a))
     call(mt, *words(select=False, tau=2.0, update_rm=False))
     assert sorted(path.name for path in (here / "round1").iterdir()) == ["e1", "e2"]
     for part in ("e1", "e2"):
-        steps = -(-len(read_jsonl(here / "round1" / part / "pairs.jsonl")) // 4)
         choice = selection(here / "round1" / part)
-        assert (choice["chosen"], choice["win_rates"]) == (f"step-{steps}", {})
+        assert (choice["chosen"], choice["win_rates"]) == ("step-4", {})
         assert choice["rm"] == tiny(reward=True) and not (here / "round1" / part / "select").exists()
+    assert saved == ["step-4", "step-4"]  # of four steps, the last alone
     assert same_weights(here / "policy", here / "round1" / "e2" / "policy")
     assert same_weights(here / "rm", tiny(reward=True))
 
@@ -216,12 +212,6 @@ def test_settings_versions_results_and_metrics_are_on_record(undisturbed, words)
         rates = {row["checkpoint"]: row["win_rate"] for row in lines if row["phase"] == f"{step}/selection"}
         assert rates == selection(undisturbed / step)["win_rates"]
 
-def test_a_run_is_named_after_its_script_and_its_ablations(undisturbed):
-    note = json.loads((undisturbed / "run.json").read_text())
-    assert (note["script"], figures.load(undisturbed)["arm"]) == ("mt", "full method")
-    assert figures.arm(note["settings"], "simpo") == "simpo"
-    assert figures.arm(note["settings"] | {"filter": False}, "simpo") == "simpo, no filter"
-
 def test_each_rounds_policy_is_judged_by_the_base_rm_against_the_base(undisturbed, tiny, tmp_path):
     def scored(path):
         reward.score(tiny(reward=True), read_jsonl(path), tmp_path / "scored.jsonl", 4)
@@ -234,65 +224,25 @@ def test_each_rounds_policy_is_judged_by_the_base_rm_against_the_base(undisturbe
     for line, file in zip(lines, files, strict=True):
         own, tokens = scored(file)
         assert (line["n"], line["tokens"]) == (6, tokens.mean())
-        assert line["reward_r0"] == pytest.approx(own.mean())
+        assert line["reward_r0"] == pytest.approx(own.mean(), abs=1e-6)
         assert line["reward_r0_se"] == pytest.approx(own.std(ddof=1) / 6**0.5)
         assert line["win_rate"] == pytest.approx((own > others).mean() + (own == others).mean() / 2)
 
 def test_each_phase_reports_its_seconds_and_sampling_and_training_their_tokens_per_second(undisturbed):
-    times, said = read_jsonl(undisturbed / "timings.jsonl"), (undisturbed.parent / "said").read_text()
+    said = (undisturbed.parent / "said").read_text()
+    times = {row["phase"]: row for row in read_jsonl(undisturbed / "timings.jsonl")}
     results = json.loads((undisturbed / "run.json").read_text())["results"]
-    assert {row["phase"] for row in times} == {str(Path(name).with_suffix("")) for name in results}
-    for row in times:
-        slow = row["phase"].split("/")[-1] in ("samples", "new", "old", "checkpoints", "rm") \
-            or "/select/" in row["phase"]
-        assert row["seconds"] >= 0 and ("tokens_per_second" in row) == slow
-        line = rf"^{row['phase']}: .*\d s{', [0-9]+ tokens a second' * slow}$"
-        assert len(re.findall(line, said, re.M)) == 1
-    rates = {row["phase"]: row for row in times}
+    assert times.keys() == {str(Path(name).with_suffix("")) for name in results}
+    for phase, row in times.items():
+        slow = bool(re.search("/(samples|new|old|checkpoints|rm|select/.*)$", phase))
+        assert ("tokens_per_second" in row) == slow
+        assert re.search(rf"^{phase}: .*\d s{', [0-9]+ tokens a second' * slow}$", said, re.M)
     sampled = sum(row["tokens"] for row in read_jsonl(undisturbed / "round1" / "m" / "new.jsonl"))
-    assert rates["round1/m/new"]["tokens"] == sampled
+    assert times["round1/m/new"]["tokens"] == sampled
     trained = [row for row in read_jsonl(undisturbed / "metrics.jsonl") if row["phase"] == "round1/m/rm"]
-    assert rates["round1/m/rm"]["tokens"] == trained[-1]["num_tokens"]
-    steps = [row for row in read_jsonl(undisturbed / "metrics.jsonl") if "loss" in row]
-    assert len(re.findall(r"^step \d+/\d+  loss .*grad_norm .*lr ", said, re.M)) == len(steps)
+    assert times["round1/m/rm"]["tokens"] == trained[-1]["num_tokens"]
 
 # ---------------------------------------------------------------- going on after an interruption
-class Killed(BaseException):
-    pass
-
-def test_a_run_killed_before_and_after_every_rename_and_removal_ends_as_an_undisturbed_one(
-        call, words, here, undisturbed, monkeypatch):
-    died = set()
-
-    def deadly(work, number):
-        """Make `work` kill the run before and after it is done, once for each value of argument `number`."""
-        def once(*arguments, **more):
-            place = (work.__name__, str(arguments[number]))
-            for moment in ("before", "after"):
-                if (moment, place) not in died:
-                    died.add((moment, place))
-                    if moment == "after":
-                        work(*arguments, **more)
-                    raise Killed
-            return work(*arguments, **more)
-        return once
-    monkeypatch.setattr(run, "sources", dict)  # it takes half a second each time
-    for module, name, number in ((os, "replace", 1), (shutil, "rmtree", 0), (Path, "unlink", 0)):
-        monkeypatch.setattr(module, name, deadly(getattr(module, name), number))
-    done = False
-    while not done:
-        with contextlib.suppress(Killed):
-            call(mt, *words())
-            done = True
-    for name in ("samples.jsonl", "pairs.jsonl", "selection.json", "policy", "checkpoints"):
-        assert ("after", ("replace", f"run/round1/e2/{name}")) in died
-    monkeypatch.undo()
-    ours, theirs = contents(here), contents(undisturbed)  # this run has one round more
-    names = {name for name in theirs if re.match("prompts|round1|judged/(base|round1)", name)}
-    assert ours.keys() == names | {"base.jsonl", "metrics.jsonl", "policy", "rm"}
-    assert [name for name in sorted(names) if ours[name] != theirs[name]] == []
-    assert ours["metrics.jsonl"] == [line for line in theirs["metrics.jsonl"] if b"round2" not in line]
-
 def test_a_finished_run_is_left_alone_and_its_links_do_not_move(call, words, copy, undisturbed, monkeypatch):
     for module, name in ((sampler, "generate"), (reward, "score"), (mt.dpo, "train"), (reward, "train")):
         monkeypatch.setattr(module, name, None)  # a call would fail
@@ -300,12 +250,12 @@ def test_a_finished_run_is_left_alone_and_its_links_do_not_move(call, words, cop
     monkeypatch.setattr(run, "link", lambda path, to: moved.append(Path(path).resolve() != Path(to).resolve())
                         or link(path, to))
     call(mt, *words(rounds=2, micro_batch=5, sample_batch=3, score_batch=3))  # they change only rounding
-    assert same(copy, undisturbed) and moved and not any(moved)
+    assert contents(copy) == contents(undisturbed) and moved and not any(moved)
 
 def test_a_run_may_get_more_rounds_but_not_fewer(call, words, here, undisturbed):
     call(mt, *words(rounds=1))
     call(mt, *words(rounds=2))
-    assert same(here, undisturbed)
+    assert contents(here) == contents(undisturbed)
     with pytest.raises(Problem, match=r"other settings.*\(rounds: 2 there, 1 now\)"):
         call(mt, *words(rounds=1))
 
@@ -389,7 +339,7 @@ def test_a_changed_result_is_refused_and_deleting_what_the_message_names_makes_t
     assert {f"run/{path}" for path in delete.split()} <= paths
     run.remove(*paths)
     call(mt, *words(rounds=2))
-    assert same(copy, undisturbed)
+    assert contents(copy) == contents(undisturbed)
 
 def test_what_a_killed_attempt_left_is_deleted_when_its_sources_have_changed(here):
     o, seen = mt.Options(out=str(here)), []
@@ -399,12 +349,12 @@ def test_what_a_killed_attempt_left_is_deleted_when_its_sources_have_changed(her
     def attempt(o, source, path):
         seen.append(left.exists())
         left.write_text("")
-        raise Killed
+        raise KeyboardInterrupt
     for number in range(2):
         run.claim(o.out, o)
         write_jsonl(source, [number])
         for _ in range(2):
-            with pytest.raises(Killed):
+            with pytest.raises(KeyboardInterrupt):
                 attempt(o, source, result)
     assert seen == [False, True, False, True]
 
@@ -452,19 +402,3 @@ def test_two_processes_on_two_nodes_make_the_same_first_samples_and_pairs_as_one
 def test_a_problem_in_two_processes_is_said_once_and_ends_both(script, words, tmp_path):
     done = script("mt.py", *words(rm="nowhere"), processes=2, cwd=tmp_path)
     assert done.returncode and done.stderr.count("mt.py: nowhere: no such folder\n") == 1
-
-def test_bad_settings_prompts_and_models_are_refused_before_anything_is_done(
-        call, words, here, tiny, written):
-    long = written("long.jsonl", [{"prompt": "sad " * 200}])
-    for changes, message in [
-            (dict(rm=tiny()), "has no reward head"), (dict(select_prompts=0), "needs --select false"),
-            (dict(select_prompts=28), "30 different prompts; --select_prompts 28 .* need at least 31"),
-            (dict(prompts=long), "no prompt fits into its context"), (dict(samples=1), "gives no pairs"),
-            (dict(out="run.jsonl"), "must end in .jsonl, and that of a folder must not"),
-            (dict(rm_pairs="new"), "--rm_pairs new must be both, comparisons or ranked"),
-            (dict(rm=""), "--rm and --prompts together"), (dict(policy=""), "--rm and --prompts together"),
-            *((dict([setting]), f"--{setting[0]} .* is out of range") for setting in dict(
-                samples=0, max_new_tokens=0, rounds=0, top_p=0, micro_batch=0, temperature=-1).items())]:
-        with pytest.raises(Problem, match=message):
-            call(mt, *words(**changes))
-        assert not (here / "prompts").exists()

@@ -8,7 +8,6 @@ import torch
 
 from common import packing, toy
 from common.data import encode_chat, encode_response
-from common.models import load_policy
 from common.packing import Row, attention, collate, pair_rows, row_of, whole_chats
 from common.parallel import Problem
 
@@ -55,12 +54,6 @@ def test_packed_attention_and_its_gradients_are_those_of_a_dense_mask(monkeypatc
     ours, theirs = (torch.autograd.grad((result * weights).sum(), (query, key, value))
                     for result in (packed, dense.transpose(1, 2)))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-
-def test_a_model_that_is_not_told_which_chats_share_a_sequence_refuses_with_or_without_a_mask(tiny):
-    model, ids = load_policy(tiny()), torch.tensor([[0, 0, 7, 8, 9], [4, 5, 6, 7, 8]])
-    for mask in (None, (ids > 0).long()):
-        with pytest.raises(Problem, match="its attention does not get the chats that share a sequence"):
-            model(ids, attention_mask=mask)
 
 @pytest.mark.parametrize("name", ["softcap", "s_aux", "position_bias", "something_new"])
 def test_an_option_that_packed_attention_would_ignore_is_refused(name):

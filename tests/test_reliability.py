@@ -3,16 +3,20 @@
 Kills, signals and full disks lose nothing, and two runs in one folder keep out of each other's way. Damaged
 results are tested in test_mt.py.
 """
+import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import FEW, ROOT, forked
 
 import mt
+from common import run
 from common.data import read_jsonl, write_jsonl
 
 @pytest.fixture(scope="module")
@@ -49,14 +53,46 @@ def start_run(words, folder, *torchrun):
     return process
 
 def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*")
-            if p.is_file() and p.name not in ("run.json", "timings.jsonl", "report.html", "report.png")}
+    """{name: contents} of all files and links in a run folder but run.json, times and the report."""
+    return {str(p.relative_to(folder)): os.readlink(p) if p.is_symlink() else p.read_bytes()
+            for p in folder.rglob("*") if (p.is_symlink() or p.is_file())
+            and p.name not in ("run.json", "timings.jsonl", "report.html", "report.png")}
 
 # ---------------------------------------------------------------- kills
-@pytest.mark.parametrize("processes, times", [(1, 6), (2, 2)])
-def test_a_run_killed_at_any_file_operation_ends_as_an_undisturbed_one(processes, times):
-    done = subprocess.run([sys.executable, ROOT / "bench" / "kills.py", "--times", str(times), "--processes",
-                           str(processes)], capture_output=True, text=True)
+class Killed(BaseException):
+    pass
+
+def test_a_run_killed_before_and_after_every_rename_and_removal_ends_as_an_undisturbed_one(
+        words, finished, tmp_path, monkeypatch):
+    died = set()
+
+    def deadly(work, number):
+        """Make `work` kill the run before and after it is done, once for each value of argument `number`."""
+        def once(*arguments, **more):
+            place = (work.__name__, str(arguments[number]))
+            for moment in ("before", "after"):
+                if (moment, place) not in died:
+                    died.add((moment, place))
+                    if moment == "after":
+                        work(*arguments, **more)
+                    raise Killed
+            return work(*arguments, **more)
+        return once
+    monkeypatch.setattr(run, "sources", dict)  # it takes half a second each time
+    for module, name, number in ((os, "replace", 1), (shutil, "rmtree", 0), (Path, "unlink", 0)):
+        monkeypatch.setattr(module, name, deadly(getattr(module, name), number))
+    done = False
+    while not done:
+        with contextlib.suppress(Killed):
+            run_to_its_end(words, tmp_path)
+            done = True
+    for name in ("samples.jsonl", "pairs.jsonl", "selection.json", "policy", "checkpoints"):
+        assert ("after", ("replace", f"run/round1/e2/{name}")) in died
+    assert contents(tmp_path / "run") == contents(finished)
+
+def test_two_processes_of_which_one_is_killed_end_as_undisturbed_ones():
+    done = subprocess.run([sys.executable, ROOT / "bench" / "kills.py", "--times", "2", "--processes", "2"],
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "not one byte different" in done.stdout
 
@@ -94,8 +130,7 @@ def work(block):
     time.sleep(3 * (rank() == world() - 1))
     return [{"row": row} for row in block]
 
-if __name__ == "__main__":
-    run.launch(lambda: run.in_blocks([*range(8)], 1, sys.argv[1], work, "rows"))
+run.launch(lambda: run.in_blocks([*range(8)], 1, sys.argv[1], work, "rows"))
 """
 
 def test_rank_0_waits_for_the_blocks_of_the_slowest_process(tmp_path, monkeypatch):

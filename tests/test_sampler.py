@@ -3,7 +3,6 @@
 `generate_reference` defines sampling, slowly and obviously; the fast sampler gives the same tokens. Draws
 follow the distribution that they should, blocks are well sized, and the cache fits into the memory.
 """
-import json
 
 import numpy as np
 import pytest
@@ -71,51 +70,17 @@ def generate_reference(model, prompts, keys, *, stop_ids, temperature, top_p, ma
     return [[respond(prompt, key) for key in row] for prompt, row in zip(prompts, keys)]
 
 @pytest.mark.parametrize("temperature, top_p", [(0, 1.0), (0.8, 0.95), (1.0, 1.0), (1.5, 0.9), (1.2, 0.05)])
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gpt2"])
-def test_generate_gives_the_tokens_of_the_reference(tiny, questions, kind, temperature, top_p):
-    model, (prompts, keys) = load_policy(tiny(kind)), questions
-    settings = dict(stop_ids=STOPS, temperature=temperature, top_p=top_p, max_new_tokens=12)
-    fast = generate(model, prompts, keys, rows=4, **settings)
-    assert fast == generate_reference(model, prompts, keys, **settings)
-    ends = [tokens[-1] in STOPS for row in fast for tokens in row]
-    assert temperature == 0 or 0 < sum(ends) < len(ends)  # some stopped, some ran to the limit
-
-def test_a_response_depends_on_its_key_and_not_on_order_company_or_batch_size(tiny, questions):
-    model, (prompts, keys) = load_policy(tiny()), questions
-    settings = dict(stop_ids=STOPS, temperature=1.0, top_p=0.95, max_new_tokens=12)
-    every = generate(model, prompts, keys, rows=64, **settings)
-    for some in ([8, 3, 0, 5, 1, 7, 2, 6, 4], [4, 1], [2]):
-        for batch in (1, 5):
-            assert generate(model, [prompts[i] for i in some], keys[some], rows=batch, **settings) == [
-                every[i] for i in some]
-    one_sample = generate(model, prompts, keys[:, 1:2], rows=3, **settings)
-    assert [row[0] for row in one_sample] == [row[1] for row in every]
-    # and different keys give different responses
-    assert len({tuple(tokens) for row in every for tokens in row}) > 20
-
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_response_ends_at_its_first_stop_token_or_at_the_limit_or_where_the_context_ends(
-        tiny, questions, kind):
-    prompts, keys = questions
-    model = load_policy(tiny(kind, **{"n_positions" if kind == "gpt2" else "max_position_embeddings": 24}))
-    settings = dict(stop_ids=STOPS, temperature=1.0, top_p=1.0, max_new_tokens=20)
-    responses = generate(model, prompts, keys, rows=4, **settings)
-    assert responses == generate_reference(model, prompts, keys, **settings)
-    ends = {(min(20, 24 - len(prompt)), len(tokens), tokens[-1]) for prompt, row in zip(prompts, responses)
-            for tokens in row if not set(tokens[:-1]) & set(STOPS)}
-    assert len(ends) > 9 and all(last in STOPS or length == limit for limit, length, last in ends)
-    assert len({last for *_, last in ends if last in STOPS}) > 3  # by several stop tokens
-    assert {3, 20} <= {length for _, length, last in ends if last not in STOPS}
-
-def test_greedy_tokens_are_those_of_transformers(golden):
-    peers = json.loads((golden / "generate_greedy.json").read_text())
-    model, prompts = load_policy(golden / "policy"), peers["prompts"]
-    keys = np.zeros((len(prompts), 1), np.uint64)
-    for stop_ids, name in (([2], "greedy"), ([2, peers["extra_stop_token"]], "greedy_with_stop_padded")):
-        ours = generate(model, prompts, keys, stop_ids=stop_ids, temperature=0, top_p=1.0, rows=3,
-                        max_new_tokens=peers["max_new_tokens"])
-        padded = [tokens + [0] * (peers["max_new_tokens"] - len(tokens)) for [tokens] in ours]
-        assert padded == peers[name]
+def test_generate_gives_the_tokens_of_the_reference_however_many_rows_are_decoded_together(
+        tiny, questions, kind, temperature, top_p):
+    context = "n_positions" if kind == "gpt2" else "max_position_embeddings"
+    model, (prompts, keys) = load_policy(tiny(kind, **{context: 24})), questions
+    settings = dict(stop_ids=STOPS, temperature=temperature, top_p=top_p, max_new_tokens=12)
+    expected = generate_reference(model, prompts, keys, **settings)
+    for rows in (1, 4, 64):
+        assert generate(model, prompts, keys, rows=rows, **settings) == expected
+    ends = {"stop" if tokens[-1] in STOPS else len(tokens) for row in expected for tokens in row}
+    assert temperature == 0 or ends >= {"stop", 12, 3}  # 12: max_new_tokens; 3: the end of the context
 
 @pytest.mark.parametrize("device, dtype", [("cpu", torch.float32), ("meta", torch.bfloat16)])
 def test_attention_scores_are_fp32_in_either_precision(device, dtype):

@@ -35,10 +35,9 @@ def test_the_shortest_response_near_the_highest_score_is_chosen_and_the_lowest_r
     ("It says what was asked.\nScore: 4", 4), ("score 0", 0), ("**Score: 3**", 3), ("Final score: 2/5.", 2),
     ("Score: 1 for the start, but\nScore: 5 ", 5),                   # the last number counts
     ("Score: 6", None), ("Score: 10", None), ("Score: 4.5", None), ("Score: 4/10", None), ("Score: -3", None),
-    ("Score: N", None), ("Score: four", None), ("Score: 4 or 5", None), ("4", None), ("", None),
-    ("Score: 4\nThat is my judgement.", None), ("underscore: 4", None), ("Score: ٣", None),
-    ("The first counts wrongly.\nWinner: 2", 2), ("winner 1", 1), ("Winner: 3", None), ("Winner: 12", None),
-    ("Winner: 1 and 2", None), ("Winner: both", None),
+    ("Score: N", None), ("Score: 4 or 5", None), ("4", None), ("underscore: 4", None), ("Score: ٣", None),
+    ("Score: 4\nThat is my judgement.", None), ("The first counts wrongly.\nWinner: 2", 2), ("winner 1", 1),
+    ("Winner: 3", None), ("Winner: 12", None), ("Winner: 1 and 2", None), ("Winner: both", None),
 ])
 def test_a_judgement_ends_with_its_number_or_has_none(text, number):
     pattern = meta_rewarding.WINNER if "inner" in text else self_rewarding.SCORE
