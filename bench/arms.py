@@ -117,20 +117,20 @@ def main():
 
 def table(runs):
     """Print a row for each arm of {arm: [the lines of gold.jsonl of one seed]}: gold after each round, how
-    far it is above the arms in COMPARED_WITH with the same seed, and those of LAST_ROUND's fields that some
-    line has. Others are compared with the last line of an arm that has fewer rounds, as offline DPO has."""
-    last = {head: key for head, key in LAST_ROUND.items() for lines in runs.values() if key in lines[0][-1]}
+    far it is above the arms in COMPARED_WITH with the same seed, and LAST_ROUND's fields. Others are compared
+    with the last line of an arm that has fewer rounds, as offline DPO has."""
     rounds = range(1, ROUNDS + 1)
     others = [(arm, n) for arm, numbers in COMPARED_WITH.items() if arm in runs for n in numbers]
     print(f"base: {mean_and_error([line[0]['gold'] for line in next(iter(runs.values()))])}\n")
     heads = [f"round {n}" for n in rounds] + [f"above {other}, {n}" for other, n in others]
-    print(f"| arm | {' | '.join(heads + [*last])} |\n|---{'|---' * len(heads + [*last])}|")
+    print(f"| arm | {' | '.join(heads + [*LAST_ROUND])} |\n|---{'|---' * len(heads + [*LAST_ROUND])}|")
     for arm, lines in runs.items():
         cells = [[line[n]["gold"] for line in lines if n < len(line)] for n in rounds]
         cells += [[line[n]["gold"] - beside[min(n, len(beside) - 1)]["gold"]
                    for line, beside in zip(lines, runs[other]) if n < len(line) and arm != other]
                   for other, n in others]
-        cells += [[line[-1][key] for line in lines if line[-1].get(key) is not None] for key in last.values()]
+        cells += [[line[-1][key] for line in lines if line[-1].get(key) is not None]
+                  for key in LAST_ROUND.values()]
         print(f"| {arm} | {' | '.join(map(mean_and_error, cells))} |")
 
 def mean_and_error(values):
