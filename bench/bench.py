@@ -17,7 +17,7 @@ answers, on both sides.
 
 The results are in bench/RESULTS.md. Memory is read from /proc, so this needs Linux.
 
-Left out on purpose: GPUs, the speed of several processes, more settings of the other libraries.
+Left out on purpose: GPUs (gpu.py), the speed of several processes, more settings of the other libraries.
 """
 import argparse
 import importlib.util
