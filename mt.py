@@ -35,7 +35,7 @@ from common.parallel import Problem, say
 from common.run import option, phase
 from eval import report
 from evals import gold
-from evals.stats import means
+from evals.stats import means, wilson
 
 @dataclass
 class Options:
@@ -143,8 +143,12 @@ def scored_samples(o, policy, rm, prompts, path, samples=1, judge=None):
     reward.sample_and_score(o, policy, rm, [row["prompt"] for row in read_jsonl(prompts)], samples,
                             f"{o.seed}/{run.name_of(o, path)}", path, judge)
     rows = read_jsonl(path)
+    found = means(rows, "score", "tokens", "finished")
+    if found["finished"] < 0.5:
+        say("WARNING: most responses are cut off, so the policy may learn little but to end; use a larger "
+            "--max_new_tokens")
     return "{} responses, reward {score:.3f}, {tokens:.1f} tokens, {finished:.1%} finished".format(
-        len(rows), **means(rows, "score", "tokens", "finished")), sum(row["tokens"] for row in rows)
+        len(rows), **found), sum(row["tokens"] for row in rows)
 
 @phase
 def make_pairs(o, samples, path):
@@ -257,6 +261,9 @@ def main(options=Options, **defaults):
         raise Problem("--select_prompts 0 needs --select false")
     if o.rm_pairs not in ("both", "comparisons", "ranked"):
         raise Problem(f"--rm_pairs {o.rm_pairs} must be both, comparisons or ranked")
+    if o.select and 0.5 < o.tau < wilson(0.5, o.select_prompts)[1]:
+        say(f"WARNING: with {o.select_prompts} --select_prompts a policy that is as good as before may reach "
+            f"--tau {o.tau} by chance, and a better one miss it")
     script = Path(sys.argv[0]).stem
     o = replace(o, out=o.out or f"runs/{'toy' if embedded and script == 'mt' else script}",
                 **(toy.build(o.seed) if embedded else {}))

@@ -340,12 +340,20 @@ def parts_of(out):
 def in_blocks(rows, size, out, work, what):
     """Cut `rows` into blocks of `size`, and write the rows that work(block) yields to the JSONL file `out`.
     Processes take blocks in turn. Their number doesn't change the blocks, nor the shapes that models see. A
-    finished block is kept, so that after an interruption only the others are made."""
-    starts = range(0, len(rows), size)
+    finished block is kept, so that after an interruption only the others are made. Where no terminal shows a
+    bar, a line says how far rank 0 is, at most every half minute."""
+    starts, tokens, began, told = range(0, len(rows), size), 0, time.time(), time.time()
     blocks = [parts_of(out) / f"{size}-{s}.jsonl" for s in starts]
-    for s, block in tqdm([*zip(starts, blocks)][rank()::world()], desc=what, disable=quiet(), leave=False):
+    mine = [*zip(starts, blocks)][rank()::world()]
+    for number, (s, block) in enumerate(tqdm(mine, what, disable=quiet(), leave=False), 1):
         if not block.exists():
-            write_jsonl(block, work(rows[s:s + size]))
+            made = list(work(rows[s:s + size]))
+            write_jsonl(block, made)
+            tokens += sum(row.get("tokens", 0) for row in made)
+        if time.time() > told + 30 and (number == len(mine) or not sys.stderr.isatty()):
+            told = time.time()
+            rate = world() * tokens / (told - began)
+            say(f"{what}: {number} of {len(mine)} blocks, about {rate:.1f} tokens a second")
     with writing(out) as temporary:
         if rank() == 0:
             with open(temporary, "wb") as whole:

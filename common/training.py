@@ -67,6 +67,9 @@ def optimise(model, steps, loss, *, lr, log, shown="", first_loss=None):
         parameters = sum(p.numel() for p in model.parameters())
         kept = kept_whole(parameters, on_rank0(memory), world(), 2 if device().type == "cuda" else 4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+    if len(steps) < 10:
+        say(f"WARNING: only {len(steps)} optimiser steps. A smaller --batch gives more (in mt.py: "
+            "--policy_batch and --rm_batch).")
     num_tokens, bar = 0, tqdm(steps, "steps", disable=quiet())
     for number, step in enumerate(bar, 1):
         sums, learning_rate = defaultdict(float), lr * cosine(number - 1, len(steps))

@@ -238,7 +238,10 @@ def warnings(run):
 
 # ---------------------------------------------------------------- what the terminal shows
 def tables(run):
-    """Return a run as text: a table of its steps, one of its policies if it has gold, and the verdict."""
+    """Return a run as text: a table of its steps, one of its policies if they are judged, and the verdict."""
+    def cell(value):
+        return "-" if value is None else value if isinstance(value, str) else f"{value:.3f}"
+
     steps = [["step", "sampled reward", "tokens", "finished", "pairs", "win rate", "outcome"]]
     for s in run["steps"]:
         if s["kind"] == "E":
@@ -248,11 +251,11 @@ def tables(run):
         else:
             steps.append([s["phase"], "", f"{s['tokens']:.1f}", "", f"{s['kept']}/{s['comparisons']}", "",
                           f"reward model; margin {s['margin']:+.3f}, epsilon {s['epsilon']:.3f}"])
-    states = [["policy", "RM", *(key.replace("_", " ") for key in STATE)], *(
-        [s["policy"], s["rm"], *("-" if s.get(key) is None else f"{s[key]:.3f}" for key in STATE)]
-        for s in run["states"] if run["gold"])]
+    keys = ("policy", "rm", *STATE) if run["gold"] else (BASE[0], *BASE[2:])
+    states = [[key.replace("_", " ") for key in keys],
+              *([cell(state.get(key)) for key in keys] for state in run["states"])]
     lines = [f"\n{run['name']}: {run['arm']}"]
-    for rows in [steps, states] if run["gold"] else [steps]:
+    for rows in [steps, states] if run["states"] else [steps]:
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines += [*("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows), ""]
     return "\n".join([*lines, verdict(run), outcome(run), *warnings(run), ""])

@@ -25,7 +25,7 @@ from filter import win_rate
 def by_base(o):
     """Write base.jsonl into the run folder. Without model selection there are no answers, and no file."""
     out, lines, base = Path(o.out), [], None
-    for label, policy, _ in states_of(out, o) if o.select and o.select_prompts > 1 else []:
+    for label, policy, _ in states_of(out, o, True) if o.select and o.select_prompts > 1 else []:
         step, name = out / "round1" / "e1", "before"
         if policy != o.policy:
             step = Path(policy).parent
@@ -80,14 +80,17 @@ def measure(o):
             comparisons_right=right_comparisons(out / label.replace(" ", "") / "m" / "comparisons.jsonl")))
     run.write_rows(out / "gold.jsonl", lines)
 
-def states_of(out, o):
-    """Return [(label, policy, RM)] of the base models and after each round. Models are given as folders."""
+def states_of(out, o, within=False):
+    """Return [(label, policy, RM)] of the base models and after each round. Models are given as folders.
+    within: also after the first E-step of each round that has two."""
     states, policy, rm = [("base", o.policy, o.rm)], o.policy, o.rm
     for number in range(1, o.rounds + 1):
         for step, kind in (("e1", "policy"), ("m", "rm"), ("e2", "policy")):
             folder = out / f"round{number}" / step
             if run.exists(folder / kind):
                 made = str(folder / kind)
+                if within and step == "e2":
+                    states.append((f"round {number} e1", policy, rm))
                 policy, rm = (made, rm) if kind == "policy" else (policy, made)
         states.append((f"round {number}", policy, rm))
     return states

@@ -217,10 +217,10 @@ def test_each_rounds_policy_is_judged_by_the_base_rm_against_the_base(undisturbe
         reward.score(tiny(reward=True), read_jsonl(path), tmp_path / "scored.jsonl", 4)
         return np.array([(row["score"], row["tokens"]) for row in read_jsonl(tmp_path / "scored.jsonl")]).T
     files = [undisturbed / "round1/e1/select/before.jsonl"]
-    for step in (undisturbed / "round1" / "e2", undisturbed / "round2" / "e2"):
+    for step in (undisturbed / f"round{number}" / part for number in (1, 2) for part in ("e1", "e2")):
         files.append(step / "select" / f"{selection(step)['chosen']}.jsonl")
     lines, (others, _) = read_jsonl(undisturbed / "base.jsonl"), scored(files[0])
-    assert [line["policy"] for line in lines] == ["base", "round 1", "round 2"]
+    assert [line["policy"] for line in lines] == ["base", "round 1 e1", "round 1", "round 2 e1", "round 2"]
     for line, file in zip(lines, files, strict=True):
         own, tokens = scored(file)
         assert (line["n"], line["tokens"]) == (6, tokens.mean())
