@@ -142,7 +142,11 @@ def test_a_best_win_rate_below_tau_keeps_the_old_policy_and_ends_the_run(
     assert [selection(here / "round1" / part)["chosen"] for part in ("e1", "e2")[:len(kept)]] == kept
     assert len(list(here.glob("round*/e?/policy"))) == len(kept) - 1
     assert not list(here.glob("round*/*/checkpoints"))
-    assert "none reaches 0.7, so " in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "none reaches 0.7, so " in said and "WARNING: only 1 optimiser steps." in said
+    assert "WARNING: with 6 --select_prompts a policy that is as good as before may reach --tau 0.7" in said
+    finished = [row["finished"] for row in read_jsonl(here / "round1" / "e1" / "samples.jsonl")]
+    assert ("WARNING: most responses are cut off" in said) == (np.mean(finished) < 0.5)
     assert same_weights(here / "policy", here / "round1" / "e1" / "policy" if len(kept) > 1 else tiny())
     assert same_weights(here / "rm", here / "round1" / "m" / "rm" if "m" in made else tiny(reward=True))
 

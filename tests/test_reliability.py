@@ -4,6 +4,7 @@ Kills, signals and full disks lose nothing, and two runs in one folder keep out 
 results are tested in test_mt.py.
 """
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import FEW, ROOT, forked
@@ -120,6 +122,13 @@ def test_torchrun_finishes_the_run_by_itself_after_a_worker_was_killed(words, fi
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 0, said
     assert contents(tmp_path / "run") == contents(finished)
+
+def test_a_long_phase_says_at_most_every_half_minute_how_far_it_is(tmp_path, monkeypatch, capsys):
+    seconds = itertools.count(0, 20)
+    monkeypatch.setattr(run, "time", SimpleNamespace(time=lambda: next(seconds)))
+    run.in_blocks([*range(8)], 2, tmp_path / "out.jsonl", lambda block: [{"tokens": 50}] * 2, "sampling")
+    assert capsys.readouterr().out.splitlines() == [
+        f"sampling: {done} of 4 blocks, about {rate} tokens a second" for done, rate in ((2, 2.5), (4, 2.9))]
 
 SLOW = """
 import sys, time
