@@ -30,7 +30,7 @@ def probe_rows(model):
     """Four chats of random tokens: two with a common trunk, a short one, and a long one if it fits."""
     config, rng = model.config.get_text_config(), np.random.default_rng(0)
     tokens = np.setdiff1d(np.arange(config.vocab_size), [config.pad_token_id or 0])
-    long = min(200, config.max_position_embeddings, getattr(model, "context", 200))
+    long = min(64, config.max_position_embeddings, getattr(model, "context", 64))
     return [Row(rng.choice(tokens, trunk).tolist(), [rng.choice(tokens, n).tolist() for n in branches])
             for trunk, branches in ((7, (5, 9)), (1, (11,)), (1, (long - 1,)))]
 
