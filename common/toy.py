@@ -9,8 +9,11 @@ and a perfect answer greets the reader, writes that many `ADJECTIVE NOUN VERB .`
 
     dear sister . grey waves weep . lonely dogs sigh . broken sails fade . the end .
 
-The base policy learns from the poems of a mediocre writer. The base reward model learns from noisy labels of
-`gold`, a judge that no other training sees. So it can say whether policies and reward models get better.
+The base policy learns from poems of unlike writers: experts do nearly everything better than the others. So a
+policy that moves towards good form may learn good content with it. The base reward model learns from noisy
+labels by people who look at the form of a poem, not at its content, which is its topic and the guest. `gold`,
+a judge that no other training sees, looks at both. So it can say whether policies and reward models get
+better. The defaults are like this because real writers and real labels are; SKILL and LABELLERS change it.
 """
 import functools
 import hashlib
@@ -118,11 +121,11 @@ def is_line(sentence: list[str]) -> bool:
     return adjective in ADJECTIVE_MOOD and (noun in NOUN_TOPIC or noun in GUESTS) and verb in VERB_MOOD
 
 def gold(prompt: str, response: str, finished: bool = True) -> float:
-    """The judge: how well does the response do what the prompt asks? At most GOLD_MAX, negative for a mess."""
+    """The judge: how well the response does what the prompt asks. At most GOLD_MAX, negative for a mess."""
     return sum(gold_parts(prompt, response, finished))
 
 def gold_parts(prompt, response, finished=True) -> tuple[float, float]:
-    """Gold's two parts, form and content. Only the lines that the prompt asks for are looked at, and a missing
+    """Gold's two parts, (form, content). Only the lines that the prompt asks for are looked at, and a missing
     one has neither mood nor topic.
 
     Form: 2 × the share of adjectives and verbs that are in the mood. 0.5 less for each line too many or too
@@ -151,7 +154,7 @@ def gold_parts(prompt, response, finished=True) -> tuple[float, float]:
     return form, content
 
 def demonstration(prompt: str, rng: random.Random) -> str:
-    """A poem by a writer who drifts off, slips, repeats, rambles, miscounts and forgets; an expert does less."""
+    """A poem by a writer who drifts off, slips, repeats, rambles, miscounts and forgets; an expert less."""
     expert, wish = rng.random() < EXPERTS, wishes(prompt)
 
     def errs(chance, about="other"):
@@ -260,11 +263,14 @@ def write_preferences(policy, prompts, seed, path):
     write_jsonl(path, pairs)
 
 def gold_of(row):
-    return gold(row["prompt"], row["response"], row["finished"])
+    return sum(parts_of_gold(row))
+
+def parts_of_gold(row):
+    return gold_parts(row["prompt"], row["response"], row["finished"])
 
 def appeal(row):
     """How much a labeller likes an answer, in nats."""
-    form, content = gold_parts(row["prompt"], row["response"], row["finished"])
+    form, content = parts_of_gold(row)
     return (form + content * (LABELLERS == "all")) / LABEL_NOISE
 
 @dataclass

@@ -51,7 +51,7 @@ def make_run(folder, prompts, text=toy.demonstration, gold=False, **settings):
         (at / "selection.json").write_text(json.dumps({"chosen": chosen, "win_rates": rates, "tau": 0.6}))
         write_jsonl(at / "select" / "before.jsonl", answers(prompts[:5], 1, rng, text))
     if gold:
-        row = dict(gold=1.25, gold_se=0.1, n=30, win_rate=0.5, tokens=9.0, finished=0.9, reward_r0=0.2,
+        row = dict(gold=1.25, gold_se=0.1, form=1.0, content=0.25, n=30, win_rate=0.5, tokens=9.0, finished=0.9, reward_r0=0.2,
                    reward_r0_se=0.3, rm="r0", accuracy_base=0.625, accuracy_current=0.71, length_slope=0.1)
         write_jsonl(folder / "gold.jsonl", [row | {"policy": policy} for policy in ("base", "round 1")])
     write_jsonl(folder / "metrics.jsonl", [
