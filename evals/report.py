@@ -131,8 +131,8 @@ def comparison_table(runs):
 
 def first_screen(run):
     gold = bool(run["gold"])
-    head = ["policy", *["gold ± se", "form", "content"] * gold, "win vs base", *["RM accuracy, own answers"] * gold,
-            "reward under RM 0 ± se", "tokens", "finished"]
+    head = ["policy", *["gold ± se", "form", "content"] * gold, "win vs base",
+            *["RM accuracy, own answers"] * gold, "reward under RM 0 ± se", "tokens", "finished"]
     rows = [[s["policy"], *([f"{num(s['gold'])} ± {num(s['gold_se'])}", num(s["form"]), num(s["content"])]
                             if gold else []),
              with_interval(s["win_rate"], s["n"] * (s is not run["states"][0])),
