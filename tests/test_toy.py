@@ -50,7 +50,7 @@ def test_topic_and_guest_are_content_which_only_some_labellers_look_at(monkeypat
         (3, 2.5), (3, pytest.approx(2.5 - 2 / 3)), (3, pytest.approx(2 - 2 / 3))]
     assert appeals(sad) == appeals(cows) == appeals(cats) == 3 > appeals(PERFECT.replace("grey", "merry"))
     monkeypatch.setattr(toy, "LABELLERS", "all")
-    assert appeals(sad) == GOLD_MAX and appeals(cows) == pytest.approx(GOLD_MAX - 2 / 3)
+    assert [appeals(sad), appeals(cows)] == pytest.approx([GOLD_MAX, GOLD_MAX - 2 / 3])
 
 def test_form_and_content_of_poems_go_together_the_more_the_further_skills_lie_apart(monkeypatch):
     found = []
