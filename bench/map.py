@@ -47,8 +47,8 @@ PREDICTORS = ("news", "policy", "rm_before", "gain_on_own", "kept", "disagreemen
 
 def run(skill, labellers, step, arm, seed):
     """Return the row of a run, which is made if it is not there."""
-    folder = HOME / "runs" / "map" / f"skill{skill}-{labellers}"
-    out = folder / f"{arm}-{step}-{seed}"
+    folder = HOME / "runs" / "map" / f"skill{skill:g}-{labellers}"
+    out = folder / f"{arm}-{step:g}-{seed}"
     if not (out / "gold.jsonl").exists() or not made_by_this_code(out):
         folder.mkdir(parents=True, exist_ok=True)
         command("bench.point", "--rounds", ROUNDS, "--seed", seed, "--out", out, "--policy_lr", step,
@@ -209,11 +209,11 @@ def main():
     o = parser.parse_args()
     rows = read_jsonl(o.json) if o.json.exists() else []
     if not o.table:
-        def work(skill, labellers, seed):  # one after the other, because they share their base models
+        def work(seed, skill, labellers):  # one after the other, because they share their base models
             return [run(skill, labellers, step, arm, seed)
                     for step, arm in itertools.product(o.steps, o.arms)]
         with ThreadPoolExecutor(2) as pool:
-            jobs = [pool.submit(work, *place) for place in itertools.product(o.skill, o.labellers, o.seeds)]
+            jobs = [pool.submit(work, *place) for place in itertools.product(o.seeds, o.skill, o.labellers)]
         new = [row for job in jobs for row in job.result()]
         keys = {tuple(row[name] for name in (*POINT, "arm", "seed")) for row in new}
         rows = [row for row in rows if tuple(row[name] for name in (*POINT, "arm", "seed")) not in keys] + new

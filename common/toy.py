@@ -43,7 +43,7 @@ from dpo import ResponseLogps
 from sampler import sample
 
 SETTINGS = dict(  # the defaults of mt.py's options for this task, whose models have 0.1 M parameters
-    max_new_tokens=64, max_length=128, beta=0.1, policy_lr=4e-5, policy_batch=16, rm_lr=5e-4, rm_batch=16,
+    max_new_tokens=64, max_length=128, beta=0.1, policy_lr=2e-5, policy_batch=16, rm_lr=5e-4, rm_batch=16,
     save_every=13, select_prompts=300, tau=0.5, sample_batch=256, score_batch=64, micro_batch=16)
 SOURCES = "toy data models packing dpo reward sampler training".split()  # modules that change base models
 LOOP_PROMPTS, TEST_PROMPTS, LABELS, DEMONSTRATIONS = 2700, 300, 3000, 7000
