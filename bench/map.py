@@ -1,20 +1,20 @@
-"""Measure where the M-step helps: the gold of the full method above that of a fixed reward model, at points
-around the embedded task.
+"""Measure where the M-step helps: the gold of the full method above that of a fixed reward model, in worlds
+around that of the embedded task.
 
-    python bench/map.py                        # fixed and full at all points, seeds 1 to 8: hours
-    python bench/map.py --arms fixed full lighter --points base "taste 1.5" --seeds 1 2
-    python bench/map.py --table                # print the tables without new runs
+    python bench/map.py                     # all worlds, steps and arms, seeds 41 to 48: hours on two cores
+    python bench/map.py --skill 1 --labellers form --steps 2e-5 --seeds 1 2
+    python bench/map.py --table             # the tables and docs/map.svg, without new runs
 
-Two runs go on at a time, in runs/map/POINT/ARM-SEED. The row of every run goes to docs/data/map.jsonl, and
-the tables are made from these rows. They include arms that only bench/map.py at commit 91c20a3 can run.
+A point of the map is a world (toy.SKILL: how far the writers' skill lies apart, toy.LABELLERS: what r_0's
+labellers look at) and a learning rate of the E-step. No run has model selection. Two go on at a time, in
+runs/map/. The row of every run goes to docs/data/map.jsonl, and the tables are made from these rows.
 
-The first table has the gains. The second has what a user could know without gold: r_0's accuracy and Brier
-score on 300 held-out labelled pairs, and five figures of the full method's first round. These are the win
-rate, the share of comparisons kept, the disagreement of policy and reward model, and how many more pairs the
-new reward model orders as their labels do, of the held-out ones and of the new policy's own answers. The
-third table has the accuracy of the reward models before and after every M-step on the policy's own answers.
+What a user could know without gold, from 800 labelled pairs of the new policy's own answers in each round:
+how often log π_t/π_{t−1} orders a pair as its label does, and how often the reward models before and after
+the M-step do. Labels are noisy, and their labellers look at all that gold looks at.
 """
 import argparse
+import itertools
 import json
 import math
 import random
@@ -28,84 +28,58 @@ HOME = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HOME))
 from arms import ROUNDS, command, made_by_this_code, mean_and_error  # noqa: E402
 
-import reward  # noqa: E402
 from common import toy  # noqa: E402
-from common.data import by_prompt, read_jsonl, read_pairs, write_jsonl  # noqa: E402
+from common.data import by_prompt, read_jsonl, write_jsonl  # noqa: E402
 from evals import figures  # noqa: E402
-from evals.agreement import disagreement  # noqa: E402
+from evals.agreement import disagreement, policy_margins  # noqa: E402
 from evals.rewardbench import judge_pairs  # noqa: E402
+from evals.stats import bootstrap  # noqa: E402
 
-POINTS = {  # name -> constants of point.py
-    "base": {},
-    **{f"labels {n}": {"labels": n} for n in (500, 1500, 4500, 9000)},
-    **{f"taste {nats}": {"taste": nats} for nats in (0.5, 1.5)},
-    **{f"step {lr}": {"policy_lr": lr} for lr in (2e-5, 8e-5)},
-    "best chosen": {"rule": "best"},
-    "own body": {"own_body": True},
-    **{f"labels {n}, taste 1.5": {"labels": n, "taste": 1.5} for n in (500, 9000)},  # complete a grid
+SKILL, LABELLERS = (0, 0.5, 1), ("all", "form")
+STEPS = (toy.SETTINGS["policy_lr"], toy.SETTINGS["policy_lr"] / 2)
+ARMS = {  # name -> flags of mt.py
+    "fixed": ["--update_rm", "false"],
+    "full": [],
+    "comparisons": ["--rm_pairs", "comparisons"],
 }
-ARMS = {  # name -> (flags of mt.py, constants of point.py)
-    "fixed": (["--update_rm", "false"], {}),
-    "full": ([], {}),
-    "lighter": (["--rm_lr", 1e-4], {}),  # a fifth of the embedded task's
-    "one M-step": ([], {"m_steps": 1}),
-    "like length": ([], {"alike": True}),
-    "gold labels": ([], {"gold": True}),
-    "restart": ([], {"restart": True}),
-}
-PREDICTORS = ("accuracy", "brier", "win_rate", "kept", "disagreement", "gain_on_labels", "gain_on_own")
+POINT = ("skill", "labellers", "step")  # the fields of a row that say which point it is of
+PREDICTORS = ("news", "policy", "rm_before", "gain_on_own", "kept", "disagreement", "comparisons_right")
 
-def run(point, arm, seed):
-    """Return the row of a run, which is made if it is not there: its gold after each round, the accuracies on
-    its policies' own answers and, for the full method, the predictors."""
-    folder = HOME / "runs" / "map" / point.replace(", ", "-").replace(" ", "")
-    out = folder / f"{arm.replace(' ', '-')}-{seed}"
+def run(skill, labellers, step, arm, seed):
+    """Return the row of a run, which is made if it is not there."""
+    folder = HOME / "runs" / "map" / f"skill{skill:g}-{labellers}"
+    out = folder / f"{arm}-{step:g}-{seed}"
     if not (out / "gold.jsonl").exists() or not made_by_this_code(out):
         folder.mkdir(parents=True, exist_ok=True)
-        flags, how = ARMS[arm]
-        command("bench.point", "--rounds", ROUNDS, "--seed", seed, "--out", out, *flags, cwd=folder,
-                POINT=json.dumps(POINTS[point] | how))
+        command("bench.point", "--rounds", ROUNDS, "--seed", seed, "--out", out, "--policy_lr", step,
+                "--select", "false", *ARMS[arm], cwd=folder,
+                WORLD=json.dumps({"SKILL": skill, "LABELLERS": labellers}))
+    lines = read_jsonl(out / "gold.jsonl")
+    row = dict(skill=skill, labellers=labellers, step=step, arm=arm, seed=seed,
+               **{key: [line[key] for line in lines] for key in ("gold", "form", "content")})
+    if arm != "fixed":
+        row |= dict(own=[own_answers(out, number) for number in range(1, ROUNDS + 1)],
+                    kept=[step["kept"] / step["comparisons"] for step in figures.m_steps(figures.load(out))],
+                    comparisons_right=[line["comparisons_right"] for line in lines[1:]],
+                    disagreement=[*disagreement(figures.load(out)).values()][::2])
     print(f"{out} is complete", flush=True)
-    row = dict(point=point, **POINTS[point], arm=arm, seed=seed,
-               gold=[line["gold"] for line in read_jsonl(out / "gold.jsonl")])
-    own = accuracy_on_own_answers(out)
-    row |= {"own": own} if any(own) else {}
-    if arm != "full":
-        return row
-    return row | predictors(out) | {"gain_on_own": own[0][1] - own[0][0] if own[0] else None}
+    return row
 
-def base_models_of(out):
-    """Return the folder of the base models that a run started from."""
-    return Path(json.loads((out / "run.json").read_text())["settings"]["rm"]).parent
-
-def predictors(out):
-    """Return what a user could know of a run without gold, {name: figure}, but for gain_on_own."""
-    found = figures.load(out)
-    held_out = read_pairs(base_models_of(out) / "held_out" / "preferences.jsonl")
-    first, margins = found["steps"][0], margins_of(base_models_of(out) / "rm", held_out)
-    new = out / "round1" / "m" / "rm"
-    after = margins_of(new, held_out) if new.exists() else margins
-    compared = next((step for step in found["steps"] if step["kind"] == "M"), None)
-    return dict(
-        accuracy=float((margins > 0).mean()), brier=float(((1 / (1 + np.exp(margins)))**2).mean()),
-        win_rate=first["win_rate"], disagreement=next(iter(disagreement(found).values())),
-        kept=compared and compared["kept"] / compared["comparisons"],
-        gain_on_labels=float((after > 0).mean() - (margins > 0).mean()))
-
-def accuracy_on_own_answers(out):
-    """Return [before, after] for each round, or None where there was no M-step: the share of labelled pairs
-    of the new policy's answers that the reward models before and after the M-step order as the labels do. The
-    pairs are those of `draw_two_answers` for up to 800 prompts of the round's second E-step."""
-    rm, found = base_models_of(out) / "rm", [None] * ROUNDS
-    for new in sorted(out.glob("round*/m/rm")):
-        pairs = []
-        for prompt, answers in draw_two_answers(read_jsonl(new.parents[1] / "e2" / "samples.jsonl"), 800):
-            better = label(prompt, answers)
-            pairs.append(dict(prompt=prompt, chosen=answers[better], rejected=answers[1 - better]))
-        found[int(new.parents[1].name.removeprefix("round")) - 1] = [
-            float(judge_pairs(str(folder), pairs, 32, 10**6)[1].mean()) for folder in (rm, new)]
-        rm = new
-    return found
+def own_answers(out, number):
+    """Return how often the labels of pairs of the new policy's answers in a round agree with log π_t/π_{t−1},
+    and with the reward models before and after its M-step."""
+    settings, folder = json.loads((out / "run.json").read_text())["settings"], out / f"round{number}"
+    before = out / f"round{number - 1}"
+    old_policy, old_rm = (before / "e2/policy", before / "m/rm") if number > 1 else (
+        settings["policy"], settings["rm"])
+    pairs = []
+    for prompt, answers in draw_two_answers(read_jsonl(folder / "e2" / "samples.jsonl"), 800):
+        better = label(prompt, answers)
+        pairs.append(dict(prompt=prompt, chosen=answers[better], rejected=answers[1 - better]))
+    margins = policy_margins(str(folder / "e1/policy"), str(old_policy), pairs, 32)
+    rights = [judge_pairs(str(rm), pairs, 32, 10**6)[1] for rm in (old_rm, folder / "m/rm")]
+    return dict(policy=float((margins > 0).mean()), n=len(pairs),
+                **{name: float(right.mean()) for name, right in zip(("rm_before", "rm_after"), rights)})
 
 def draw_two_answers(samples, count):
     """Return [(prompt, [answer, answer])]: two different answers, drawn, to each of up to `count` prompts."""
@@ -125,95 +99,127 @@ def label(prompt, answers):
     chance = 1 / (1 + math.exp((first - second) / toy.LABEL_NOISE))  # of the second
     return int(random.Random(str(dict(prompt=prompt, answers=answers, chosen=None))).random() < chance)
 
-def margins_of(folder, pairs):
-    """Return a reward model's margins, chosen minus rejected (N,), on labelled pairs."""
-    model, tokenizer = reward.load(str(folder))
-    return np.diff(reward.score_answers(model, tokenizer, [
-        (pair["prompt"], [pair["rejected"], pair["chosen"]]) for pair in pairs], 32))[:, 0]
-
 # ---------------------------------------------------------------- tables
-def gains(rows, point, arm):
-    """Return (seeds, rounds): how far an arm's gold is above a fixed reward model's with the same seed."""
-    gold = {(row["arm"], row["seed"]): row["gold"] for row in rows if row["point"] == point}
-    seeds = sorted(seed for name, seed in gold if name == arm and ("fixed", seed) in gold)
-    return np.array([np.subtract(gold[arm, seed], gold["fixed", seed])[1:] for seed in seeds])
+def name_of(row):
+    """The name of the point that a row is of."""
+    looked = {"all": "all", "form": "form alone"}[row["labellers"]]
+    return f"skill {row['skill']:g}, labels of {looked}, step {row['step']:g}"
+
+def by_point(rows):
+    """Return {name of the point: {arm: {seed: row}}}, in the order of POINT's values."""
+    found = {}
+    for row in sorted(rows, key=lambda row: (row["skill"], row["labellers"], -row["step"], row["seed"])):
+        found.setdefault(name_of(row), {}).setdefault(row["arm"], {})[row["seed"]] = row
+    return found
+
+def gains(arms, arm, key="gold"):
+    """Return (seeds, rounds): how far an arm's gold, or a part of it, is above that of a fixed reward model
+    with the same seed."""
+    return np.array([np.subtract(row[key], arms["fixed"][seed][key])[1:]
+                     for seed, row in arms.get(arm, {}).items() if seed in arms["fixed"]])
 
 def table(*heads):
     print(f"\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
 
 def tables(rows):
     """Print the three tables of these rows."""
-    by_arm = {}  # (point, arm) -> rows, in the order of their seeds
-    for row in sorted(rows, key=lambda row: row["seed"]):
-        by_arm.setdefault((row["point"], row["arm"]), []).append(row)
-    arms = [*ARMS, *sorted({row["arm"] for row in rows} - {*ARMS})]  # these, and those that only rows have
-    names = [(point, arm) for point in POINTS for arm in arms if (point, arm) in by_arm]
-    rounds = [f"round {n + 1}" for n in range(ROUNDS)]
+    points, rounds = by_point(rows), [f"round {n + 1}" for n in range(ROUNDS)]
+    table("point", "arm", "seeds", "base", *rounds, "form, last", "content: base", *rounds)
+    for point, arms in points.items():
+        for arm, runs in arms.items():
+            gold, form, content = (np.array([row[key] for row in runs.values()])
+                                   for key in ("gold", "form", "content"))
+            cells = [*gold.T, form.T[-1], *content.T]
+            print(f"| {point} | {arm} | {len(runs)} | {' | '.join(map(mean_and_error, cells))} |")
 
-    table("point", "arm", "seeds", *rounds, "gold: fixed, arm")
-    for point, arm in names:
-        if arm != "fixed":
-            above = gains(rows, point, arm)
-            last = [np.mean([row["gold"][-1] for row in by_arm[point, name]]) for name in ("fixed", arm)]
-            print(f"| {point} | {arm} | {len(above)} | {' | '.join(map(mean_and_error, above.T))} | "
-                  f"{last[0]:.2f}, {last[1]:.2f} |")
+    table("point", "arm", *(f"gold above fixed, {name}" for name in rounds),
+          *(f"content above fixed, {name}" for name in rounds))
+    for point, arms in points.items():
+        for arm in [*ARMS][1:]:
+            cells = [*gains(arms, arm).T, *gains(arms, arm, "content").T]
+            print(f"| {point} | {arm} | {' | '.join(map(mean_and_error, cells))} |")
 
-    table("point", "gain", *(name.replace("_", " ") for name in PREDICTORS))
-    full = [point for point, arm in names if arm == "full"]
-    gain = {point: gains(rows, point, "full")[:, -1] for point in full}
-    known = {point: np.array([[row.get(name) for name in PREDICTORS] for row in by_arm[point, "full"]], float)
-             for point in full}  # (seeds, predictors); NaN where it was not measured, or nothing was compared
-    means = np.array([np.ma.masked_invalid(known[point]).mean(0).filled(np.nan) for point in full])
-    for point, values in zip(full, means):
-        cells = ["" if np.isnan(value) else f"{value:.3f}" for value in values]
-        print(f"| {point} | {gain[point].mean():+.2f} | {' | '.join(cells)} |")
-    over = [spearman([gain[point].mean() for point in full], values) for values in means.T]
-    print(f"| rank correlation, over points | | {' | '.join(f'{value:+.2f}' for value in over)} |")
-    within = [[spearman(gain[point], known[point][:, n]) for point in np.array(full)[~np.isnan(column)]]
-              for n, column in enumerate(means.T)]
-    print(f"| over the seeds of a point, mean | | {' | '.join(map(mean_and_error, within))} |")
+    table("point", "gain, round 1", "gain, round 3", *(name.replace("_", " ") for name in PREDICTORS))
+    known = [(gains(arms, "full")[:, [0, -1]], predictors(arms)) for arms in points.values()]
+    for point, (gain, found) in zip(points, known):
+        cells = [mean_and_error(gain[:, n]) for n in range(2)] + [f"{value:.3f}" for value in found.mean(0)]
+        print(f"| {point} | {' | '.join(cells)} |")
+    for n, name in ((0, "round 1"), (1, "round 3")):
+        over = np.array([[gain[:, n].mean(), *found.mean(0)] for gain, found in known])
+        whole = np.vstack([np.column_stack([gain[:, n], found]) for gain, found in known])
+        for what, values in (("points", over), ("runs", whole)):
+            cells = [rank_correlation(values[:, 0], column) for column in values.T[1:]]
+            print(f"| rank correlation with the gain in {name}, over {what} | | | {' | '.join(cells)} |")
 
-    table("point", "arm", *rounds)
-    for point, arm in names:
-        own = [row["own"] for row in by_arm[point, arm] if "own" in row]
-        if own:
-            steps = ([steps[n] for steps in own if steps[n]] for n in range(ROUNDS))
-            print(f"| {point} | {arm} | {' | '.join(map(before_and_after, steps))} |")
+def predictors(arms):
+    """Return (seeds, predictors): what was known after the first round of each run of the full method."""
+    def of(row):
+        own = row["own"][0]
+        return (own["policy"] - own["rm_before"], own["policy"], own["rm_before"],
+                own["rm_after"] - own["rm_before"], row["kept"][0], row["disagreement"][0],
+                row["comparisons_right"][0])
+    return np.array([of(row) for seed, row in arms["full"].items() if seed in arms["fixed"]])
 
-def before_and_after(steps):
-    """Return the means over the seeds of `own` in one round, as text. The rows of commit 91c20a3 have a third
-    figure, which is not shown."""
-    if not steps:
-        return ""
-    before, after = np.array([step[:2] for step in steps]).mean(0)
-    return f"{before:.3f} → {after:.3f}"
+def rank_correlation(x, y):
+    """Return Spearman's rank correlation of two lists with its interval, as text."""
+    low, high = bootstrap(lambda chosen: spearman(x[chosen], y[chosen]), len(x))
+    return f"{spearman(x, y):+.2f} ({low:+.2f} to {high:+.2f})"
 
 def spearman(x, y):
-    """Return the rank correlation of two lists (Spearman), without the places where y is NaN."""
-    x, y = np.array([x, y])[:, ~np.isnan(y)].round(9)
-    ranks = [np.sign(np.subtract.outer(values, values)).sum(1) for values in (x, y)]  # ties share a rank
-    return np.corrcoef(*ranks)[0, 1]
+    ranks = [np.sign(np.subtract.outer(values, values)).sum(1) for values in (x.round(9), y.round(9))]
+    return np.corrcoef(*ranks)[0, 1]  # ties share a rank
+
+# ---------------------------------------------------------------- the figure
+WHAT = {"full": "comparisons and ranked pairs", "comparisons": "comparisons alone"}
+
+def draw(rows, path):
+    """Draw each point as a row of cells, one for each arm and round: how far gold is above a fixed reward
+    model's. Green is a gain and red a loss, pale where it is within two standard errors."""
+    from matplotlib.figure import Figure
+    points = by_point(rows)
+    figure = Figure(figsize=(11, 0.42 * len(points) + 1.3), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, arm in zip(axes, [*ARMS][1:]):
+        for y, arms in enumerate(points.values()):
+            for x, gain in enumerate(gains(arms, arm).T):
+                mean, error = gain.mean(), gain.std(ddof=1) / len(gain)**0.5
+                colour = "#2c7a4b" if mean > 0 else "#b1452f"
+                sure = abs(mean) > 2 * error
+                axis.broken_barh([(x + 0.02, 0.96)], (y + 0.04, 0.92), color=colour, linewidth=0,
+                                 alpha=0.9 if sure else 0.2)
+                axis.text(x + 0.5, y + 0.5, f"{mean:+.2f}", ha="center", va="center", fontsize=11,
+                          weight="bold" if sure else "normal", color="white" if sure else "#22252b")
+        axis.set(xlim=(0, ROUNDS), ylim=(len(points), 0), title=f"M-step on {WHAT[arm]}")
+        axis.set_xticks(np.arange(ROUNDS) + 0.5, [f"round {n + 1}" for n in range(ROUNDS)])
+        axis.set_yticks(np.arange(len(points)) + 0.5, points)
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+    figure.savefig(path, metadata={"Date": None})
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--points", nargs="+", default=POINTS, choices=POINTS)
-    parser.add_argument("--arms", nargs="+", default=["fixed", "full"], choices=ARMS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=range(1, 9))
+    parser.add_argument("--skill", type=float, nargs="+", default=SKILL)
+    parser.add_argument("--labellers", nargs="+", default=LABELLERS, choices=LABELLERS)
+    parser.add_argument("--steps", type=float, nargs="+", default=STEPS)
+    parser.add_argument("--arms", nargs="+", default=[*ARMS], choices=ARMS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=range(41, 49))
     parser.add_argument("--json", type=Path, default=HOME / "docs" / "data" / "map.jsonl")
     parser.add_argument("--table", action="store_true", help="print the tables without new runs")
     o = parser.parse_args()
     rows = read_jsonl(o.json) if o.json.exists() else []
     if not o.table:
-        def work(point, seed):  # arms run one after the other, because they share their base models
-            return [run(point, arm, seed) for arm in ARMS if arm in o.arms]
+        def work(seed, skill, labellers):  # one after the other, because they share their base models
+            return [run(skill, labellers, step, arm, seed)
+                    for step, arm in itertools.product(o.steps, o.arms)]
         with ThreadPoolExecutor(2) as pool:
-            jobs = [pool.submit(work, point, seed) for seed in o.seeds for point in o.points]
+            jobs = [pool.submit(work, *place) for place in itertools.product(o.seeds, o.skill, o.labellers)]
         new = [row for job in jobs for row in job.result()]
-        keys = {(row["point"], row["arm"], row["seed"]) for row in new}
-        rows = [row for row in rows if (row["point"], row["arm"], row["seed"]) not in keys] + new
+        keys = {tuple(row[name] for name in (*POINT, "arm", "seed")) for row in new}
+        rows = [row for row in rows if tuple(row[name] for name in (*POINT, "arm", "seed")) not in keys] + new
         write_jsonl(o.json, rows)
     tables(rows)
+    draw(rows, HOME / "docs" / "map.svg")
 
 if __name__ == "__main__":
     main()

@@ -9,8 +9,11 @@ and a perfect answer greets the reader, writes that many `ADJECTIVE NOUN VERB .`
 
     dear sister . grey waves weep . lonely dogs sigh . broken sails fade . the end .
 
-The base policy learns from the poems of a mediocre writer. The base reward model learns from noisy labels of
-`gold`, a judge that no other training sees. So it can say whether policies and reward models get better.
+The base policy learns from poems of unlike writers: experts do nearly everything better than the others. So a
+policy that moves towards good form may learn good content with it. The base reward model learns from noisy
+labels by people who look at the form of a poem, not at its content, which is its topic and the guest. `gold`,
+a judge that no other training sees, looks at both. So it can say whether policies and reward models get
+better. The defaults are like this because real writers and real labels are; SKILL and LABELLERS change it.
 """
 import functools
 import hashlib
@@ -40,7 +43,7 @@ from dpo import ResponseLogps
 from sampler import sample
 
 SETTINGS = dict(  # the defaults of mt.py's options for this task, whose models have 0.1 M parameters
-    max_new_tokens=64, max_length=128, beta=0.1, policy_lr=4e-5, policy_batch=16, rm_lr=5e-4, rm_batch=16,
+    max_new_tokens=64, max_length=128, beta=0.1, policy_lr=2e-5, policy_batch=16, rm_lr=5e-4, rm_batch=16,
     save_every=13, select_prompts=300, tau=0.5, sample_batch=256, score_batch=64, micro_batch=16)
 SOURCES = "toy data models packing dpo reward sampler training".split()  # modules that change base models
 LOOP_PROMPTS, TEST_PROMPTS, LABELS, DEMONSTRATIONS = 2700, 300, 3000, 7000
@@ -83,6 +86,10 @@ VERB_MOOD = {word: mood for mood, group in VERBS.items() for word in group}
 NOUN_TOPIC = {word: topic for topic, group in NOUNS.items() for word in group}
 
 GOLD_MAX = 5.5  # 2 mood + 2 topic + 0.5 ending + 0.5 greeting + 0.5 guest
+SKILL = 1.0         # how far experts and other writers lie apart; 0: all make the same mistakes
+LABELLERS = "form"  # what the labellers look at: "form", or "all" that gold looks at
+EXPERTS = 0.4       # share of poems that an expert has written
+MISTAKES = {"topic": (0.6, 1.27), "other": (0.2, 1.6)}  # at SKILL 1, those of experts and of the others
 
 def all_prompts() -> list[str]:
     """All 14,580 prompts of the task, in a fixed order."""
@@ -114,13 +121,19 @@ def is_line(sentence: list[str]) -> bool:
     return adjective in ADJECTIVE_MOOD and (noun in NOUN_TOPIC or noun in GUESTS) and verb in VERB_MOOD
 
 def gold(prompt: str, response: str, finished: bool = True) -> float:
-    """The judge: how well does the response do what the prompt asks? At most GOLD_MAX, negative for a mess.
+    """The judge: how well the response does what the prompt asks. At most GOLD_MAX, negative for a mess."""
+    return sum(gold_parts(prompt, response, finished))
 
-    Of the lines that the prompt asks for, 2 × the share of adjectives and verbs that are in the mood, and 2 ×
-    the share of nouns that are on the topic, as the guest also is. A missing line has neither.
-    0.5 less for each line too many or too few, each repeated noun, each other sentence (at most 4 of each).
-    0.5 more for the ending `the end .`, for greeting the reader (nobody, if the prompt names none), and for
-    the guest (also if the prompt names none). 0.5 less if the response breaks off (`finished` is False)."""
+def gold_parts(prompt, response, finished=True) -> tuple[float, float]:
+    """Gold's two parts, (form, content). Only the lines that the prompt asks for are looked at, and a missing
+    one has neither mood nor topic.
+
+    Form: 2 × the share of adjectives and verbs that are in the mood. 0.5 less for each line too many or too
+    few, each repeated noun, each other sentence (at most 4 of each). 0.5 more for the ending `the end .` and
+    for greeting the reader (nobody, if the prompt names none). 0.5 less if the response breaks off
+    (`finished` is False).
+    Content: 2 × the share of nouns that are on the topic, as the guest also is. 0.5 more for the guest (also
+    if the prompt names none)."""
     wish = wishes(prompt)
     sentences = [sentence.split() for sentence in response.split(" .")]
     broken_off = bool(sentences.pop()) or not finished  # nothing should follow the last full stop
@@ -134,38 +147,41 @@ def gold(prompt: str, response: str, finished: bool = True) -> float:
     moods = sum((ADJECTIVE_MOOD[a] == wish["mood"]) + (VERB_MOOD[v] == wish["mood"]) for a, _, v in counted)
     topics = sum(n == wish["guest"] or NOUN_TOPIC.get(n) == wish["topic"] for _, n, _ in counted)
     faults = (abs(len(lines) - wish["lines"]), len(nouns) - len(set(nouns)), len(body) - len(lines))
-    score = (moods + 2 * topics) / wish["lines"]
-    score -= 0.5 * sum(min(fault, 4) for fault in faults)
-    score += 0.5 * (ends and not broken_off)
-    score += 0.5 * (greets == ([[wish["reader"]]] if wish["reader"] else []))
-    score += 0.5 * (wish["guest"] is None or wish["guest"] in nouns)
-    return score - 0.5 * broken_off
+    form = moods / wish["lines"] - 0.5 * sum(min(fault, 4) for fault in faults) - 0.5 * broken_off
+    form += 0.5 * (ends and not broken_off)
+    form += 0.5 * (greets == ([[wish["reader"]]] if wish["reader"] else []))
+    content = 2 * topics / wish["lines"] + 0.5 * (wish["guest"] is None or wish["guest"] in nouns)
+    return form, content
 
 def demonstration(prompt: str, rng: random.Random) -> str:
-    """A poem by a mediocre writer, who drifts off, slips, repeats, rambles, miscounts and forgets."""
-    wish = wishes(prompt)
-    count = wish["lines"] + (rng.choice([-1, 1]) if rng.random() < 0.5 else 0)
-    mood_drift = rng.randrange(count) if rng.random() < 0.6 else count  # from this line on: another mood
-    topic_drift = rng.randrange(count) if rng.random() < 0.6 else count
+    """A poem by a writer who drifts off, slips, repeats, rambles, miscounts and forgets; an expert less."""
+    expert, wish = rng.random() < EXPERTS, wishes(prompt)
+
+    def errs(chance, about="other"):
+        return rng.random() < chance * (1 - SKILL + SKILL * MISTAKES[about][not expert])
+
+    count = wish["lines"] + (rng.choice([-1, 1]) if errs(0.5) else 0)
+    mood_drift = rng.randrange(count) if errs(0.6) else count  # from this line on: another mood
+    topic_drift = rng.randrange(count) if errs(0.6, "topic") else count
     other_mood, other_topic = rng.choice(list(MOODS)), rng.choice(list(TOPICS))
-    guest_line = rng.randrange(count) if wish["guest"] and rng.random() < 0.5 else count
+    guest_line = rng.randrange(count) if wish["guest"] and not errs(0.5) else count
 
     sentences, nouns = [], []
-    if wish["reader"] and rng.random() < 0.6:
-        sentences.append(f"dear {wish['reader'] if rng.random() < 0.7 else rng.choice(READERS)} .")
+    if wish["reader"] and not errs(0.4):
+        sentences.append(f"dear {rng.choice(READERS) if errs(0.3) else wish['reader']} .")
     for i in range(count):
         mood = wish["mood"] if i < mood_drift else other_mood
         topic = wish["topic"] if i < topic_drift else other_topic
-        if rng.random() < 0.25:  # a slip: any mood, any topic, for this line only
+        if errs(0.25):  # a slip: any mood, any topic, for this line only
             mood, topic = rng.choice(list(MOODS)), rng.choice(list(TOPICS))
         noun = wish["guest"] if i == guest_line else rng.choice(NOUNS[topic])
-        if nouns and rng.random() < 0.2:
+        if nouns and errs(0.2):
             noun = rng.choice(nouns)
         nouns.append(noun)
         sentences.append(f"{rng.choice(ADJECTIVES[mood])} {noun} {rng.choice(VERBS[mood])} .")
-        if rng.random() < 0.15:
+        if errs(0.15):
             sentences.append(rng.choice(RAMBLES))
-    if rng.random() < 0.55:
+    if not errs(0.45):
         sentences.append("the end .")
     return " ".join(sentences)
 
@@ -246,11 +262,15 @@ def write_preferences(policy, prompts, seed, path):
     write_jsonl(path, pairs)
 
 def gold_of(row):
-    return gold(row["prompt"], row["response"], row["finished"])
+    return sum(parts_of_gold(row))
+
+def parts_of_gold(row):
+    return gold_parts(row["prompt"], row["response"], row["finished"])
 
 def appeal(row):
     """How much a labeller likes an answer, in nats."""
-    return gold_of(row) / LABEL_NOISE
+    form, content = parts_of_gold(row)
+    return (form + content * (LABELLERS == "all")) / LABEL_NOISE
 
 @dataclass
 class Options:

@@ -15,12 +15,12 @@ from common.parallel import Problem
 from common.run import log_lines
 from evals.stats import wilson
 
-TEXTS = ("response", "new", "old", "reason")  # fields whose names end in one of these words hold text
-NUMBERS = ("score", "tokens", "margin", "epsilon", "index", "gold", "r0", "se", "n", "rate")
+TEXTS = "response new old reason".split()  # fields whose names end in one of these words hold text
+NUMBERS = "score tokens margin epsilon index gold form content r0 se n rate".split()
 BASE = ("policy", "n", "win_rate", "reward_r0", "reward_r0_se", "tokens", "finished")
-GOLD = (*BASE, "rm", "gold", "gold_se", "accuracy_base", "accuracy_current", "length_slope")
-STATE = ("gold", "gold_se", "win_rate", "tokens", "reward_r0", "accuracy_base", "accuracy_current",
-         "length_slope", "comparisons_right")  # the columns of a policy in the terminal's table
+GOLD = (*BASE, "rm", "gold", "gold_se", "form", "content", "accuracy_base", "accuracy_current")
+STATE = ("gold", "gold_se", "form", "content", "win_rate", "tokens", "reward_r0", "accuracy_base",
+         "accuracy_current", "comparisons_right")  # the columns of a policy in the terminal's table
 RESULTS = {"e1": "selection.json", "m": "rm", "e2": "selection.json"}  # the last result of each step
 PARTS = ("sampling and scoring", "training", "model selection")        # the parts of a step's time
 

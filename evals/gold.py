@@ -72,9 +72,11 @@ def measure(o):
                            for answers, name in ((own, "own.jsonl"), (base, "base.jsonl")))
         values, base_values = (np.reshape([gold_of(row) for row in some], (-1, 2))  # (prompts, answers)
                                for some in (rows, base_rows))
+        form, content = np.mean([toy.parts_of_gold(row) for row in rows], axis=0).tolist()
         lines.append(dict(
             policy=label, rm=Path(rm).parts[-3] if rm != o.rm else "r0", gold=float(values.mean()),
-            gold_se=standard_error(values.mean(1)), n=len(values), win_rate=win_rate(values, base_values),
+            gold_se=standard_error(values.mean(1)), form=form, content=content, n=len(values),
+            win_rate=win_rate(values, base_values),
             **average(rows, 2), accuracy_base=agreement_with_gold(on_base),
             accuracy_current=agreement_with_gold(on_own), length_slope=length_slope(on_base),
             comparisons_right=right_comparisons(out / label.replace(" ", "") / "m" / "comparisons.jsonl")))

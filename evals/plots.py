@@ -60,11 +60,15 @@ def finish(axis, xlabel, ylabel, ticks=None):
         axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0, handlelength=1.4)
 
 def plot_states(axis, runs, key):
-    """Draw the figure `key` of the base policy and of the policy after each round, with standard errors."""
+    """Draw the figure `key` of the base policy and of the policy after each round, with standard errors. The
+    gold of a single run is drawn with its two parts."""
+    parts = ("form", "content") if key == "gold" and len(runs) == 1 else ()
+    for part, colour in zip(parts, SERIES[1:]):
+        axis.plot([state[part] for state in runs[0]["states"]], marker="o", color=colour, label=part)
     for run, colour in zip(runs, SERIES * len(runs)):
         axis.errorbar(range(len(run["states"])), [state[key] for state in run["states"]],
                       [state[f"{key}_se"] for state in run["states"]], marker="o", color=colour, capsize=2,
-                      label=run["name"] if len(runs) > 1 else None)
+                      label=run["name"] if len(runs) > 1 else key if parts else None)
     longest = max((run["states"] for run in runs), key=len)
     finish(axis, "policy after round", UNITS[key], {at: s["policy"] for at, s in enumerate(longest)})
 

@@ -78,7 +78,8 @@ def sections(runs):
     size = TEXT_BYTES // max(1, sum(len(run["steps"]) for run in runs))
     return [
         ("Did it work?", "The embedded task’s policies are judged by gold, which knows the task’s rules, on "
-         "test prompts that serve no other purpose. Other policies are judged by RM 0, the base reward "
+         "test prompts that serve no other purpose; it is the sum of form, which the base RM’s labellers "
+         "looked at, and content. Other policies are judged by RM 0, the base reward "
          "model, on the prompts held out for model selection (D_MS). “Win vs base” is how often the judge "
          "prefers a policy’s answer to the base policy’s. RM accuracy is how often the RM in use orders two "
          "answers to a prompt as gold does. Brackets hold 95% intervals, and standard errors (se) follow ±.",
@@ -130,9 +131,10 @@ def comparison_table(runs):
 
 def first_screen(run):
     gold = bool(run["gold"])
-    head = ["policy", *["gold ± se"] * gold, "win vs base", *["RM accuracy, own answers"] * gold,
-            "reward under RM 0 ± se", "tokens", "finished"]
-    rows = [[s["policy"], *([f"{num(s['gold'])} ± {num(s['gold_se'])}"] if gold else []),
+    head = ["policy", *["gold ± se", "form", "content"] * gold, "win vs base",
+            *["RM accuracy, own answers"] * gold, "reward under RM 0 ± se", "tokens", "finished"]
+    rows = [[s["policy"], *([f"{num(s['gold'])} ± {num(s['gold_se'])}", num(s["form"]), num(s["content"])]
+                            if gold else []),
              with_interval(s["win_rate"], s["n"] * (s is not run["states"][0])),
              *([num(s["accuracy_current"])] if gold else []),
              f"{num(s['reward_r0'])} ± {num(s['reward_r0_se'])}", num(s["tokens"], 1), f"{s['finished']:.1%}"]

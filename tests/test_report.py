@@ -53,8 +53,9 @@ def make_run(folder, prompts, text=toy.demonstration, gold=False, **settings):
         (at / "selection.json").write_text(json.dumps({"chosen": chosen, "win_rates": rates, "tau": 0.6}))
         write_jsonl(at / "select" / "before.jsonl", answers(prompts[:5], 1, rng, text))
     if gold:
-        row = dict(gold=1.25, gold_se=0.1, n=30, win_rate=0.5, tokens=9.0, finished=0.9, reward_r0=0.2,
-                   reward_r0_se=0.3, rm="r0", accuracy_base=0.625, accuracy_current=0.71, length_slope=0.1)
+        row = dict(gold=1.25, gold_se=0.1, form=1.0, content=0.25, n=30, win_rate=0.5, tokens=9.0,
+                   finished=0.9, reward_r0=0.2, reward_r0_se=0.3, rm="r0", accuracy_base=0.625,
+                   accuracy_current=0.71)
         write_jsonl(folder / "gold.jsonl", [row | {"policy": policy} for policy in ("base", "round 1")])
     write_jsonl(folder / "metrics.jsonl", [
         {"phase": f"round1/{p}/checkpoints", "loss": 0.7, "rewards/margins": 1, "rewards/accuracies": i / 20,
@@ -160,8 +161,9 @@ def test_gold_is_shown_in_the_first_table_in_the_terminal_and_beside_each_reward
     page = written_page(run)
     assert "<p class=warning>Only 90.0% of" in page
     assert "<td>round 1</td>" not in page  # a line equal to the one before is left out, as after a stop
-    assert re.search("base</td>.*1.250 ± 0.100.*0.500</td>.*0.710.*0.200 ± 0.300.*9.0</td>.*90.0%</td>", page)
-    assert re.search(r"base +r0 +1.250 +0.100 +0.500 ", capsys.readouterr().out)
+    cells = ".*".join(["1.250 ± 0.100", "1.000", "0.250", "0.500", "0.710", "0.200 ± 0.300", "9.0", "90.0%"])
+    assert re.search(f"base</td>.*{cells}</td>", page)
+    assert re.search(r"base +r0 +1.250 +0.100 +1.000 +0.250 +0.500 ", capsys.readouterr().out)
     for row in read_jsonl(run / "round1/e1/samples.jsonl"):
         assert f"reward {row['score']:.3f} · gold {toy.gold_of(row):.3f}" in page
 

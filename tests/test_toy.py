@@ -41,6 +41,29 @@ def test_gold_counts_every_wish_of_the_prompt(prompt, answer, value):
     assert gold(prompt, answer.strip()) == pytest.approx(value)
     assert gold(SEA, PERFECT, finished=False) == GOLD_MAX - 1  # no ending, and half a point for breaking off
 
+def test_topic_and_guest_are_content_which_only_some_labellers_look_at(monkeypatch):
+    def appeals(answer):
+        return toy.appeal(dict(prompt=SEA, response=answer, finished=True)) * toy.LABEL_NOISE
+
+    sad, cows, cats = PERFECT, PERFECT.replace("waves", "cows"), PERFECT.replace("dogs", "cats")
+    assert [toy.gold_parts(SEA, answer) for answer in (sad, cows, cats)] == [
+        (3, 2.5), (3, pytest.approx(2.5 - 2 / 3)), (3, pytest.approx(2 - 2 / 3))]
+    assert appeals(sad) == appeals(cows) == appeals(cats) == 3 > appeals(PERFECT.replace("grey", "merry"))
+    monkeypatch.setattr(toy, "LABELLERS", "all")
+    assert [appeals(sad), appeals(cows)] == pytest.approx([GOLD_MAX, GOLD_MAX - 2 / 3])
+
+def test_form_and_content_of_poems_go_together_the_more_the_further_skills_lie_apart(monkeypatch):
+    found = []
+    for skill in (0, 0.5, 1):
+        monkeypatch.setattr(toy, "SKILL", skill)
+        rng = random.Random(0)
+        parts = [toy.gold_parts(prompt, demonstration(prompt, rng))
+                 for prompt in rng.sample(toy.all_prompts(), 2000)]
+        found.append((np.sum(parts) / len(parts), np.corrcoef(np.transpose(parts))[0, 1]))
+    means, correlations = zip(*found)
+    assert max(means) - min(means) < 0.15  # the mistakes of all writers together are about as many
+    assert correlations[0] < 0.2 < correlations[1] < 0.4 < correlations[2]
+
 def test_all_prompts_differ_and_those_of_the_loop_the_test_and_the_base_models_do_not_overlap():
     everything = toy.all_prompts()
     assert len(set(everything)) == len(everything)
