@@ -7,7 +7,6 @@ import importlib.util
 import json
 import math
 import random
-import re
 import subprocess
 import sys
 from pathlib import Path
