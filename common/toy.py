@@ -11,9 +11,10 @@ and a perfect answer greets the reader, writes that many `ADJECTIVE NOUN VERB .`
 
 The base policy learns from poems of unlike writers: experts do nearly everything better than the others. So a
 policy that moves towards good form may learn good content with it. The base reward model learns from noisy
-labels by people who look at the form of a poem, not at its content, which is its topic and the guest. `gold`,
-a judge that no other training sees, looks at both. So it can say whether policies and reward models get
-better. The defaults are like this because real writers and real labels are; SKILL and LABELLERS change it.
+labels of people who look at a poem's form, and not at its content, which is topic and guest. `gold`, a judge
+that no other training sees, looks at both and can say whether models get better. This is the default, because
+real writers and real labels are like that. With SKILL 0 and LABELLERS "all" a policy learns nothing that its
+reward model doesn't know, and M-steps harm (docs/results.md).
 """
 import functools
 import hashlib
