@@ -114,7 +114,8 @@ arms.table({{arm: [*by_seed.values()] for arm, by_seed in runs.items()}})""")
     assert len(lines) >= least and without_seconds[0] == without_seconds[1]
 
 def test_the_figures_in_docs_results_md_are_those_of_the_full_tables():
-    whole = lines_of("\n".join((DATA / name).read_text() for name in ("arms.md", "arms-alike.md", "map-alike.md")))
+    names = ("arms.md", "arms-alike.md", "map-alike.md")
+    whole = lines_of("\n".join((DATA / name).read_text() for name in names))
     lines = [line for line in lines_of((DATA.parent / "results.md").read_text()) if " ± " in "".join(line)]
     wrong = [line for line in lines if not any(
         line[0] == other[0] and {cell for cell in line if " ± " in cell} <= {*other} for other in whole)]
