@@ -152,7 +152,7 @@ def figures_of(gpu):
 
 @dataclass
 class Options(mt.Options):
-    recompute: bool = option(True, "recompute activations: slower, less memory")
+    recompute: bool = option(True, "recompute activations: slower, less memory; false for this CPU")
     gpus: int = option(None, "GPUs of all nodes together (default: those here, or 8)", group="the plan")
     gpu: str = option("", ", ".join(GPUS) + " (default: this machine's, or h100)")
 
