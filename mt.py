@@ -125,10 +125,11 @@ def split(o, path):
     prompts, repeats = read_prompts(o.prompts)
     prompts, _ = models.prompts_that_fit(o.rm, prompts, o.max_new_tokens)
     prompts, _ = models.prompts_that_fit(o.policy, prompts)
-    third = (len(prompts) - o.select_prompts) // 3
+    count, third = len(prompts), (len(prompts) - o.select_prompts) // 3
     if third < 1:
-        raise Problem(f"{o.prompts}: {len(prompts)} different prompts; --select_prompts {o.select_prompts} "
-                      f"and three subsets need at least {o.select_prompts + 3}")
+        raise Problem(f"{o.prompts}: {count} different prompts; --select_prompts {o.select_prompts} and "
+                      f"three subsets need at least {o.select_prompts + 3}. --select_prompts "
+                      f"{count // 6 or 1} leaves three subsets of {(count - (count // 6 or 1)) // 3}")
     shuffled = [{"prompt": prompts[i]} for i in np.random.default_rng(o.seed).permutation(len(prompts))]
     with run.writing(path) as temporary:
         run.write_rows(temporary / "select.jsonl", shuffled[:o.select_prompts])

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from conftest import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,7 +24,7 @@ from transformers import LlamaConfig
 
 import mt
 import sampler
-from common import toy, training
+from common import parallel, toy, training
 from common.packing import Row, collate
 from common.parallel import Problem
 from dpo import ResponseLogps, dpo_loss
@@ -61,11 +62,11 @@ def test_memory_is_as_worked_out_by_hand(monkeypatch):
     assert parts["cache"] == 64 * 2048 * 131_072  # 32 layers x keys and values x 8 heads x 128 x 2 bytes
     assert plan.rows_of(size, 64, 4000, 80 * GIB) == 64  # 69.8e9 bytes / 2 / 131,072 are 266,000 tokens
     assert plan.rows_of(size, 256, 4000, 80 * GIB) == 66
-    config = llama("tiny")  # the sampler agrees: here in fp32, and so with twice the memory
+    config = llama("tiny")  # the sampler agrees, here in fp32
     monkeypatch.setattr(sampler, "memory", lambda: 2 * 10**7)
     model = POLICY.from_config(config, dtype=torch.float32, attn_implementation="packed").eval()
     rows = sampler.cache_tokens(model)
-    assert plan.rows_of(plan.size_of(config, POLICY), 10**9, 1, 10**7) == rows > 1000
+    assert plan.rows_of(plan.size_of(config, POLICY, 4), 10**9, 1, 2 * 10**7) == rows > 1000
     assert parts["weights"] == plan.scoring(size, 1, 1, 1, 5)["weights"] == 2 * 8_030_261_248
     # bytes a parameter: with 80 GiB 4 for the whole gradient and 12 / 8 for the rest, with 40 GiB 16 / 8
     for memory, states in ((80, 44.17e9), (40, 16.06e9)):
@@ -97,12 +98,12 @@ def test_hours_are_as_worked_out_by_hand():
 # ---------------------------------------------------------------- against the real training step
 def trace(config, kind, gpus, pairs, prompt, answer, recompute, memory):
     """(peak bytes of a GPU in the last two micro-batches of a training step, FLOPs of one of them). The code
-    is that of dpo.py and reward.py under FSDP2, in a fake group of processes."""
+    is that of dpo.py and reward.py under FSDP2, in a fake group of processes. gpus: 0 stands for a CPU."""
     policy = kind is POLICY
     if dist.is_initialized():
         dist.destroy_process_group()
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=gpus)
-    mesh = init_device_mesh("cpu", (gpus,))  # before FakeTensorMode, since a mesh holds numbers
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=max(1, gpus))
+    mesh = gpus and init_device_mesh("cpu", (gpus,))  # before FakeTensorMode, since a mesh holds numbers
     with FakeTensorMode():
         config = copy.deepcopy(config)  # from_config would write the dtype into it
         model = kind.from_config(config, dtype=torch.float32, attn_implementation="packed").eval()
@@ -111,10 +112,11 @@ def trace(config, kind, gpus, pairs, prompt, answer, recompute, memory):
         training.wrap(root, recompute, mesh, training.BF16)
         optimizer = torch.optim.AdamW(root.parameters(), weight_decay=0.0, fused=True)
         packed = collate([Row([0] * prompt, [[0] * answer] * 2)] * pairs)
-        kept = training.kept_whole(sum(p.numel() for p in root.parameters()), memory, gpus, 2)
+        kept = gpus and training.kept_whole(sum(p.numel() for p in root.parameters()), memory, gpus, 2)
 
         def backward(last):
-            training.before_micro_batch(root, last, *kept)
+            if gpus:
+                training.before_micro_batch(root, last, *kept)
             chosen, rejected = root(packed).view(-1, 2).T
             losses = dpo_loss(chosen, rejected, chosen.detach(), rejected.detach(), 0.1)[0] if policy \
                 else bradley_terry_loss(chosen, rejected)
@@ -126,7 +128,8 @@ def trace(config, kind, gpus, pairs, prompt, answer, recompute, memory):
             backward(True)
         optimizer.step()  # not in the tracker: DTensor first tries it on tensors of full shape
         gc.collect()      # frees what the counter still holds
-        with FSDPMemTracker(root, optimizer) as tracker:
+        with FSDPMemTracker(root, optimizer) if gpus else MemTracker() as tracker:
+            tracker.track_external(root, optimizer)
             backward(False)
             tracker.reset_mod_stats()
             backward(True)
@@ -139,13 +142,13 @@ def trace(config, kind, gpus, pairs, prompt, answer, recompute, memory):
     ("8B", 3, POLICY, 8, 1, 1000, 1024, False, 17),
     ("70B", 3, RM, 64, 1, 1000, 1024, False, 80),
     ("3B", 6, POLICY, 4, 2, 1000, 1024, True, 80),
-    ("3B", 4, RM, 1, 2, 100, 300, True, 30)])
+    ("3B", 4, RM, 1, 2, 100, 300, True, 30), ("3B", 4, POLICY, 0, 16, 100, 300, False, 30)])
 def test_the_formulas_of_training_agree_with_a_traced_step_within_15_percent(
         name, layers, kind, gpus, pairs, prompt, answer, recompute, memory):
     config = llama(name, num_hidden_layers=layers)
-    size = plan.size_of(config, kind)
+    size = plan.size_of(config, kind, 2 if gpus else 4)
     peak, work = trace(config, kind, gpus, pairs, prompt, answer, recompute, memory * GIB)
-    formula = sum(plan.train_step(size, gpus, pairs, prompt, answer, recompute, memory * GIB).values())
+    formula = sum(plan.train_step(size, gpus or 1, pairs, prompt, answer, recompute, memory * GIB).values())
     assert formula == pytest.approx(peak, rel=0.15)
     tokens = pairs * (prompt + 2 * answer)
     assert (8 if recompute else 6) * size.matrices * tokens == pytest.approx(work, rel=0.25)
@@ -186,6 +189,23 @@ def test_8b_fits_on_2_to_16_gpus_and_what_does_not_fit_is_refused_with_what_it_n
     monkeypatch.setattr(plan.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**10))
     with pytest.raises(Problem, match="fit: the disk"):
         planned("8B", "--gpu", "h100", "--gpus", 8)
+
+def test_without_a_gpu_the_plan_is_for_this_cpu_and_short_times_in_minutes(planned, monkeypatch, tmp_path):
+    memory, flops, bandwidth, _ = plan.figures_of("cpu")
+    assert memory == parallel.memory() / GIB and 1e8 < flops < 1e14 and 1e8 < bandwidth < 1e13
+    monkeypatch.setattr(plan, "figures_of", lambda _: (8.0, 50e9, 20e9, (0.8, 0.3)))
+    POLICY.from_config(llama("tiny")).save_pretrained(tmp_path / "rm")
+    said = planned("tiny", "--select_prompts", 50)
+    assert f"--model {tmp_path / 'rm'} --pairs …\nthis CPU, {torch.get_num_threads()} threads; policy" in said
+    assert "of 50 GFLOP/s, 20%-50% of 20 GB/s" in said and "--recompute true:" in said and "GPU" not in said
+    assert re.search(r"the run: [\d.]+-[\d.]+ min\n\nGiB of this machine, .* Of its 8, 7\.4 are", said)
+    with pytest.raises(Problem, match="fit: .*DPO needs more memory; Bradley-Terry needs more memory"):
+        planned("3B")  # 12.9 GB of weights in fp32, 51 GB to train
+    assert plan.span(0.099, 0.4) == "5.9-24 min" and plan.span(0.1, 3) == "0.10-3.00 h"
+
+def test_too_few_prompts_are_refused_with_sizes_that_fit(planned):
+    with pytest.raises(Problem, match=r"2003\. --select_prompts 50 leaves three subsets of 83$"):
+        planned("tiny", "--select_prompts", 2000)
 
 def test_prompts_that_the_run_leaves_out_are_left_out_of_the_plan(planned, written):
     rows = [{"prompt": f"sad {i} " + "sad " * (9000 if i < 9 else 9)} for i in range(100)]
