@@ -127,9 +127,8 @@ def split(o, path):
     prompts, _ = models.prompts_that_fit(o.policy, prompts)
     count, third = len(prompts), (len(prompts) - o.select_prompts) // 3
     if third < 1:
-        raise Problem(f"{o.prompts}: {count} different prompts; --select_prompts {o.select_prompts} and "
-                      f"three subsets need at least {o.select_prompts + 3}. --select_prompts "
-                      f"{count // 6 or 1} leaves three subsets of {(count - (count // 6 or 1)) // 3}")
+        raise Problem(f"{o.prompts}: {count} prompts; --select_prompts {o.select_prompts} and three subsets "
+                      f"need at least {o.select_prompts + 3}; --select_prompts {count // 6 or 1} fits")
     shuffled = [{"prompt": prompts[i]} for i in np.random.default_rng(o.seed).permutation(len(prompts))]
     with run.writing(path) as temporary:
         run.write_rows(temporary / "select.jsonl", shuffled[:o.select_prompts])

@@ -171,9 +171,8 @@ def main():
     prompts, _ = models.prompts_that_fit(o.rm, read_prompts(o.prompts)[0], o.max_new_tokens)
     prompts, lengths = models.prompts_that_fit(o.policy, prompts)
     if (count := len(prompts)) < o.select_prompts + 3:
-        raise Problem(f"{o.prompts}: {count} different prompts; --select_prompts {o.select_prompts} and "
-                      f"three subsets need at least {o.select_prompts + 3}. --select_prompts "
-                      f"{count // 6 or 1} leaves three subsets of {(count - (count // 6 or 1)) // 3}")
+        raise Problem(f"{o.prompts}: {count} prompts; --select_prompts {o.select_prompts} and three subsets "
+                      f"need at least {o.select_prompts + 3}; --select_prompts {count // 6 or 1} fits")
     if models.files_of(o.rm) and "score.weight" not in models.shapes_of(o.rm):
         say(f"{o.rm} has no reward head yet; train one first: python reward.py --model {o.rm} --pairs …")
     mean, longest = float(np.mean(lengths)), max(lengths)

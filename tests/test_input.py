@@ -132,7 +132,7 @@ CASES = [  # the command, what it is given, and a part of the line that refuses 
     ("toy", "--rm RM", "give --policy, --rm and --prompts together"),
     ("mt", "--policy RM", "RM: LlamaForSequenceClassification with a reward head is a reward model, but a"),
     ("mt", "--rm PM", "PM: LlamaForCausalLM has no reward head (score.weight in safetensors); train o"),
-    ("mt", "--select_prompts 30", "need at least 33. --select_prompts 5 leaves three subsets of 8"),
+    ("mt", "--select_prompts 30", "need at least 33; --select_prompts 5 fits"),
     ("mt", "--max_new_tokens 90", "RM: no prompt fits into its context of 96 tokens with an answer of 90"),
     ("dpo", "--out pairs.jsonl/x/out", "pairs.jsonl/x"),
     ("dpo", "--out prompts.csv", "File exists: 'prompts.csv'"),
