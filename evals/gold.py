@@ -70,12 +70,13 @@ def measure(o):
         rows, base_rows = read_jsonl(own), read_jsonl(base)
         on_own, on_base = (read_jsonl(score_again(o, answers, rm, folder / name))
                            for answers, name in ((own, "own.jsonl"), (base, "base.jsonl")))
-        values, base_values = (np.reshape([gold_of(row) for row in some], (-1, 2))  # (prompts, answers)
-                               for some in (rows, base_rows))
-        form, content = np.mean([toy.parts_of_gold(row) for row in rows], axis=0).tolist()
+        parts, base_parts = (np.reshape([toy.parts_of_gold(row) for row in some], (-1, 2, 2))
+                             for some in (rows, base_rows))  # (prompts, answers, form and content)
+        values, base_values = parts.sum(2), base_parts.sum(2)
         lines.append(dict(
             policy=label, rm=Path(rm).parts[-3] if rm != o.rm else "r0", gold=float(values.mean()),
-            gold_se=standard_error(values.mean(1)), form=form, content=content, n=len(values),
+            gold_se=standard_error(values.mean(1)), n=len(values),
+            **dict(zip(("form", "content"), parts.mean((0, 1)).tolist())),
             win_rate=win_rate(values, base_values),
             **average(rows, 2), accuracy_base=agreement_with_gold(on_base),
             accuracy_current=agreement_with_gold(on_own), length_slope=length_slope(on_base),

@@ -32,12 +32,13 @@ def test_a_policys_gold_is_the_mean_over_both_answers_to_each_test_prompt(tmp_pa
         return path
     monkeypatch.setattr(gold, "test_answers", test_answers)
     monkeypatch.setattr(gold, "score_again", lambda o, answers, rm, path: answers)
-    monkeypatch.setattr(gold, "gold_of", lambda row: row["gold"])
+    monkeypatch.setattr(gold.toy, "parts_of_gold", lambda row: (row["gold"] - 1, 1))
     (tmp_path / "round1/e1/policy").mkdir(parents=True)
     gold.measure(mt.Options(out=str(tmp_path), policy="base", rm="rm"))
-    found = [[row[key] for key in ("gold", "gold_se", "n", "win_rate")]
+    found = [[row[key] for key in ("gold", "gold_se", "form", "content", "n", "win_rate")]
              for row in read_jsonl(tmp_path / "gold.jsonl")]
-    assert found == [pytest.approx(line) for line in ([2.75, 1.25, 2, 0.5], [3.0, 1.0, 2, (1 + 3 / 2) / 4])]
+    assert found == [pytest.approx(line) for line in (
+        [2.75, 1.25, 1.75, 1, 2, 0.5], [3.0, 1.0, 2.0, 1, 2, (1 + 3 / 2) / 4])]
     assert wins(*golds.values()).tolist() == [[0, 0.5], [0.5, 0.5]]
 
 def test_winrate_judges_both_policies_on_every_prompt_and_writes_their_answers(

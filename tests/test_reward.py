@@ -86,5 +86,6 @@ def test_a_reward_that_is_not_finite_is_refused_with_its_prompt(tiny, questions)
     model = Rewards(load_reward(tiny(reward=True)))
     score_answers(model, load_tokenizer(tiny(reward=True)), questions, 4)
     model.model.score.weight.data[0, 3] = float("nan")
-    with pytest.raises(Problem, match=f"gives the rewards .*nan.* to the answers to '{questions[0][0][:20]}"):
+    names = "|".join(prompt[:20] for prompt, _ in questions)
+    with pytest.raises(Problem, match=f"gives the rewards .*nan.* to the answers to '({names})"):
         score_answers(model, load_tokenizer(tiny(reward=True)), questions, 4)

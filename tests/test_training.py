@@ -146,7 +146,7 @@ def test_a_loss_gets_the_pairs_that_its_rows_were_made_of_even_if_others_were_to
         return loss(*arguments)
     monkeypatch.setattr(module, function, replaced)
     numbered = [pair | {"number": i} for i, pair in enumerate(pairs[:16])]
-    train(module, folder, numbered, "--lr", 1e-9, "--batch", 4, "--micro_batch", 3, "--max_length", 40)
+    train(module, folder, numbered, "--lr", 1e-9, "--batch", 4, "--micro_batch", 3, "--max_length", 36)
     assert 0 < len(seen) < 16
     wrap, load = (ResponseLogps, models.load_policy) if name == "dpo" else (Rewards, models.load_reward)
     model = wrap(load(folder))
