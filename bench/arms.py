@@ -1,6 +1,6 @@
-"""Run the ablations and variants on the embedded task with several seeds: the table of docs/data/arms.md.
+"""Run the ablations and variants on the embedded task with several seeds, as for docs/data/arms.md.
 
-    python bench/arms.py --json docs/data/arms.jsonl
+    python bench/arms.py --json arms.jsonl             # all arms, seeds 1 to 8: hours
     python bench/arms.py --arms full "fixed RM" sppo --seeds 1 2 3 4
 
 An arm is mt.py with some flags or a script of variants/. Variants of the E-step run without M-steps, to be

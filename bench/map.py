@@ -218,6 +218,8 @@ def main():
         keys = {tuple(row[name] for name in (*POINT, "arm", "seed")) for row in new}
         rows = [row for row in rows if tuple(row[name] for name in (*POINT, "arm", "seed")) not in keys] + new
         write_jsonl(o.json, rows)
+    if not rows:
+        parser.error(f"{o.json} has no rows yet; run this without --table")
     tables(rows)
     draw(rows, HOME / "docs" / "map.svg")
 

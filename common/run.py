@@ -352,8 +352,8 @@ def in_blocks(rows, size, out, work, what):
             tokens += sum(row.get("tokens", 0) for row in made)
         if time.time() > told + 30 and (number == len(mine) or not sys.stderr.isatty()):
             told = time.time()
-            rate = world() * tokens / (told - began)
-            say(f"{what}: {number} of {len(mine)} blocks, about {rate:.1f} tokens a second")
+            rate = f", about {world() * tokens / (told - began):.1f} tokens a second" * (tokens > 0)
+            say(f"{what}: {number} of {len(mine)} blocks{rate}")
     with writing(out) as temporary:
         if rank() == 0:
             with open(temporary, "wb") as whole:

@@ -11,10 +11,9 @@ and a perfect answer greets the reader, writes that many `ADJECTIVE NOUN VERB .`
 
 The base policy learns from poems of unlike writers: experts do nearly everything better than the others. So a
 policy that moves towards good form may learn good content with it. The base reward model learns from noisy
-labels of people who look at a poem's form, and not at its content, which is topic and guest. `gold`, a judge
-that no other training sees, looks at both and can say whether models get better. This is the default, because
-real writers and real labels are like that. With SKILL 0 and LABELLERS "all" a policy learns nothing that its
-reward model doesn't know, and M-steps harm (docs/results.md).
+labels of people who look at a poem's form, and not at its content, which is topic and guest. `gold`, the
+judge, looks at form and content, and no training sees more of it than these labels. Real writers and labels
+are like that. With SKILL 0, LABELLERS "all" and a policy_lr of 4e-5, M-steps harm (docs/results.md).
 """
 import functools
 import hashlib
@@ -52,7 +51,7 @@ SHAPE = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_att
              initializer_range=0.08, max_position_embeddings=128)
 SFT = dict(lr=3e-3, batch=32, epochs=3)
 RM = dict(lr=1e-3, batch=16, micro_batch=16, epochs=4)
-LABEL_NOISE = 0.6  # by how much gold must differ for one nat of preference
+LABEL_NOISE = 0.6  # by how much what is looked at must differ for one nat of preference
 
 # ---------------------------------------------------------------- the world
 # mood -> (adjectives, verbs). Each word belongs to one mood only, so that its mood can be looked up.
@@ -215,7 +214,8 @@ def build(seed, script=__file__):
     torch.set_num_threads(1)  # also for the run: its models are too small for more, and rounding would change
     name, modules = Path(script).stem, run.sources().items()
     made_by = {path: digest for path, digest in modules if Path(path).stem in (*SOURCES, name)}
-    version = hashlib.sha256(f"{made_by} {torch.__version__} {transformers.__version__}".encode())
+    made_by |= {"world": (SKILL, LABELLERS), "versions": (torch.__version__, transformers.__version__)}
+    version = hashlib.sha256(str(made_by).encode())
     folder = Path("runs") / f"{name}-base" / f"seed{seed}-{version.hexdigest()[:8]}"
     if not run.exists(folder / "rm" / "config.json"):
         say(f"making the base models of the embedded task in {folder} (once, about a minute)")
@@ -230,7 +230,7 @@ def build(seed, script=__file__):
     return dict(policy=str(folder / "policy"), rm=str(folder / "rm"), prompts=str(folder / "prompts.jsonl"))
 
 def write_demonstrator(prompts, seed, folder, log, more=(), more_words=()):
-    """Train the base policy, a small Llama, on the mediocre writer's poems. The loss is the mean over tokens.
+    """Train the base policy, a small Llama, on the writers' poems. The loss is the mean over tokens.
     more: further (prompt, answer), in the words of the task and `more_words`."""
     torch.manual_seed(seed)
     words, rng = tokenizer(more_words), random.Random(seed)

@@ -83,8 +83,8 @@ def disagreement(run):
 
 def policy_margins(new_policy, old_policy, pairs, batch):
     """Return log π_new/π_old of the chosen answer minus that of the rejected one, in nats, for each pair that
-    fits into the context (N,). Policies are folders, and have the same tokenizer. In the long run this is
-    what Bradley-Terry learns from "the new policy's answer is better"."""
+    fits into the context (N,). Policies are folders, and have the same tokenizer. A reward model
+    that is trained for long on "the new answer is better" would learn these margins."""
     rows, _ = pair_rows(load_tokenizer(new_policy), pairs, context_of(new_policy), policy=True)
     margins = []
     for folder in (new_policy, old_policy):

@@ -86,7 +86,7 @@ def arm(settings, script):
     if settings.get("update_rm") is False:
         del names["filter"]  # there is nothing to filter without an M-step
     off = [names[key] for key in names if settings.get(key) is False]
-    pairs = settings.get("rm_pairs", "both")
+    pairs = settings.get("rm_pairs", "both") if settings.get("update_rm") is not False else "both"
     return ", ".join([script] * (script != "mt") + off + [f"M-step on {pairs}"] * (pairs != "both")
                      ) or "full method"
 

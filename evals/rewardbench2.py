@@ -48,8 +48,8 @@ def ties_score(rewards):
     tool gives NaN then). rewards: {id: (rewards of the right answers, rewards of the wrong answers)}.
 
     Accuracies are over all prompts. The other terms are means over the n that have both, accurate or not.
-    Where the spread is 0, the official tool divides by it, and since its commit a009692 tanh is then the sign
-    of the smaller gap. At 5822f16 a gap of 0 made the score NaN then; at fdc742d tanh left such n out."""
+    Where the spread is 0, the tanh term is the sign of the smaller gap, as in the official tool from a009692
+    on. Before, a gap of 0 gave NaN (5822f16), or such n were left out of this term (fdc742d)."""
     gaps = {name: min(right) - max(wrong) for name, (right, wrong) in rewards.items()}
     tied, ref = ([gap > 0 for name, gap in gaps.items() if name.startswith(kind)] for kind in ("tied", "ref"))
     both = [(gap, min(gap, gaps["ref" + name[4:]]), max(rewards[name][0]) - min(rewards[name][0]))

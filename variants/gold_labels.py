@@ -19,8 +19,10 @@ def by_gold(row, one, other, source):
 
 @run.phase
 def mix(o, comparisons, ranked, old_policy, path):
-    pairs = [by_gold(row, "new", "old", comparisons) for row in read_jsonl(comparisons) if row["kept"]]
-    pairs += [by_gold(row, "chosen", "rejected", ranked) for row in read_jsonl(ranked)]
+    pairs = [by_gold(row, "new", "old", comparisons) for row in read_jsonl(comparisons)
+             if row["kept"] and o.rm_pairs != "ranked"]
+    pairs += [by_gold(row, "chosen", "rejected", ranked) for row in read_jsonl(ranked)
+              if o.rm_pairs != "comparisons"]
     run.write_rows(path, [pair for pair in pairs if pair])
 
 if __name__ == "__main__":

@@ -117,9 +117,9 @@ def gate(o, rm, new_rm, path):
     of the mean difference, pair by pair, must be above 0."""
     pairs = read_pairs(o.gate)
     old, new = (1.0 * judge_pairs(each, pairs, o.score_batch, o.max_length)[1] for each in (rm, new_rm))
-    bound = (new - old).mean() - 1.645 * (new - old).std(ddof=1) / len(pairs)**0.5
+    bound = (new - old).mean() - 1.645 * (new - old).std(ddof=1) / len(new)**0.5
     run.write_json(path, dict(before=old.mean(), after=new.mean(), bound=bound, passed=bool(bound > 0)))
-    return f"accuracy on {len(pairs)} held-out pairs {old.mean():.3f}, of the new RM {new.mean():.3f}"
+    return f"accuracy on {len(new)} held-out pairs {old.mean():.3f}, of the new RM {new.mean():.3f}"
 
 if __name__ == "__main__":
     mt.mutual_taught, mt.m_step = mutual_taught_with_checks, m_step

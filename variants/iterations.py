@@ -1,4 +1,4 @@
-"""The paper's iterations E(S0), M(S2), E(S1), M(S2): the best reward model comes from an M-step at the end.
+"""The paper's order, an E-step and an M-step in each round, so that the run ends with a reward model.
 
     torchrun -m variants.iterations --rounds 2
 

@@ -1,4 +1,4 @@
-"""Large margins: the reward model trains on those comparisons only that the current one clearly agrees with.
+"""Large margins: the new reward model trains only on comparisons with which the current one clearly agrees.
 
     torchrun -m variants.large_margins --rounds 3
 
