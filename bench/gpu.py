@@ -46,7 +46,7 @@ from common.data import first_line, read_jsonl  # noqa: E402
 from evals import plan  # noqa: E402
 from evals.plan import GIB, POLICY, RM  # noqa: E402
 
-CUDA = torch.cuda.is_available()
+CUDA, WIDTH = torch.cuda.is_available(), models.precision().itemsize  # bytes of a number in forward passes
 FIELDS = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
           "intermediate_size", "vocab_size", "tie_word_embeddings")
 SHAPES = {"0.1B": (768, 12, 12, 4, 2048, 32_000, False),
@@ -259,7 +259,7 @@ def speed(name):
     for rows, prompt in ((ROWS[0], PROMPT), (ROWS[1], PROMPT), (ROWS[0], PROMPT - 1)):
         attempt(decoding, name, rows, prompt, policy)
     attempt(prefilling, name, policy)
-    size = plan.size_of(policy.config, POLICY)
+    size = plan.size_of(policy.config, POLICY, WIDTH)
     del policy
     attempt(scoring, name, saved)
     for recompute, micro, profiled in ((False, 2, 0), (True, 8, 0), (True, 2, 1)) if saved else ():
@@ -270,20 +270,20 @@ def speed(name):
 def decoding(name, rows, prompt, policy):
     """Time the sampler's decoding steps after the first eight, with all that it does between them. A step
     reads the weights and the cache once. An odd capacity of the cache leaves keys at odd addresses."""
-    begun, step, size = [], sampler.Slots.step, plan.size_of(policy.config, POLICY)
+    begun, step, size = [], sampler.Slots.step, plan.size_of(policy.config, POLICY, WIDTH)
     sampler.verify(policy)
     sampler.Slots.step = lambda *arguments: begun.append(time.perf_counter()) or step(*arguments)
     sampled(policy, token_lists(name, rows, prompt), 1, NEW)
     sampler.Slots.step = step
     seconds = (begun[-1] - begun[8]) / (len(begun) - 9)
-    read = 2 * size.matrices + rows * (prompt + NEW / 2) * size.token
+    read = WIDTH * size.matrices + rows * (prompt + NEW / 2) * size.token
     note(f"decoding, {rows} rows, prompts of {prompt} tokens", rows / seconds,
          f"tok/s, {1000 * seconds:.3g} ms a step", share=read / seconds / ceilings()[0],
          plan=plan.sampling(size, rows, prompt, NEW))
 
 @torch.no_grad()
 def prefilling(name, policy):
-    prompts, size = token_lists(name, sampler.PREFILL, PROMPT), plan.size_of(policy.config, POLICY)
+    prompts, size = token_lists(name, sampler.PREFILL, PROMPT), plan.size_of(policy.config, POLICY, WIDTH)
     seconds = timed(lambda: sampler.prefill(policy, prompts))
     rows = [packing.row_of(prompt, [[]]) for prompt in prompts]
     note(f"prefill of {len(prompts)} prompts", len(prompts) * PROMPT / seconds, "tok/s",
@@ -292,7 +292,7 @@ def prefilling(name, policy):
 def scoring(name, saved):
     model = models.load_reward("policy", fresh_head=True) if saved else make(name, RM)
     scorer, tokenizer = reward.Rewards(parallel.replicate(model)), tokenizer_of(name)
-    groups, size = chats(2 * SCORE_BATCH, SAMPLES), plan.size_of(model.config, RM)
+    groups, size = chats(2 * SCORE_BATCH, SAMPLES), plan.size_of(model.config, RM, WIDTH)
     rows = [packing.whole_chats(tokenizer, *group) for group in groups]
     seconds = timed(lambda: reward.score_answers(scorer, tokenizer, groups, SCORE_BATCH), 1, 1)
     note(f"scoring {SCORE_BATCH} x {SAMPLES} answers at a time", sum(map(len, rows)) / seconds, "tok/s",

@@ -58,10 +58,11 @@ def run(skill, labellers, step, arm, seed):
     row = dict(skill=skill, labellers=labellers, step=step, arm=arm, seed=seed,
                **{key: [line[key] for line in lines] for key in ("gold", "form", "content")})
     if arm != "fixed":
+        found = figures.load(out)
         row |= dict(own=[own_answers(out, number) for number in range(1, ROUNDS + 1)],
-                    kept=[step["kept"] / step["comparisons"] for step in figures.m_steps(figures.load(out))],
+                    kept=[m["kept"] / m["comparisons"] for m in figures.m_steps(found)],
                     comparisons_right=[line["comparisons_right"] for line in lines[1:]],
-                    disagreement=[*disagreement(figures.load(out)).values()][::2])
+                    disagreement=[*disagreement(found).values()][::2])  # of each round's first E-step
     print(f"{out} is complete", flush=True)
     return row
 

@@ -2,8 +2,8 @@
 
     WORLD='{"SKILL": 0.5, "LABELLERS": "all"}' python -m bench.point --rounds 3 --seed 1 --out full
 
-The base models are made in runs/point-base of the current folder, so a folder is for one world. Without
---rounds this script makes them, which is how toy.build calls it.
+The base models of each world are made in runs/point-base of the current folder. Without --rounds this script
+makes them, which is how toy.build calls it.
 """
 import json
 import os

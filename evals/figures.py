@@ -83,10 +83,11 @@ def seconds_of(folder):
 def arm(settings, script):
     """Return the name of the variant that a run is, and the paper's names of its ablations."""
     names = {"update_rm": "fixed RM (iterative DPO)", "select": "no selection", "filter": "no filter"}
-    if settings.get("update_rm") is False:
-        del names["filter"]  # there is nothing to filter without an M-step
+    pairs = settings.get("rm_pairs", "both")
+    if settings.get("update_rm") is False:  # without an M-step there is nothing to filter or to train on
+        del names["filter"]
+        pairs = "both"
     off = [names[key] for key in names if settings.get(key) is False]
-    pairs = settings.get("rm_pairs", "both") if settings.get("update_rm") is not False else "both"
     return ", ".join([script] * (script != "mt") + off + [f"M-step on {pairs}"] * (pairs != "both")
                      ) or "full method"
 
@@ -206,7 +207,7 @@ def outcome(run):
                 f"{with_interval(last['win_rate'], last['judged'])}, is below τ = {last['tau']}.{inside}")
     rounds = run["settings"].get("rounds", 0)
     if run["open"] or not last.get("phase", "").startswith(f"round{rounds}/"):
-        return f"The run is not finished: {len(run['steps'])} steps of {rounds} rounds are done."
+        return f"The run is not finished: {len(run['steps'])} steps of --rounds {rounds} are done."
     return f"All {rounds} rounds are done." if rounds > 1 else "The round is done."
 
 def warnings(run):

@@ -1,5 +1,6 @@
 """Measures whether a run's policies get better, by a judge that stays the same in all rounds. The result has
-a line for the base policy and one for the policy after each round.
+a line for the base policy and one for the policy after each round; `by_base` also has one after an E-step
+within a round.
 
 `measure` is for the embedded task, and writes gold.jsonl. The judge is gold, a function that knows the task's
 rules and says how well an answer does what its prompt asks (common/toy.py: gold). The base reward model
@@ -70,13 +71,13 @@ def measure(o):
         rows, base_rows = read_jsonl(own), read_jsonl(base)
         on_own, on_base = (read_jsonl(score_again(o, answers, rm, folder / name))
                            for answers, name in ((own, "own.jsonl"), (base, "base.jsonl")))
-        form_content, base_form_content = (np.reshape([toy.parts_of_gold(row) for row in some], (-1, 2, 2))
-                             for some in (rows, base_rows))  # (prompts, answers, form and content)
-        values, base_values = form_content.sum(2), base_form_content.sum(2)
+        judged, base_judged = (np.reshape([toy.parts_of_gold(row) for row in some], (-1, 2, 2))
+                               for some in (rows, base_rows))  # (prompts, answers, form and content)
+        values, base_values = judged.sum(2), base_judged.sum(2)
         lines.append(dict(
             policy=label, rm=Path(rm).parts[-3] if rm != o.rm else "r0", gold=float(values.mean()),
             gold_se=standard_error(values.mean(1)), n=len(values),
-            **dict(zip(("form", "content"), form_content.mean((0, 1)).tolist())),
+            **dict(zip(("form", "content"), judged.mean((0, 1)).tolist())),
             win_rate=win_rate(values, base_values),
             **average(rows, 2), accuracy_base=agreement_with_gold(on_base),
             accuracy_current=agreement_with_gold(on_own), length_slope=length_slope(on_base),

@@ -6,6 +6,7 @@ It takes the flags of mt.py and two of its own, --gpus and --gpu. Without these 
 for one process on this CPU, whose speed it measures. It reads the models' configs and tokenizers and the
 prompts, but no weights, and writes nothing. The formulas are for Llamas and models like them.
 tests/test_plan.py compares the memory of training with that of a training step on tensors without data.
+
 Left out on purpose: the FLOPs of attention itself (5% at 2,048 tokens), communication between GPUs (it is
 assumed to overlap with computation), and mixtures of experts (every token is counted for all experts).
 """

@@ -258,7 +258,7 @@ def test_a_missing_or_damaged_file_is_a_problem_of_one_line(run, name, text):
 
 def test_a_run_that_has_just_begun_has_a_page(run):
     shutil.rmtree(run / "round1")
-    assert "The run is not finished: 0 steps of 1 rounds are done." in written_page(run)
+    assert "The run is not finished: 0 steps of --rounds 1 are done." in written_page(run)
 
 def test_long_texts_are_cut_and_the_size_of_the_page_is_limited(tmp_path, prompts):
     run = make_run(tmp_path / "run", prompts, lambda prompt, rng: f"{rng.random()}" + '"' * 60_000)
