@@ -2,6 +2,7 @@
 
     python bench/bench.py sampler    # beside Hugging Face generate, in three ways
     python bench/bench.py dpo        # beside TRL's DPOTrainer
+    python bench/bench.py profile    # where the time of DPO goes
     python bench/bench.py reward     # beside TRL's RewardTrainer; scoring beside plain transformers
     python bench/bench.py round      # where the time of the embedded task goes
     python bench/bench.py slots      # counts how busy the sampler's rows are over many blocks
@@ -39,12 +40,13 @@ sys.path.insert(0, str(ROOT))
 
 # name: hidden, layers, heads, kv_heads, intermediate, vocabulary
 SHAPES = {"m10": (256, 6, 4, 2, 1024, 8192), "m60": (640, 10, 10, 5, 2048, 8192),
+          "m135": (576, 30, 9, 3, 1536, 49152),   # SmolLM2-135M's, with tied embeddings
           "v128k": (256, 4, 4, 2, 1024, 128256),  # Llama-3's vocabulary
           "tiny": (64, 2, 4, 2, 128, 512)}        # for tests
 FOLDER = ROOT / "runs" / "bench"
 SPECIAL = ("<pad>", "<s>", "</s>")
 NEW, ROWS, SAMPLES, BATCH = 128, 80, 5, 8
-STEPS = {"m10": 6, "v128k": 4, "tiny": 3}  # optimiser steps; the first one, a warm-up, is not counted
+STEPS = {"m10": 6, "m135": 3, "v128k": 4, "tiny": 3}  # of the optimiser; the first, a warm-up, is not counted
 TRL = "pip install trl==1.16.0 peft accelerate datasets"
 
 # ---------------------------------------------------------------- models and data
@@ -61,7 +63,8 @@ def folder_of(name):
         model = LlamaForCausalLM(LlamaConfig(
             vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate,
             num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-            max_position_embeddings=2048, pad_token_id=0, bos_token_id=1, eos_token_id=2))
+            max_position_embeddings=2048, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            tie_word_embeddings=name == "m135"))
         torch.nn.init.normal_(model.lm_head.weight, std=2.5 / hidden**0.5)  # its inputs have size 1
         model.save_pretrained(folder)
         vocabulary = [*SPECIAL, *map(word, range(len(SPECIAL), vocabulary))]
@@ -221,6 +224,28 @@ def training_project(kind, name, steps=None, longer=1):
         all_steps = steps * statistics.mean(clock.seconds[1:])
         result["with_reference"] = result["rate"] * all_steps / sum(clock.seconds)
     return result
+
+def training_profile(name):
+    """Return the CPU seconds of one step of DPO, with its reference, by kind of operation, and the operations
+    per second of its matrix products and of one large product."""
+    from torch.profiler import ProfilerActivity, profile
+
+    import dpo
+    from common import parallel
+    parallel.start()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
+        for _ in dpo.train(folder_of(name), pairs_of(name, BATCH), beta=0.01, lr=5e-7, batch=BATCH,
+                           micro_batch=2, max_length=2048, log=lambda *_, **__: None):
+            pass
+    seconds, work = dict.fromkeys(("matrix products", "attention", "everything else"), 0.0), 0
+    for event in profiled.key_averages(group_by_input_shape=True):
+        product, attention = event.key == "aten::mm", "scaled_dot_product" in event.key
+        kind = "matrix products" if product else "attention" if attention else "everything else"
+        seconds[kind] += event.self_cpu_time_total / 1e6
+        if product:
+            (rows, inner), (_, columns), *_ = event.input_shapes
+            work += 2 * rows * inner * columns * event.count
+    return dict(seconds=seconds, rate=work / seconds["matrix products"], best=matmul_rate())
 
 def training_result(kind, clock, rows, measured):
     tokens = clock.rate(sum(len(r.trunk) + len(b) for r in rows for b in r.branches))
@@ -513,7 +538,7 @@ def trl_installed():
     return found
 
 def sampling(repeats):
-    for name in ("m10", "m60"):
+    for name in ("m10", "m60", "m135"):
         folder_of(name)  # now, so that no measurement includes it
         print_table(f"sampling, {name}, 64 prompts x {SAMPLES}, {ROWS} rows", ["sampler_project", name], {
             "generate": ["sampler_peer", name, "plain"],
@@ -526,7 +551,7 @@ def sampling(repeats):
 
 def policy_training(repeats):
     peers = trl_installed()
-    for name in ("m10", "v128k"):
+    for name in ("m10", "m135", "v128k"):
         folder_of(name)
         calls = {"TRL, reference precomputed": ["training_peer", "dpo", name],
                  "TRL, reference in every step": ["training_peer", "dpo", name, False]}
@@ -535,6 +560,16 @@ def policy_training(repeats):
         print_table(f"DPO, {name}, batches of {BATCH} pairs", ["training_project", "dpo", name],
                 calls if peers else {}, repeats if name == "m10" else 1)
     print_growth_of_training("dpo")
+
+def profiles(_):
+    print("| a step of DPO, with its reference | matrix products | attention | everything else "
+          "| rate of its products | of one large product |\n|---|---|---|---|---|---|")
+    for name in ("m10", "m135", "v128k"):
+        folder_of(name)
+        result = measure(["training_profile", name])
+        shares = [f"{part / sum(result['seconds'].values()):.0%}" for part in result["seconds"].values()]
+        rates = [f"{result[key] / 1e9:.0f} GFLOP/s" for key in ("rate", "best")]
+        print(f"| {name} | {' | '.join(shares + rates)} |", flush=True)
 
 def reward_models(repeats):
     folder_of("m10")
@@ -609,8 +644,8 @@ def whole_rounds(repeats):
         overhead = sum(spent[part] for part in ("start-up", "loading", "saving"))
         print(f"| all | {wall:.1f} | |\n\nstart-up, loading and saving: {overhead / wall:.0%}", flush=True)
 
-PARTS = {"sampler": sampling, "dpo": policy_training, "reward": reward_models, "round": whole_rounds,
-         "slots": slots, "host": host, "traffic": traffic}
+PARTS = {"sampler": sampling, "dpo": policy_training, "profile": profiles, "reward": reward_models,
+         "round": whole_rounds, "slots": slots, "host": host, "traffic": traffic}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__,

@@ -9,9 +9,9 @@ A point of the map is a world (toy.SKILL: how far the writers' skill lies apart,
 labellers look at) and a learning rate of the E-step. No run has model selection. Two go on at a time, in
 runs/map/. The row of every run goes to docs/data/map.jsonl, and the tables are made from these rows.
 
-What a user could know without gold, from 800 labelled pairs of the new policy's own answers in each round:
-how often log π_t/π_{t−1} orders a pair as its label does, and how often the reward models before and after
-the M-step do. Labels are noisy, and their labellers look at all that gold looks at.
+What a user could know without gold, from 800 labelled pairs of the first round's own answers: how often
+log π_t/π_{t−1} orders a pair as its label does, and how often the reward models before and after the M-step
+do. Labels are noisy, and their labellers look at all that gold looks at.
 """
 import argparse
 import itertools
@@ -59,26 +59,23 @@ def run(skill, labellers, step, arm, seed):
                **{key: [line[key] for line in lines] for key in ("gold", "form", "content")})
     if arm != "fixed":
         found = figures.load(out)
-        row |= dict(own=[own_answers(out, number) for number in range(1, ROUNDS + 1)],
+        row |= dict(own=own_answers(out),
                     kept=[m["kept"] / m["comparisons"] for m in figures.m_steps(found)],
                     comparisons_right=[line["comparisons_right"] for line in lines[1:]],
                     disagreement=[*disagreement(found).values()][::2])  # of each round's first E-step
     print(f"{out} is complete", flush=True)
     return row
 
-def own_answers(out, number):
-    """Return how often the labels of pairs of the new policy's answers in a round agree with log π_t/π_{t−1},
-    and with the reward models before and after its M-step."""
-    settings, folder = json.loads((out / "run.json").read_text())["settings"], out / f"round{number}"
-    before = out / f"round{number - 1}"
-    old_policy, old_rm = (before / "e2/policy", before / "m/rm") if number > 1 else (
-        settings["policy"], settings["rm"])
+def own_answers(out):
+    """Return how often the labels of pairs of the new policy's answers in the first round agree with
+    log π_t/π_{t−1}, and with the reward models before and after the M-step."""
+    settings, folder = json.loads((out / "run.json").read_text())["settings"], out / "round1"
     pairs = []
     for prompt, answers in draw_two_answers(read_jsonl(folder / "e2" / "samples.jsonl"), 800):
         better = label(prompt, answers)
         pairs.append(dict(prompt=prompt, chosen=answers[better], rejected=answers[1 - better]))
-    margins = policy_margins(str(folder / "e1/policy"), str(old_policy), pairs, 32)
-    rights = [judge_pairs(str(rm), pairs, 32, 10**6)[1] for rm in (old_rm, folder / "m/rm")]
+    margins = policy_margins(str(folder / "e1/policy"), settings["policy"], pairs, 32)
+    rights = [judge_pairs(str(rm), pairs, 32, 10**6)[1] for rm in (settings["rm"], folder / "m/rm")]
     return dict(policy=float((margins > 0).mean()), n=len(pairs),
                 **{name: float(right.mean()) for name, right in zip(("rm_before", "rm_after"), rights)})
 
@@ -155,7 +152,7 @@ def tables(rows):
 def predictors(arms):
     """Return (seeds, predictors): what was known after the first round of each run of the full method."""
     def of(row):
-        own = row["own"][0]
+        own = row["own"]
         return (own["policy"] - own["rm_before"], own["policy"], own["rm_before"],
                 own["rm_after"] - own["rm_before"], row["kept"][0], row["disagreement"][0],
                 row["comparisons_right"][0])

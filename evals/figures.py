@@ -87,9 +87,8 @@ def arm(settings, script):
     if settings.get("update_rm") is False:  # without an M-step there is nothing to filter or to train on
         del names["filter"]
         pairs = "both"
-    off = [names[key] for key in names if settings.get(key) is False]
-    return ", ".join([script] * (script != "mt") + off + [f"M-step on {pairs}"] * (pairs != "both")
-                     ) or "full method"
+    parts = [script] * (script != "mt") + [names[key] for key in names if settings.get(key) is False]
+    return ", ".join(parts + [f"M-step on {pairs}"] * (pairs != "both")) or "full method"
 
 def steps_of(run, shown=0):
     """Return the finished E- and M-steps of a run folder as dicts, in order. `pm` and `rm` are the numbers of

@@ -1,7 +1,6 @@
 """Draws a run's curves. Each plot is a function that draws on a matplotlib axis: `draw_picture` puts three of
-them into report.png, and `svg` makes one into inline SVG for the page.
-
-matplotlib is imported only where something is drawn, so everything else works without it.
+them into report.png, and `svg` makes one into inline SVG for the page. matplotlib is imported only where
+something is drawn, so everything else works without it.
 """
 import io
 import re
@@ -51,6 +50,11 @@ def svg(caption, draw, salt):
     return (f'<figure><figcaption>{escape(caption)}</figcaption>'
             f'<svg role="img" aria-label="{escape(caption)}"{text}</figure>')
 
+def trend(axis, values, start=0, **look):
+    """Draw values in a row, without a line if they are too few for a trend."""
+    axis.plot(range(start, start + len(values)), values, marker="o" if len(values) < 10 else "",
+              linestyle="-" if len(values) > 3 else "", **look)
+
 def finish(axis, xlabel, ylabel, ticks=None):
     """Name the axes, label the ticks {x: label}, and put a legend above the plot if its lines have labels."""
     axis.set(xlabel=xlabel, ylabel=ylabel)
@@ -64,11 +68,11 @@ def plot_states(axis, runs, key):
     gold of a single run is drawn with its two parts."""
     parts = ("form", "content") if key == "gold" and len(runs) == 1 else ()
     for part, colour in zip(parts, SERIES[1:]):
-        axis.plot([state[part] for state in runs[0]["states"]], marker="o", color=colour, label=part)
+        trend(axis, [state[part] for state in runs[0]["states"]], color=colour, label=part)
     for run, colour in zip(runs, SERIES * len(runs)):
-        axis.errorbar(range(len(run["states"])), [state[key] for state in run["states"]],
-                      [state[f"{key}_se"] for state in run["states"]], marker="o", color=colour, capsize=2,
-                      label=run["name"] if len(runs) > 1 else key if parts else None)
+        values, errors = ([state[name] for state in run["states"]] for name in (key, f"{key}_se"))
+        trend(axis, values, color=colour, label=run["name"] if len(runs) > 1 else key if parts else None)
+        axis.errorbar(range(len(values)), values, errors, fmt="none", ecolor=colour, capsize=2)
     longest = max((run["states"] for run in runs), key=len)
     finish(axis, "policy after round", UNITS[key], {at: s["policy"] for at, s in enumerate(longest)})
 
@@ -93,8 +97,7 @@ def plot_steps(axis, run, kind, unit, keys):
     at, middles = 0, {}
     for phase, rows in training_lines(run, kind):
         for key, colour in zip(keys, SERIES[kind == "M":]):
-            axis.plot(range(at, at + len(rows)), [row[key] for row in rows], color=colour,
-                      label=None if at else keys[key])
+            trend(axis, [row[key] for row in rows], at, color=colour, label=None if at else keys[key])
         axis.axvline(at, color=QUIET, linewidth=0.5, linestyle=":")
         middles[at + len(rows) / 2] = phase
         at += len(rows)
@@ -104,7 +107,7 @@ def plot_lengths(axis, run):
     """Draw the median response length in each E-step's samples, and the middle 80% as a band."""
     low, middle, high = np.transpose([np.percentile(s["lengths"], (10, 50, 90)) for s in e_steps(run)])
     axis.fill_between(range(len(low)), low, high, color=SERIES[0], alpha=0.2, linewidth=0)
-    axis.plot(middle, marker="o", color=SERIES[0])
+    trend(axis, middle, color=SERIES[0])
     axis.set_ylim(0)
     finish(axis, "E-step", "tokens per response", {at: s["phase"] for at, s in enumerate(e_steps(run))})
 
@@ -112,7 +115,7 @@ def plot_accuracy(axis, run):
     """Draw how often the RM in use orders two answers to a prompt as gold does."""
     for key, name, colour in (("accuracy_current", "on own answers", SERIES[0]),
                               ("accuracy_base", "on the base’s answers", SERIES[1])):
-        axis.plot([state[key] for state in run["states"]], marker="o", color=colour, label=name)
+        trend(axis, [state[key] for state in run["states"]], color=colour, label=name)
     finish(axis, "policy after round, and the RM in use", "RM accuracy", {
         at: f"{s['policy']}\n{s['rm']}" for at, s in enumerate(run["states"])})
 

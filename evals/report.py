@@ -77,12 +77,12 @@ def sections(runs):
     """Return [(heading, note, HTML, …)]."""
     size = TEXT_BYTES // max(1, sum(len(run["steps"]) for run in runs))
     return [
-        ("Did it work?", "The embedded task’s policies are judged by gold, which knows the task’s rules, on "
-         "test prompts that serve no other purpose; it is the sum of form, which the base RM’s labellers "
-         "looked at, and content. Other policies are judged by RM 0, the base reward "
-         "model, on the prompts held out for model selection (D_MS). “Win vs base” is how often the judge "
-         "prefers a policy’s answer to the base policy’s. RM accuracy is how often the RM in use orders two "
-         "answers to a prompt as gold does. Brackets hold 95% intervals, and standard errors (se) follow ±.",
+        ("Did it work?", "The embedded task’s policies are judged on test prompts of their own by gold, "
+         "which knows the task’s rules. It is the sum of form, which the base RM’s labellers looked at, and "
+         "content. Other policies are judged by RM 0, the base reward model, on the prompts held out for "
+         "model selection (D_MS). “Win vs base” is how often the judge prefers a policy’s answer to the base "
+         "policy’s. RM accuracy is how often the RM in use orders two answers to a prompt as gold does. "
+         "Brackets hold 95% intervals, and standard errors (se) follow ±.",
          *[comparison_table(runs)] * (len(runs) > 1), side_by_side(runs, first_screen)),
         ("Policies and reward models", "PM 0 and RM 0 are the base models. The win rate of a checkpoint is "
          "how often the RM in use prefers its answer to that of the PM before, on the prompts of D_MS. ✓ "

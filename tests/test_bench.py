@@ -27,7 +27,8 @@ if importlib.util.find_spec("trl"):
 def test_the_project_and_its_peers_all_give_a_rate_and_a_peak_of_memory(tmp_path):
     code = (f"import json, sys, pathlib; sys.path.insert(0, {str(BENCH)!r}); import bench; "
             f"bench.FOLDER = pathlib.Path({str(tmp_path)!r}); "
-            f"[print(json.dumps(getattr(bench, f)(*a))) for f, *a in {CALLS!r}]")
+            f"[print(json.dumps(getattr(bench, f)(*a))) for f, *a in {CALLS!r}]; "
+            "print(json.dumps(bench.training_profile('tiny')))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"rate"')]
@@ -36,6 +37,8 @@ def test_the_project_and_its_peers_all_give_a_rate_and_a_peak_of_memory(tmp_path
     # the sides draw tokens in different ways, but from one distribution
     lengths = [result["mean_length"] for result in results if "mean_length" in result]
     assert len(lengths) == 3 and max(lengths) < 1.3 * min(lengths)
+    profile = json.loads(done.stdout.splitlines()[-1])
+    assert all(part > 0 for part in profile["seconds"].values()) and 0 < profile["rate"] < profile["best"]
 
 def test_an_unknown_part_of_the_benchmark_is_refused():
     done = subprocess.run([sys.executable, BENCH / "bench.py", "everything"], capture_output=True, text=True)
