@@ -23,15 +23,20 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 
 HOME = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(HOME))
 from arms import ROUNDS, command, made_by_this_code, mean_and_error  # noqa: E402
 
 from common import toy  # noqa: E402
-from common.data import by_prompt, read_jsonl, write_jsonl  # noqa: E402
+from common.data import by_prompt, load_tokenizer, read_jsonl, write_jsonl  # noqa: E402
+from common.models import context_of, load_policy  # noqa: E402
+from common.packing import collate, pair_rows  # noqa: E402
+from common.parallel import device, replicate  # noqa: E402
+from dpo import ResponseLogps  # noqa: E402
 from evals import figures  # noqa: E402
-from evals.agreement import disagreement, policy_margins  # noqa: E402
+from evals.agreement import disagreement  # noqa: E402
 from evals.rewardbench import judge_pairs  # noqa: E402
 from evals.stats import bootstrap  # noqa: E402
 
@@ -78,6 +83,20 @@ def own_answers(out):
     rights = [judge_pairs(str(rm), pairs, 32, 10**6)[1] for rm in (settings["rm"], folder / "m/rm")]
     return dict(policy=float((margins > 0).mean()), n=len(pairs),
                 **{name: float(right.mean()) for name, right in zip(("rm_before", "rm_after"), rights)})
+
+def policy_margins(new_policy, old_policy, pairs, batch):
+    """Return log π_new/π_old of the chosen answer minus that of the rejected one, in nats, for each pair that
+    fits into the context (N,). Policies are folders, and have the same tokenizer. A reward model
+    that is trained for long on "the new answer is better" would learn these margins."""
+    rows, _ = pair_rows(load_tokenizer(new_policy), pairs, context_of(new_policy), policy=True)
+    margins = []
+    for folder in (new_policy, old_policy):
+        policy = ResponseLogps(replicate(load_policy(folder)))
+        with torch.inference_mode():
+            logps = torch.cat([policy(collate(rows[at:at + batch], device()))
+                               for at in range(0, len(rows), batch)])
+        margins.append((logps[::2] - logps[1::2]).cpu().numpy())
+    return margins[0] - margins[1]
 
 def draw_two_answers(samples, count):
     """Return [(prompt, [answer, answer])]: two different answers, drawn, to each of up to `count` prompts."""
@@ -173,6 +192,7 @@ WHAT = {"full": "comparisons and ranked pairs", "comparisons": "comparisons alon
 def draw(rows, path):
     """Draw each point as a row of cells, one for each arm and round: how far gold is above a fixed reward
     model's. Green is a gain and red a loss, pale where it is within two standard errors."""
+    import matplotlib
     from matplotlib.figure import Figure
     points = by_point(rows)
     figure = Figure(figsize=(11, 0.42 * len(points) + 1.3), layout="constrained")
@@ -192,7 +212,8 @@ def draw(rows, path):
         axis.set_yticks(np.arange(len(points)) + 0.5, points)
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
-    figure.savefig(path, metadata={"Date": None})
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "map"}):  # the same file every time
+        figure.savefig(path, metadata={"Date": None})
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,

@@ -10,25 +10,13 @@ from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
-import torch
 
 import reward
-from common.data import (
-    by_prompt,
-    check_prompt,
-    load_tokenizer,
-    prompt_id,
-    read_jsonl,
-    read_prompts,
-    read_rows,
-    seed_of,
-)
-from common.models import context_of, load_policy, local_folder, prompts_that_fit
-from common.packing import collate, pair_rows
-from common.parallel import Problem, device, replicate, say
+from common.data import by_prompt, check_prompt, prompt_id, read_jsonl, read_prompts, read_rows, seed_of
+from common.models import local_folder, prompts_that_fit
+from common.parallel import Problem, say
 from common.run import claim, exists, option, parts_of, remove, write_json, write_rows
 from common.toy import gold_of
-from dpo import ResponseLogps
 from evals import figures
 from evals.alpaca import AlpacaGenerate  # the options on which answers for a judge depend
 from evals.rewardbench import judge_pairs
@@ -80,20 +68,6 @@ def disagreement(run):
     prefers the answer with the larger β log π/π_{t−1}. The second half of the epoch's steps is counted."""
     return {phase: float(1 - np.mean([row["rewards/accuracies"] for row in rows[len(rows) // 2:]]))
             for phase, rows in figures.training_lines(run, "E")}
-
-def policy_margins(new_policy, old_policy, pairs, batch):
-    """Return log π_new/π_old of the chosen answer minus that of the rejected one, in nats, for each pair that
-    fits into the context (N,). Policies are folders, and have the same tokenizer. A reward model
-    that is trained for long on "the new answer is better" would learn these margins."""
-    rows, _ = pair_rows(load_tokenizer(new_policy), pairs, context_of(new_policy), policy=True)
-    margins = []
-    for folder in (new_policy, old_policy):
-        policy = ResponseLogps(replicate(load_policy(folder)))
-        with torch.inference_mode():
-            logps = torch.cat([policy(collate(rows[at:at + batch], device()))
-                               for at in range(0, len(rows), batch)])
-        margins.append((logps[::2] - logps[1::2]).cpu().numpy())
-    return margins[0] - margins[1]
 
 def rms_of(run):
     """Return {name: folder} of the run's reward models, with the base first."""

@@ -116,8 +116,12 @@ arms.table({{arm: [*by_seed.values()] for arm, by_seed in runs.items()}})""")
     without_seconds = [sorted(line[:-1] for line in table) for table in (lines, theirs)]
     assert len(lines) >= least and without_seconds[0] == without_seconds[1]
 
+def test_the_tables_of_the_map_in_the_docs_follow_from_its_data():
+    lines = printed("import map; map.tables(map.read_jsonl('docs/data/map.jsonl'))")
+    assert len(lines) > 60 and lines == lines_of((DATA / "map.md").read_text())
+
 def test_the_figures_in_docs_results_md_are_those_of_the_full_tables():
-    names = ("arms.md", "arms-alike.md", "map-alike.md")
+    names = ("arms.md", "arms-alike.md", "map.md", "map-alike.md")
     whole = lines_of("\n".join((DATA / name).read_text() for name in names))
     lines = [line for line in lines_of((DATA.parent / "results.md").read_text()) if " ± " in "".join(line)]
     wrong = [line for line in lines if not any(
