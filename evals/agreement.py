@@ -138,3 +138,8 @@ def compare_with_verdicts(o):
         gain, half = float(change.mean()), 1.959964 * standard_error(change)
         found[rm] |= dict(gain=gain, gain_ci_low=gain - half, gain_ci_high=gain + half)
     publish(found, o.json)
+    if len(right) > 1:  # rm, gain and half are those of the last reward model
+        say(f"By these labels {rm} is better than RM 0, so the M-step pays." if gain > half else
+            f"By these labels {rm} is worse than RM 0: leave the M-step off (--update_rm false)."
+            if gain < -half else f"These labels don't tell {rm} from RM 0: leave the M-step off "
+            "(--update_rm false), or label more pairs.")
