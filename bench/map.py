@@ -2,12 +2,13 @@
 around that of the embedded task.
 
     python bench/map.py                     # all worlds, steps and arms, seeds 41 to 48: hours on two cores
-    python bench/map.py --skill 1 --labellers form --steps 2e-5 --seeds 1 2
-    python bench/map.py --table             # the tables and docs/map.svg, without new runs
+    python bench/map.py --skill 1 --labellers form --steps 2e-5 --seeds 1 2 --json some.jsonl
+    python bench/map.py --table             # the tables and the figure, without new runs
 
 A point of the map is a world (toy.SKILL: how far the writers' skill lies apart, toy.LABELLERS: what r_0's
 labellers look at) and a learning rate of the E-step. No run has model selection. Two go on at a time, in
-runs/map/. The row of every run goes to docs/data/map.jsonl, and the tables are made from these rows.
+runs/map/. The row of every run goes to docs/data/map.jsonl. From these rows the tables are made, and the
+figure beside them, map.svg.
 
 What a user could know without gold, from 800 labelled pairs of the first round's own answers: how often
 log π_t/π_{t−1} orders a pair as its label does, and how often the reward models before and after the M-step
@@ -81,7 +82,7 @@ def own_answers(out):
         pairs.append(dict(prompt=prompt, chosen=answers[better], rejected=answers[1 - better]))
     margins = policy_margins(str(folder / "e1/policy"), settings["policy"], pairs, 32)
     rights = [judge_pairs(str(rm), pairs, 32, 10**6)[1] for rm in (settings["rm"], folder / "m/rm")]
-    return dict(policy=float((margins > 0).mean()), n=len(pairs),
+    return dict(policy=float((margins > 0).mean()),
                 **{name: float(right.mean()) for name, right in zip(("rm_before", "rm_after"), rights)})
 
 def policy_margins(new_policy, old_policy, pairs, batch):
@@ -133,7 +134,7 @@ def gains(arms, arm, key="gold"):
     """Return (seeds, rounds): how far an arm's gold, or a part of it, is above that of a fixed reward model
     with the same seed."""
     return np.array([np.subtract(row[key], arms["fixed"][seed][key])[1:]
-                     for seed, row in arms.get(arm, {}).items() if seed in arms["fixed"]])
+                     for seed, row in arms.get(arm, {}).items() if seed in arms.get("fixed", {})])
 
 def table(*heads):
     print(f"\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
@@ -152,35 +153,42 @@ def tables(rows):
     table("point", "arm", *(f"gold above fixed, {name}" for name in rounds),
           *(f"content above fixed, {name}" for name in rounds))
     for point, arms in points.items():
-        for arm in [*ARMS][1:]:
+        for arm in [arm for arm in [*ARMS][1:] if len(gains(arms, arm))]:
             cells = [*gains(arms, arm).T, *gains(arms, arm, "content").T]
             print(f"| {point} | {arm} | {' | '.join(map(mean_and_error, cells))} |")
 
-    table("point", "gain, round 1", "gain, round 3", *(name.replace("_", " ") for name in PREDICTORS))
-    known = [(gains(arms, "full")[:, [0, -1]], predictors(arms)) for arms in points.values()]
-    for point, (gain, found) in zip(points, known):
-        cells = [mean_and_error(gain[:, n]) for n in range(2)] + [f"{value:.3f}" for value in found.mean(0)]
-        print(f"| {point} | {' | '.join(cells)} |")
-    for n, name in ((0, "round 1"), (1, "round 3")):
-        over = np.array([[gain[:, n].mean(), *found.mean(0)] for gain, found in known])
-        whole = np.vstack([np.column_stack([gain[:, n], found]) for gain, found in known])
-        for what, values in (("points", over), ("runs", whole)):
-            cells = [rank_correlation(values[:, 0], column) for column in values.T[1:]]
-            print(f"| rank correlation with the gain in {name}, over {what} | | | {' | '.join(cells)} |")
+    table("point", "arm", "gain, round 1", "gain, round 3", *(name.replace("_", " ") for name in PREDICTORS))
+    for arm in [*ARMS][1:]:
+        known = {point: (gains(arms, arm)[:, [0, -1]], predictors(arms, arm))
+                 for point, arms in points.items() if len(gains(arms, arm))}
+        for point, (gain, found) in known.items():
+            cells = [*map(mean_and_error, gain.T), *(f"{value:.3f}" for value in found.mean(0))]
+            print(f"| {point} | {arm} | {' | '.join(cells)} |")
+        for n, name in ((0, "round 1"), (1, "round 3")):
+            both = [np.column_stack([gain[:, n], found]) for gain, found in known.values()]
+            for what, values in (("points", [rows.mean(0, keepdims=True) for rows in both]), ("runs", both)):
+                cells = [rank_correlation(values, place) for place in range(1, 1 + len(PREDICTORS))]
+                print(f"| rank correlation with the gain in {name}, over {what} | {arm} | | "
+                      f"| {' | '.join(cells)} |")
 
-def predictors(arms):
-    """Return (seeds, predictors): what was known after the first round of each run of the full method."""
+def predictors(arms, arm):
+    """Return (seeds, predictors): what was known after the first round of each run of an arm."""
     def of(row):
         own = row["own"]
         return (own["policy"] - own["rm_before"], own["policy"], own["rm_before"],
                 own["rm_after"] - own["rm_before"], row["kept"][0], row["disagreement"][0],
                 row["comparisons_right"][0])
-    return np.array([of(row) for seed, row in arms["full"].items() if seed in arms["fixed"]])
+    return np.array([of(row) for seed, row in arms[arm].items() if seed in arms["fixed"]])
 
-def rank_correlation(x, y):
-    """Return Spearman's rank correlation of two lists with its interval, as text."""
-    low, high = bootstrap(lambda chosen: spearman(x[chosen], y[chosen]), len(x))
-    return f"{spearman(x, y):+.2f} ({low:+.2f} to {high:+.2f})"
+def rank_correlation(points, place):
+    """Return Spearman's rank correlation between the first and another column of a list of arrays, which are
+    the rows of one point each, as text with its interval. The bootstrap draws whole points, because the runs
+    of a point are alike."""
+    def of(chosen):
+        rows = np.vstack([points[at] for at in chosen])
+        return spearman(rows[:, 0], rows[:, place])
+    low, high = bootstrap(of, len(points))
+    return f"{of(range(len(points))):+.2f} ({low:+.2f} to {high:+.2f})"
 
 def spearman(x, y):
     ranks = [np.sign(np.subtract.outer(values, values)).sum(1) for values in (x.round(9), y.round(9))]
@@ -240,7 +248,7 @@ def main():
     if not rows:
         parser.error(f"{o.json} has no rows yet; run this without --table")
     tables(rows)
-    draw(rows, HOME / "docs" / "map.svg")
+    draw(rows, o.json.with_suffix(".svg"))
 
 if __name__ == "__main__":
     main()

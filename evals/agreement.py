@@ -138,8 +138,10 @@ def compare_with_verdicts(o):
         gain, half = float(change.mean()), 1.959964 * standard_error(change)
         found[rm] |= dict(gain=gain, gain_ci_low=gain - half, gain_ci_high=gain + half)
     publish(found, o.json)
-    if len(right) > 1:  # rm, gain and half are those of the last reward model
-        say(f"By these labels {rm} is better than RM 0, so the M-step pays." if gain > half else
-            f"By these labels {rm} is worse than RM 0: leave the M-step off (--update_rm false)."
-            if gain < -half else f"These labels don't tell {rm} from RM 0: leave the M-step off "
-            "(--update_rm false), or label more pairs.")
+    if len(right) == 1:
+        say("The run has no M-step, so there is no other reward model.")
+    elif len(pairs) < 10 or -half <= gain <= half:  # rm, gain and half are those of the last reward model
+        say(f"These labels don't tell {rm} from RM 0: leave M-steps off (--update_rm false), or label more.")
+    else:
+        say(f"By these labels {rm} is {'better' if gain > 0 else 'worse'} than RM 0 on the policy's answers"
+            + (", so M-steps may pay." if gain > 0 else ": leave M-steps off (--update_rm false)."))

@@ -87,7 +87,7 @@ def plot_win_rates(axis, run):
         middles[at + (len(s["win_rates"]) - 1) / 2] = s["phase"]
         at += len(s["win_rates"]) + 1
     for tau in {s["tau"] for s in e_steps(run) if s["tau"]}:
-        axis.axhline(tau, color=SERIES[1], linewidth=0.8, linestyle="--", label=f"τ = {tau}")
+        axis.axhline(tau, color=SERIES[1], linewidth=0.8, linestyle="--", zorder=3, label=f"τ = {tau}")
     axis.axhline(0.5, color=QUIET, linewidth=0.8, label="as good as before")
     axis.set_ylim(0, 1)
     finish(axis, "checkpoints of each E-step", "win rate on D_MS", middles)

@@ -322,11 +322,11 @@ def test_a_judge_gets_the_last_policys_answers_in_drawn_order_and_all_reward_mod
         gain = gains.mean() + 1.959964 * gains.std(ddof=1) / len(rows)**0.5 * np.array([0, -1, 1])
         assert [*found[f"RM {number}"].values()] == pytest.approx(
             [*share(right[-1], "accuracy").values(), *gain[:3 * number]])  # RM 0 has no gain
-    assert "RM 2 is worse than RM 0: leave the M-step off" in capsys.readouterr().out
+    assert "RM 2 is worse than RM 0 on the policy's answers: leave" in capsys.readouterr().out
     (run / "round2/m/rm").unlink()  # RM 1 is the last one now, and its own rewards are the verdicts
     own = reward.score_answers(*reward.load(rms[1]), [(row["prompt"], row["answers"]) for row in rows], 1)
     rows = [row | {"chosen": int(second > first)} for row, (first, second) in zip(rows, own)]
-    for some, says in ((rows, "RM 1 is better than RM 0"), (rows[:1], "don't tell RM 1 from RM 0")):
+    for some, says in ((rows, "RM 1 is better than RM 0"), (rows[:9], "don't tell RM 1 from RM 0")):
         write_jsonl(file, some)
         call(eval_script, *command, "--verdicts", file)
         assert says in capsys.readouterr().out
