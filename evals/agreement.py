@@ -47,15 +47,17 @@ def agreement(o):
         judged[rm] = {pm: reward.score_answers(model, tokenizer, [
             (group[0]["prompt"], [row["response"] for row in group]) for group in groups], o.score_batch)
             for pm, groups in answers.items()}
+    names = [*rms]
     judge = {pm: [[row["gold"] for row in group] for group in groups] for pm, groups in answers.items()} \
-        if run["gold"] else judged[list(rms)[-1]]
-    if not run["gold"]:
-        rms.popitem()  # the judge
-    alike = {pm: {rm: ordered_alike(judged[rm][pm], judge[pm]) for rm in rms} for pm in answers}
-    say(f"agreement with {'gold' if run['gold'] else list(judged)[-1]}\n{'answers of':12}"
-        + "".join(f"{rm:>8}" for rm in rms) if rms else "no gold and one reward model: nothing to compare")
-    for pm, row in alike.items() if rms else []:
-        say(f"{pm:12}" + "".join(f"{share:8.3f}" for share in row.values()))
+        if run["gold"] else judged[names.pop()]
+    alike = {pm: {rm: ordered_alike(judged[rm][pm], judge[pm]) for rm in names} for pm in answers}
+    if names:
+        say(f"agreement with {'gold' if run['gold'] else [*rms][-1]}")
+        say(f"{'answers of':12}" + "".join(f"{rm:>8}" for rm in names))
+        for pm, row in alike.items():
+            say(f"{pm:12}" + "".join(f"{share:8.3f}" for share in row.values()))
+    else:
+        say("no gold and one reward model: nothing to compare")
     say("PM-RM disagreement: share of the DPO pairs that the policy orders against the reward model")
     apart = disagreement(run)
     for phase, part in apart.items():
