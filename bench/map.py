@@ -39,7 +39,7 @@ from dpo import ResponseLogps  # noqa: E402
 from evals import figures  # noqa: E402
 from evals.agreement import disagreement  # noqa: E402
 from evals.rewardbench import judge_pairs  # noqa: E402
-from evals.stats import bootstrap  # noqa: E402
+from evals.stats import bootstrap, standard_error  # noqa: E402
 
 SKILL, LABELLERS = (0, 0.5, 1), ("all", "form")
 STEPS = (toy.SETTINGS["policy_lr"], toy.SETTINGS["policy_lr"] / 2)
@@ -87,8 +87,8 @@ def own_answers(out):
 
 def policy_margins(new_policy, old_policy, pairs, batch):
     """Return log π_new/π_old of the chosen answer minus that of the rejected one, in nats, for each pair that
-    fits into the context (N,). Policies are folders, and have the same tokenizer. A reward model
-    that is trained for long on "the new answer is better" would learn these margins."""
+    fits into the context (N,). Policies are folders, and have the same tokenizer. A reward model that is
+    trained for long on "the new answer is better" would learn these margins."""
     rows, _ = pair_rows(load_tokenizer(new_policy), pairs, context_of(new_policy), policy=True)
     margins = []
     for folder in (new_policy, old_policy):
@@ -152,19 +152,24 @@ def tables(rows):
 
     table("point", "arm", *(f"gold above fixed, {name}" for name in rounds),
           *(f"content above fixed, {name}" for name in rounds))
-    for point, arms in points.items():
-        for arm in [arm for arm in [*ARMS][1:] if len(gains(arms, arm))]:
-            cells = [*gains(arms, arm).T, *gains(arms, arm, "content").T]
-            print(f"| {point} | {arm} | {' | '.join(map(mean_and_error, cells))} |")
+    groups = {point: [point] for point in points} | {
+        f"mean of {part}": [point for point in points if part in point.split(", ")]
+        for part in dict.fromkeys(part for point in points for part in point.split(", "))}
+    for name, members in groups.items():
+        for arm in [*ARMS][1:]:
+            found = [[gains(points[point], arm, key) for point in members] for key in ("gold", "content")]
+            if len({values.shape for values in found[0]}) == 1 and len(found[0][0]):  # all have the seeds
+                cells = [cell for some in found for cell in np.mean(some, 0).T]
+                print(f"| {name} | {arm} | {' | '.join(map(mean_and_error, cells))} |")
 
     table("point", "arm", "gain, round 1", "gain, round 3", *(name.replace("_", " ") for name in PREDICTORS))
     for arm in [*ARMS][1:]:
         known = {point: (gains(arms, arm)[:, [0, -1]], predictors(arms, arm))
                  for point, arms in points.items() if len(gains(arms, arm))}
         for point, (gain, found) in known.items():
-            cells = [*map(mean_and_error, gain.T), *(f"{value:.3f}" for value in found.mean(0))]
-            print(f"| {point} | {arm} | {' | '.join(cells)} |")
-        for n, name in ((0, "round 1"), (1, "round 3")):
+            cells = [f"{column.mean():.3f} ± {standard_error(column):.3f}" for column in found.T]
+            print(f"| {point} | {arm} | {' | '.join([*map(mean_and_error, gain.T), *cells])} |")
+        for n, name in ((0, "round 1"), (1, "round 3")) if len(known) > 2 else ():
             both = [np.column_stack([gain[:, n], found]) for gain, found in known.values()]
             for what, values in (("points", [rows.mean(0, keepdims=True) for rows in both]), ("runs", both)):
                 cells = [rank_correlation(values, place) for place in range(1, 1 + len(PREDICTORS))]
@@ -208,9 +213,8 @@ def draw(rows, path):
     for axis, arm in zip(axes, [*ARMS][1:]):
         for y, arms in enumerate(points.values()):
             for x, gain in enumerate(gains(arms, arm).T):
-                mean, error = gain.mean(), gain.std(ddof=1) / len(gain)**0.5
+                mean, sure = gain.mean(), abs(gain.mean()) > 2 * standard_error(gain)
                 colour = "#2c7a4b" if mean > 0 else "#b1452f"
-                sure = abs(mean) > 2 * error
                 axis.broken_barh([(x + 0.02, 0.96)], (y + 0.04, 0.92), color=colour, linewidth=0,
                                  alpha=0.9 if sure else 0.2)
                 axis.text(x + 0.5, y + 0.5, f"{mean:+.2f}", ha="center", va="center", fontsize=11,

@@ -140,10 +140,13 @@ def compare_with_verdicts(o):
         gain, half = float(change.mean()), 1.959964 * standard_error(change)
         found[rm] |= dict(gain=gain, gain_ci_low=gain - half, gain_ci_high=gain + half)
     publish(found, o.json)
-    if len(right) == 1:
+    rm, last = list(found.items())[-1]
+    if rm == "RM 0":
         say("The run has no M-step, so there is no other reward model.")
-    elif len(pairs) < 10 or -half <= gain <= half:  # rm, gain and half are those of the last reward model
+    elif len(pairs) < 10 or last["gain_ci_low"] <= 0 <= last["gain_ci_high"]:
         say(f"These labels don't tell {rm} from RM 0: leave M-steps off (--update_rm false), or label more.")
+    elif last["gain"] > 0:
+        say(f"By these labels {rm} is better than RM 0 on the policy's answers, so M-steps may pay.")
     else:
-        say(f"By these labels {rm} is {'better' if gain > 0 else 'worse'} than RM 0 on the policy's answers"
-            + (", so M-steps may pay." if gain > 0 else ": leave M-steps off (--update_rm false)."))
+        say(f"By these labels {rm} is worse than RM 0 on the policy's answers: leave M-steps off "
+            "(--update_rm false).")

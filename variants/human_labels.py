@@ -21,6 +21,7 @@ import mt
 from common import run
 from common.data import Problem, by_prompt, read_json, read_jsonl, read_pairs, read_rows, seed_of, write_jsonl
 from evals.rewardbench import judge_pairs
+from evals.stats import standard_error
 
 mutual_taught, mix_without_labels = mt.mutual_taught, mt.mix
 
@@ -117,7 +118,7 @@ def gate(o, rm, new_rm, path):
     of the mean difference, pair by pair, must be above 0."""
     pairs = read_pairs(o.gate)
     old, new = (1.0 * judge_pairs(each, pairs, o.score_batch, o.max_length)[1] for each in (rm, new_rm))
-    bound = (new - old).mean() - 1.645 * (new - old).std(ddof=1) / len(new)**0.5
+    bound = (new - old).mean() - 1.645 * standard_error(new - old)
     run.write_json(path, dict(before=old.mean(), after=new.mean(), bound=bound, passed=bool(bound > 0)))
     return f"accuracy on {len(new)} held-out pairs {old.mean():.3f}, of the new RM {new.mean():.3f}"
 
