@@ -14,10 +14,11 @@ results through rounding alone. tests/test_sampler.py has the same sampler in it
 
 Left out on purpose: top-k, repetition penalties, beams.
 """
+import time
 from array import array
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -56,8 +57,7 @@ def draw(logits, seeds, drawn, temperature, top_p):
 
     `draw` has the distribution of `nucleus` without its sorting, which makes it 3.4 times as fast at a
     vocabulary of 128k: draw from the whole softmax, and again until the token lies in the nucleus, as it does
-    if all likelier tokens have less than top_p together. The first two draws are made at once, because the
-    CPU must wait for each list."""
+    if all likelier tokens have less than top_p together. Two are drawn at once, as the CPU waits for each."""
     if temperature == 0:
         tokens = logits.argmax(-1)
         return tokens, tokens.tolist()
@@ -229,8 +229,12 @@ def generate(model, prompts, seeds, *, stop_ids, temperature, top_p, max_new_tok
     waiting = beginnings(model, prompts, seeds.shape[1])
     slots = Slots(min(rows, seeds.size, max(1, cache_tokens(model) // capacity)), capacity, model.device)
     jobs = [None] * len(slots.rows)  # jobs[row] = (p, m): the response in this row; None: the row is free
+    told = time.time()
 
     while True:
+        if time.time() > told + 30:
+            told = time.time()
+            say(f"  {sum(map(len, chain(*responses)))} tokens so far, of {seeds.size} responses")
         free = [row for row, job in enumerate(jobs) if job is None]
         entering = list(islice(waiting, len(free)))
         if entering:  # some responses wait, and some rows are free
@@ -258,10 +262,10 @@ def block_size(prompts, filling):
     """How many prompts one block has. A block is what a process takes at a time, and what a kill can lose.
 
     filling: how many prompts fill all rows. Rows idle until the longest response of a block is done: 30% of
-    the time if the block fills all rows 4 times, 6% if 28 times. So a block has 4 to 28 fillings. The number
-    of blocks is a multiple of 8, so that 2, 4 or 8 processes end together."""
+    the time if the block fills all rows 4 times, 6% if 28 times. So a block has 4 to 28 fillings, but at most
+    half of the prompts. Of many blocks the number is a multiple of 8, so that 8 processes end together."""
     blocks = 8 * -int(-prompts // (8 * 28 * filling))
-    return max(1, int(4 * filling), -(-prompts // blocks))
+    return max(1, min(int(4 * filling), -(-prompts // 2)), -(-prompts // blocks))
 
 def sample(folder, prompts, path, *, samples, temperature, top_p, max_new_tokens, seed, rows):
     """Write a row for each response to the file `path`: prompt, index, policy, and data.sample_fields.

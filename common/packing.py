@@ -46,8 +46,7 @@ def pair_rows(tokenizer, pairs, max_length, policy=False):
     """Preference pairs -> (rows, pairs): a Row with the branches (chosen, rejected) for each pair of which
     both sides have at most `max_length` tokens, and these pairs. Raises a Problem if there are none.
 
-    policy: whether a policy is trained, on prompts and responses as it samples them, or a reward model, on
-    whole chats as it reads them."""
+    policy: tokens as a policy samples them, prompt and response apart; else those of whole chats."""
     def encode(number):
         pair = pairs[number]
         if policy:

@@ -340,8 +340,7 @@ def parts_of(out):
 def in_blocks(rows, size, out, work, what):
     """Cut `rows` into blocks of `size`, and write the rows that work(block) yields to the JSONL file `out`.
     Processes take blocks in turn. Their number doesn't change the blocks, nor the shapes that models see. A
-    finished block is kept, so that after an interruption only the others are made. Where no terminal shows a
-    bar, a line says how far rank 0 is, at most every half minute."""
+    finished block is kept for a restart. Without a terminal for a bar rank 0 says how far it is."""
     starts, tokens, began, told = range(0, len(rows), size), 0, time.time(), time.time()
     blocks = [parts_of(out) / f"{size}-{s}.jsonl" for s in starts]
     mine = [*zip(starts, blocks)][rank()::world()]

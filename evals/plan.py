@@ -119,7 +119,7 @@ def phases(o, policy, rm, prompts, prompt, end):
     def sample(name, times, prompts, each):
         _, _, _, _, work, hours = compute(name, times, policy, 1, prompts, prompt + each * answer)
         rows = rows_of(policy, min(o.sample_batch, prompts * each), prompt + o.max_new_tokens, memory * GIB)
-        block = min(prompts, block_size(prompts, o.sample_batch / each))
+        block = block_size(prompts, o.sample_batch / each)
         steps = block * each / rows * answer + o.max_new_tokens - answer
         steps *= ceil(ceil(prompts / block) / o.gpus)
         read = policy.width * policy.params + rows * (prompt + answer / 2) * policy.token

@@ -169,6 +169,7 @@ def test_blocks_are_large_enough_for_busy_rows_and_2_4_or_8_processes_get_equal_
         assert max(shares) < 1.01 * prompts / world  # so nobody waits for more than 1%
     for few, filling in ((2000, 64), (800, 51.2), (30, 4 / 3), (1, 0.2), (5, 0.01)):  # in a short phase
         assert block_size(few, filling) == max(1, int(4 * filling))
+    assert [block_size(few, 12.8) for few in (50, 7)] == [25, 4]  # two processes share few prompts, too
 
 def test_the_cache_takes_half_of_the_memory_that_the_weights_leave(tiny, monkeypatch):
     model, slots = load_policy(tiny()), sampler.Slots(3, 50, "cpu")

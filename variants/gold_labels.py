@@ -1,4 +1,4 @@
-"""The most that M-steps can gain: gold labels the reward model's pairs. For the embedded task only.
+"""What M-steps gain from labels without errors: gold labels their pairs. For the embedded task only.
 
     torchrun -m variants.gold_labels --rounds 3
 

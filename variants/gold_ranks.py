@@ -1,4 +1,4 @@
-"""The most that E-steps can gain: gold in the place of the reward model. For the embedded task only.
+"""What E-steps gain from a reward model without errors: gold in its place. For the embedded task only.
 
     torchrun -m variants.gold_ranks --rounds 3
 
