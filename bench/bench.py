@@ -169,7 +169,7 @@ def sampling_result(lengths, measured):
     return dict(rate=sum(lengths) / measured.cpu, unit="tok/s", peak=measured.peak,
                 mean_length=statistics.mean(lengths))
 
-def sampler_peer(name, kind):
+def sampler_peer(name, kind, count=64):
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
     torch.manual_seed(0)
@@ -177,7 +177,7 @@ def sampler_peer(name, kind):
     config = GenerationConfig(do_sample=True, temperature=0.8, top_p=0.95, top_k=0, max_new_tokens=NEW,
                               pad_token_id=0, bos_token_id=1, eos_token_id=stop_ids(name),
                               num_return_sequences=SAMPLES)
-    prompts, stops, lengths = prompts_of(name, 64), torch.tensor(stop_ids(name)), []
+    prompts, stops, lengths = prompts_of(name, count), torch.tensor(stop_ids(name)), []
     if kind == "sorted":
         prompts.sort(key=len)
     with Measured() as measured, torch.inference_mode():
@@ -196,7 +196,7 @@ def sampler_peer(name, kind):
                 new = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:]
                 ended = torch.isin(new, stops).int().cumsum(1)
                 lengths += ((ended == 0).sum(1) + 1).clamp(max=NEW).tolist()
-    assert len(lengths) == 64 * SAMPLES
+    assert len(lengths) == count * SAMPLES
     return sampling_result(lengths, measured)
 
 def training_project(kind, name, steps=None, longer=1):
@@ -538,12 +538,13 @@ def trl_installed():
     return found
 
 def sampling(repeats):
-    for name in ("m10", "m60", "m135"):
+    for name, count in {"m10": 64, "m60": 64, "m135": 16}.items():
         folder_of(name)  # now, so that no measurement includes it
-        print_table(f"sampling, {name}, 64 prompts x {SAMPLES}, {ROWS} rows", ["sampler_project", name], {
-            "generate": ["sampler_peer", name, "plain"],
-            "generate, prompts sorted by length": ["sampler_peer", name, "sorted"],
-            "generate_batch (continuous batching)": ["sampler_peer", name, "continuous"]},
+        print_table(f"sampling, {name}, {count} prompts x {SAMPLES}, {ROWS} rows",
+                    ["sampler_project", name, count], {
+            "generate": ["sampler_peer", name, "plain", count],
+            "generate, prompts sorted by length": ["sampler_peer", name, "sorted", count],
+            "generate_batch (continuous batching)": ["sampler_peer", name, "continuous", count]},
             repeats if name == "m10" else 1)
     print_growth("m10: prompts", {str(n): ["sampler_project", "m10", n] for n in (64, 128, 256)})
     print_growth("m10: tokens in every response", {str(n): ["sampler_project", "m10", 64, n, False]
