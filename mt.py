@@ -144,7 +144,7 @@ def scored_samples(o, policy, rm, prompts, path, samples=1, judge=None):
                             f"{o.seed}/{run.name_of(o, path)}", path, judge)
     rows = read_jsonl(path)
     found = means(rows, "score", "tokens", "finished")
-    if samples > 1 and found["finished"] < 0.5:  # said once in an E-step
+    if samples > 1 and found["finished"] < 0.5:  # the E-step's own samples
         say("WARNING: most responses are cut off, so the policy may learn little but to end; use a larger "
             "--max_new_tokens")
     return "{} responses, reward {score:.3f}, {tokens:.1f} tokens, {finished:.1%} finished".format(

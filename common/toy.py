@@ -131,7 +131,7 @@ def gold_parts(prompt, response, finished=True) -> tuple[float, float]:
     Form: 2 × the share of adjectives and verbs that are in the mood. 0.5 less for each line too many or too
     few, each repeated noun, each other sentence (at most 4 of each). 0.5 more for the ending `the end .` and
     for greeting the reader (nobody, if the prompt names none). 0.5 less if it is cut off (not `finished`).
-    Content: 2 × the share of nouns on the topic, as a guest is. 0.5 more if no guest is missing."""
+    Content: 2 × the share of nouns that are on the topic or the guest. 0.5 more if no guest is missing."""
     wish = wishes(prompt)
     sentences = [sentence.split() for sentence in response.split(" .")]
     broken_off = bool(sentences.pop()) or not finished  # nothing should follow the last full stop

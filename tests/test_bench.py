@@ -128,8 +128,7 @@ def test_the_figures_in_the_docs_are_those_of_the_full_tables():
     lines = [line for line in lines_of(text) if " ± " in "".join(line)]
     wrong = [line for line in lines if not any(
         line[0] == other[0] and {cell for cell in line if " ± " in cell} <= {*other} for other in whole)]
-    assert lines and wrong == []
+    assert len(lines) > 10 and wrong == []
     text += (BENCH.parent / "variants/README.md").read_text()
     given, known = (set(re.findall(r"\d\.\d\d ± \d\.\d\d", some)) for some in (text, str(whole)))
     assert len(given) > 20 and given - known == {"3.06 ± 0.02"}  # the older world's base
-
